@@ -1,0 +1,173 @@
+"""One layer's part of a decode step: its role becomes an operation, and the chosen tokens pass between layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tidaldecode import ops
+from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
+
+
+class DecodeAttention:
+    """Runs a plan's attention, layer by layer, one decode step after another.
+
+    The index sets that a step's `select` layers choose lie in one table, [B, num_sets, width]; a sparse layer reads it
+    through a constant map from its heads to rows of the table.
+
+    Args:
+        plan: what each layer does.
+        shape: heads and layers of the model.
+
+    Attributes:
+        indices: the table of index sets, [B, num_sets, width], int32; `None` before the first step.
+        counts: valid entries of each of a sequence's sets, [B], int32; the tokens that its sparse layers read.
+    """
+
+    def __init__(self, plan: TidalPlan, shape: ModelShape) -> None:
+        self.plan = plan
+        self.shape = shape
+        sparse = [layer for layer, role in enumerate(plan.roles) if role == "sparse"]
+        sources = {layer: _sources(plan, shape, layer) for layer in sparse}
+        self.writes = _writes(sources)
+        self._first_row = _first_rows(self.writes, shape)
+        self.num_sets = sum(shape.num_sets(rule) for rules in self.writes.values() for rule in rules)
+        self.head_to_set = {layer: self._map(sources[layer]) for layer in sparse}
+        self.indices: Tensor | None = None
+        self.counts: Tensor | None = None
+        self._budgets: Tensor | None = None
+        self._recents: Tensor | None = None
+
+    def _map(self, sources: list[Source]) -> Tensor:
+        """Rows of the table that the heads read, in the shortest form that `sparse_attention` takes."""
+        rows = [self._first_row[source.layer, source.selection] + source.head for source in sources]
+        if len(set(rows)) == 1:
+            return torch.tensor(rows[:1])
+        groups = [rows[start : start + self.shape.group_size] for start in range(0, len(rows), self.shape.group_size)]
+        if all(len(set(group)) == 1 for group in groups):
+            return torch.tensor([group[0] for group in groups])
+        return torch.tensor(rows)
+
+    def begin(self, lengths: Tensor, capacity: int) -> None:
+        """Starts a decode step.
+
+        Args:
+            lengths: [B], int32; lengths of the sequences, the new tokens included.
+            capacity: the longest that the sequences can become; sizes the table, once.
+        """
+        if self.indices is None:
+            width = min(self.plan.budget_for(capacity), capacity)
+            with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
+                self.indices = lengths.new_zeros(len(lengths), self.num_sets, width)
+            self.head_to_set = {layer: rows.to(lengths.device) for layer, rows in self.head_to_set.items()}
+        if self._budgets is None or isinstance(self.plan.token_budget, float):
+            self._set_budgets(lengths)
+        assert self._budgets is not None
+        self.counts = torch.minimum(self._budgets, lengths)
+
+    def _set_budgets(self, lengths: Tensor) -> None:
+        budgets = [self.plan.budget_for(length) for length in lengths.tolist()]
+        self._budgets = lengths.new_tensor(budgets)
+        self._recents = lengths.new_tensor([self.plan.recent_for(budget) for budget in budgets])
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attention of the new tokens in one layer, after `begin`, with the layer's K and V already in the cache.
+
+        Args:
+            layer: index of the layer; layers are called in order.
+            query: [B, Hq, D].
+            k_cache, v_cache, block_table, lengths: the layer's cache, see `tidaldecode.ops`.
+            scale: factor of the scores.
+
+        Returns:
+            [B, Hq, D], dtype of `query`.
+        """
+        if self.plan.roles[layer] == "sparse":
+            assert self.indices is not None and self.counts is not None
+            return ops.sparse_attention(
+                query, k_cache, v_cache, block_table, self.indices, self.counts, self.head_to_set[layer], scale
+            )
+        rules = self.writes.get(layer)
+        if not rules:  # a full layer, or a select layer whose sets nobody reads
+            return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
+        output, importance = ops.full_attention_with_importance(
+            query, k_cache, v_cache, block_table, lengths, scale, rules
+        )
+        self._select(layer, importance, lengths)
+        return output
+
+    def _select(self, layer: int, importance: Tensor, lengths: Tensor) -> None:
+        assert self.indices is not None and self._budgets is not None and self._recents is not None
+        first = self._first_row[layer, self.writes[layer][0]]
+        rows = self.indices[:, first : first + importance.shape[1]]
+        ops.select_tokens(importance, lengths, self._budgets, self._recents, self.plan.sink_tokens, rows)
+
+    # ---- what a step reads
+
+    def tokens_read(self, context: int) -> dict[int, float]:
+        """Tokens whose K and V each layer with a role reads in one step, per KV head, at a context of `context` tokens.
+
+        Query heads of one KV head that read different sets read them one by one, and are counted so.
+        """
+        budget = self.plan.budget_for(context)
+        reads: dict[int, float] = {}
+        for layer, role in enumerate(self.plan.roles):
+            if role == "sparse" and budget < context:
+                reads[layer] = budget * self._sets_per_kv_head(layer)
+            elif role is not None:
+                reads[layer] = context
+        return reads
+
+    def kv_read_fraction(self, context: int) -> float:
+        """Share of the KV cache of all layers with a role that one step reads at a context of `context` tokens."""
+        reads = self.tokens_read(context)
+        return sum(reads.values()) / (context * len(reads))
+
+    def _sets_per_kv_head(self, layer: int) -> float:
+        rows = self.head_to_set[layer].tolist()
+        if len(rows) < self.shape.num_query_heads:
+            return 1.0
+        size = self.shape.group_size
+        groups = [set(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return sum(len(group) for group in groups) / len(groups)
+
+
+def _sources(plan: TidalPlan, shape: ModelShape, layer: int) -> list[Source]:
+    """The set that each query head of a sparse layer reads: the plan's, or the nearest select layer's own head."""
+    if plan.sources is not None and layer in plan.sources:
+        return list(plan.sources[layer])
+    nearest = max(below for below in range(layer) if plan.roles[below] == "select")
+    divisor = {"per_head": 1, "per_group": shape.group_size, "unified": shape.num_query_heads}[plan.selection]
+    return [
+        Source(layer=nearest, selection=plan.selection, head=head // divisor) for head in range(shape.num_query_heads)
+    ]
+
+
+def _writes(sources: dict[int, list[Source]]) -> dict[int, list[Selection]]:
+    """The rules by which each select layer chooses: those that a sparse layer reads."""
+    writes: dict[int, list[Selection]] = {}
+    for source in (source for layer in sources.values() for source in layer):
+        rules = writes.setdefault(source.layer, [])
+        if source.selection not in rules:
+            rules.append(source.selection)
+    return writes
+
+
+def _first_rows(writes: dict[int, list[Selection]], shape: ModelShape) -> dict[tuple[int, Selection], int]:
+    """Where the sets of a layer and rule begin in the table; the rules of a layer lie together, in order."""
+    first: dict[tuple[int, Selection], int] = {}
+    row = 0
+    for layer, rules in writes.items():
+        for rule in rules:
+            first[layer, rule] = row
+            row += shape.num_sets(rule)
+    return first

@@ -1,0 +1,1 @@
+"""What a plan costs in quality, compared with full attention."""

@@ -1,0 +1,99 @@
+"""Needle in a haystack (the TidalDecode paper's task): one sentence in a long text, asked for at its end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tidaldecode.errors import InputError
+from tidaldecode.hf import TidalCache, applied_plan
+from tidaldecode.plan import TidalPlan
+
+_CITIES = (
+    "Amsterdam Athens Berlin Bogota Cairo Dublin Geneva Havana Helsinki Istanbul Jakarta Kyoto Lagos Lima Lisbon "
+    "Madrid Manila Nairobi Oslo Prague Quito Rome Seoul Sydney Tokyo Vienna Warsaw Zurich"
+).split()
+
+
+@dataclass(frozen=True)
+class NeedleCase:
+    """A prompt that ends where the number of its needle is to follow.
+
+    Attributes:
+        prompt: [1, length], token ids.
+        answer: the seven digits.
+        depth: where the needle lies, 0 (start) to 1 (end).
+    """
+
+    prompt: torch.Tensor
+    answer: str
+    depth: float
+
+
+def needle_cases(
+    tokenizer: Tokenizer, haystack: str, length: int, depths: int, repeats: int = 1, seed: int = 0
+) -> Iterator[NeedleCase]:
+    """Cases at evenly spaced depths, each with its own city, number and stretch of the haystack.
+
+    Args:
+        haystack: the text that hides the needle.
+        length: tokens of each prompt.
+        depths: how many depths, from start to end.
+        repeats: cases for each depth.
+        seed: of the cities, the numbers and the stretches.
+
+    Raises:
+        InputError: the haystack has too few tokens.
+    """
+    hay = torch.tensor(tokenizer(haystack, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(hay) < length:
+        raise InputError(f"the haystack has {len(hay)} tokens, {length - len(hay)} too few for prompts of {length}")
+    generator = random.Random(seed)
+    for index in range(depths * repeats):
+        depth = (index // repeats) / max(1, depths - 1)
+        city, answer = generator.choice(_CITIES), str(generator.randint(1_000_000, 9_999_999))
+        needle = _tokens(tokenizer, f" The special magic {city} number is: {answer}.")
+        question = _tokens(tokenizer, f"\n\nWhat is the special magic {city} number? The special magic {city} number is:")
+        rest = length - len(needle) - len(question)
+        start = generator.randrange(len(hay) - rest + 1)
+        before = start + round(depth * rest)
+        prompt = torch.cat([hay[start:before], needle, hay[before : start + rest], question])
+        yield NeedleCase(prompt[None], answer, depth)
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def needle_found(
+    model: PreTrainedModel, tokenizer: Tokenizer, case: NeedleCase, plans: Mapping[str, TidalPlan]
+) -> dict[str, bool]:
+    """Whether each plan decodes the number. The prompt is read once, but for its last token, for all plans.
+
+    Args:
+        model: a model with any plan applied.
+
+    Returns:
+        For each plan, by its key, whether the number is the first thing that greedy decoding says.
+    """
+    some_plan = applied_plan(model)
+    if some_plan is None:
+        raise InputError("the model has no plan: call tidaldecode.apply first")
+    new_tokens = len(_tokens(tokenizer, f" {case.answer}")) + 1
+    prompt = case.prompt.to(model.device)
+    read = prompt.shape[1] - 1
+    cache = TidalCache(model.config, some_plan, read + new_tokens)
+    with torch.inference_mode():
+        model(prompt[:, :read], past_key_values=cache, logits_to_keep=1)
+    found = {}
+    for key, plan in plans.items():
+        cache.use_plan(plan)
+        output = model.generate(prompt, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+        found[key] = tokenizer.decode(output[0, read + 1 :]).strip().startswith(case.answer)
+        cache.crop(read - cache.get_seq_length())
+    return found

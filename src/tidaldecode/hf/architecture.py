@@ -1,0 +1,97 @@
+"""What TidalDecode must know of a Transformers model: the shape of its attention, and whether it can work with it."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from tidaldecode.errors import InputError
+from tidaldecode.plan import ModelShape, TidalPlan
+
+TESTED_ARCHITECTURES = ("gemma3_text", "gpt_neox", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
+"""`model_type` of the architectures that the test suite compares with full attention, step by step."""
+
+_log = logging.getLogger(__name__)
+
+
+def model_shape(config: PreTrainedConfig) -> ModelShape:
+    """The attention shape of a supported model."""
+    heads = config.num_attention_heads
+    return ModelShape(
+        name=config.name_or_path or None,
+        num_layers=config.num_hidden_layers,
+        num_query_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
+    """For each layer the tokens of its sliding window, `None` where it attends to the whole context.
+
+    A window that no context of the model fills is none.
+    """
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return [None if window is None or window >= config.max_position_embeddings else window for window in windows]
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Refuses a model that TidalDecode can't work with.
+
+    Raises:
+        InputError: the model is an encoder-decoder, has linear or latent attention, soft-capped scores or attention
+            sinks in its weights, takes images, or has no layer that attends to the whole context.
+    """
+    obstacle = _obstacle(config)
+    if obstacle is not None:
+        supported = ", ".join(TESTED_ARCHITECTURES)
+        raise InputError(f"tidaldecode can't work with {config.model_type!r}: {obstacle}; it works with {supported}")
+    if config.model_type not in TESTED_ARCHITECTURES:
+        _log.warning("tidaldecode has not been tested with %r; compare with full attention first", config.model_type)
+
+
+def _obstacle(config: PreTrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if config.get_text_config(decoder=True) is not config:
+        return "it takes more than text (load its text model alone)"
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "it has multi-head latent attention (MLA)"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it soft-caps its attention scores"
+    if config.model_type == "gpt_oss":
+        return "it has attention sinks in its weights"
+    if not hasattr(config, "num_attention_heads"):
+        return "it has no attention"
+    layers = DynamicCache(config=config).layers
+    others = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if others:
+        return "it has layers with linear, indexed or shared attention"
+    if all(window is not None for window in sliding_windows(config)):
+        return f"all its layers attend to a sliding window ({config.sliding_window} tokens)"
+    return None
+
+
+def check_plan(plan: TidalPlan, config: PreTrainedConfig) -> None:
+    """Refuses a plan that was made for another model.
+
+    Raises:
+        InputError: other number of layers, other heads, or a role for a layer with a sliding window.
+    """
+    shape = model_shape(config)
+    if len(plan.roles) != shape.num_layers:
+        raise InputError(f"the plan has {len(plan.roles)} roles, but the model has {shape.num_layers} layers")
+    if plan.model is not None and plan.model.model_copy(update={"name": shape.name}) != shape:
+        raise InputError(
+            f"the plan was made for another model, {plan.model.name or 'unnamed'} ({plan.model.describe()}); "
+            f"this one has {shape.describe()}"
+        )
+    for layer, (role, window) in enumerate(zip(plan.roles, sliding_windows(config), strict=True)):
+        if window is not None and role is not None:
+            raise InputError(f"layer {layer} attends to a sliding window; its role must be null, not {role!r}")
+        if window is None and role is None:
+            raise InputError(f"layer {layer} attends to the whole context and needs a role, not null")
+    if plan.sources is not None:  # checks heads against the model where the plan names none
+        TidalPlan.validated(**{**plan.model_dump(), "model": shape.model_dump()})

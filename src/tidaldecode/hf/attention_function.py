@@ -1,0 +1,60 @@
+"""The attention function that Transformers' models call, by its public attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tidaldecode.errors import InputError
+from tidaldecode.hf.cache import TidalCache
+
+NAME = "tidaldecode"
+"""Name under which the attention function is registered with Transformers."""
+
+
+def tidal_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tidal_cache: TidalCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, by its role if it has one, by SDPA if not.
+
+    Args:
+        module: the attention module; `layer_idx` is its layer.
+        query: [B, Hq, N, D].
+        key, value: [B, Hkv, T, D]; what the cache returned.
+        attention_mask: for SDPA; a layer with a role goes by the lengths in `tidal_cache`.
+        tidal_cache: the cache in use; without one (training, `use_cache=False`) attention is full.
+
+    Returns:
+        [B, N, Hq, D], and no weights.
+    """
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if tidal_cache is None or not tidal_cache.has_role(layer):
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    for feature in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(feature) is not None:
+            raise InputError(f"layer {layer} asks for attention with {feature!r}, which tidaldecode does not have")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return tidal_cache.attend(layer, query.transpose(1, 2), scale), None
+
+
+def tidal_mask(*, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """The mask of SDPA's layers; none for a layer of `TidalCache`, which asks for a mask over zero keys."""
+    if kv_length == 0:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](kv_length=kv_length, **kwargs)
+
+
+AttentionInterface.register(NAME, tidal_attention_forward)
+AttentionMaskInterface.register(NAME, tidal_mask)

@@ -1,0 +1,76 @@
+"""The forward pass of a model with a plan: hands its cache to the attention function, long prompts in chunks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tidaldecode.hf.cache import TidalCache
+
+PREFILL_CHUNK = 1024
+"""Most tokens of a prompt that go through the model at once: activations stop growing with the prompt."""
+
+_PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+"""Arguments of a forward pass with one entry for each of its tokens."""
+
+
+def tidal_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """`model.forward` that decodes by the plan when `past_key_values` is a `TidalCache`, and is unchanged otherwise."""
+    forward = model.forward
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind_partial(*args, **kwargs).arguments
+        arguments = {**bound, **bound.pop("kwargs", {})}
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, TidalCache):
+            return forward(*args, **kwargs)
+        for chunk in _chunks(arguments):
+            tokens = _tokens(chunk)
+            cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
+            output = forward(**chunk, tidal_cache=cache)
+        return output
+
+    return wrapper
+
+
+def chunk_size(tokens: int, limit: int = PREFILL_CHUNK) -> int:
+    """Size of equal chunks of at most about `limit` tokens; never one that leaves a last chunk of a single token.
+
+    A single token behind a prompt is a decode step, and prefill must stay full attention.
+    """
+    chunks = -(-tokens // limit)
+    size = -(-tokens // chunks)
+    while size > 1 and size < tokens and tokens % size == 1:
+        size += 1
+    return size
+
+
+def _tokens(arguments: dict[str, Any]) -> Tensor:
+    ids = arguments.get("input_ids")
+    return ids if ids is not None else arguments["inputs_embeds"]
+
+
+def _chunks(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of each forward pass of a prompt. Only the last token's logits come out, so only they may be asked.
+
+    `generate` asks for them alone (`logits_to_keep=1`); a call that wants all logits runs whole.
+    """
+    tokens = _tokens(arguments).shape[1]
+    size = chunk_size(tokens) if arguments.get("logits_to_keep") == 1 else tokens
+    past = arguments["past_key_values"].get_seq_length()
+    for start in range(0, tokens, size):
+        stop = min(start + size, tokens)
+        chunk = dict(arguments)
+        for name in _PER_TOKEN:
+            if chunk.get(name) is not None:
+                chunk[name] = chunk[name][:, start:stop]
+        if chunk.get("attention_mask") is not None and size < tokens:
+            chunk["attention_mask"] = chunk["attention_mask"][:, : past + stop]
+        yield chunk

@@ -1,0 +1,80 @@
+"""From the name of a plan to the plan: shipped ones, the paper's, or a file."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from tidaldecode.errors import InputError
+from tidaldecode.hf.architecture import model_shape, sliding_windows
+from tidaldecode.plan import PAPER_RESELECT_LAYERS, TidalPlan
+
+
+def shipped_plans() -> dict[str, TidalPlan]:
+    """The plans that come with the package, by name."""
+    folder = resources.files("tidaldecode") / "plans"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    return {file.name.removesuffix(".json"): TidalPlan.load(str(file)) for file in files}
+
+
+def read_plan(name: str) -> TidalPlan | None:
+    """The plan of a name that needs no model to be understood: a file or a shipped plan; `None` for the others.
+
+    Raises:
+        InputError: the name is unknown, or the file is wrong.
+    """
+    if name in ("auto", "paper"):
+        return None
+    if name.endswith(".json") or Path(name).is_file():
+        return TidalPlan.load(name)
+    shipped = shipped_plans()
+    if name not in shipped:
+        raise InputError(f"no plan {name!r}: give a plan file, 'auto', 'paper' or one of {', '.join(shipped)}")
+    return shipped[name]
+
+
+def find_plan(name: str, config: PreTrainedConfig) -> TidalPlan:
+    """The plan of a name, for a model.
+
+    Args:
+        name: `auto` (the shipped plan made for this model), `paper`, the name of a shipped plan, or a plan file.
+
+    Raises:
+        InputError: the name is unknown, the file is wrong, or no shipped plan was made for the model.
+    """
+    if name == "paper":
+        windows = sliding_windows(config)
+        layers = tuple(layer for layer, window in enumerate(windows) if window is None)
+        return TidalPlan.paper(len(windows), _published_layer(config), global_layers=layers)
+    if name == "auto":
+        return _shipped_for(config)
+    plan = read_plan(name)
+    assert plan is not None
+    return plan
+
+
+def _shipped_for(config: PreTrainedConfig) -> TidalPlan:
+    shape = model_shape(config)
+    for name, plan in shipped_plans().items():
+        made_for = plan.model
+        if made_for is None or made_for.name is None or name != _plain(made_for.name):
+            continue  # a variant (the paper's plan for the model, say) is taken only by its name
+        if made_for.model_copy(update={"name": shape.name}) == shape and name in _plain(shape.name or ""):
+            return plan
+    raise InputError(
+        f"no shipped plan was made for {shape.name or 'this model'} ({shape.describe()}): "
+        "pass a plan file, or 'paper' for the paper's layers"
+    )
+
+
+def _published_layer(config: PreTrainedConfig) -> int | None:
+    name = _plain(config.name_or_path)
+    return next((layer for family, layer in PAPER_RESELECT_LAYERS.items() if _plain(family) in name), None)
+
+
+def _plain(name: str) -> str:
+    """A model's name without its case and punctuation: `HuggingFaceTB/SmolLM2-135M` and `smollm2_135m` agree."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())

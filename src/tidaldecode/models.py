@@ -1,0 +1,95 @@
+"""From a model's name to the model: the demo model, a local folder, a GGUF file, or a hub id."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tidaldecode import demo_model
+from tidaldecode.errors import InputError
+
+
+def _to_stderr(step: str) -> None:
+    print(step, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's files are, and what Transformers must be told to read them.
+
+    Only safetensors and GGUF weights are read, and no code that comes with a model runs unless the user trusts it.
+    """
+
+    name: str
+    location: str
+    options: dict[str, Any]
+
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, without its weights."""
+        return self._read(AutoConfig)
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; pads on the left, as generation needs it."""
+        tokenizer = self._read(AutoTokenizer)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with its weights, for inference."""
+        weights = {} if "gguf_file" in self.options else {"use_safetensors": True}
+        return self._read(AutoModelForCausalLM, dtype=dtype, **weights).to(device).eval()
+
+    def _read(self, kind: Any, **options: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.location, **self.options, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"model {self.name!r} can't be read: {reason}") from error
+
+
+def find_model(
+    name: str, *, trust_remote_code: bool = False, report: Callable[[str], None] = _to_stderr
+) -> ModelFiles:
+    """The files of a model.
+
+    Args:
+        name: `smollm2-135m` (the demo model), a local folder, a GGUF file, or a hub id.
+        trust_remote_code: let Transformers run code that comes with the model.
+        report: told, in words, what takes long.
+
+    Raises:
+        InputError: there is no such file, or the demo model can't be fetched.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if name == demo_model.NAME:
+        return ModelFiles(name, str(demo_model.demo_model_folder(report)), options)
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"model file {name} does not exist")
+        return ModelFiles(name, str(path.parent), {**options, "gguf_file": path.name})
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {name} holds no config.json: it is not in Transformers' format")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model folder {name} does not exist")
+    return ModelFiles(name, name, options)
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, the CPU if not."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slow."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

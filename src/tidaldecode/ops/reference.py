@@ -1,0 +1,249 @@
+"""The operations in plain PyTorch: the definition of what is correct.
+
+One sequence at a time, so that ragged lengths need neither masks nor padding; a contiguous cache is read through
+views, never copied. Scores and softmax are computed in float32 (float64 for float64 inputs). Shapes as in
+`tidaldecode.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from tidaldecode.plan import Selection, num_sets
+
+
+def full_attention(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """Attention of one new token per sequence over its whole cache: `softmax(scale · q · Kᵀ) · V`.
+
+    Args:
+        query: [B, Hq, D], of the last token of each sequence, whose K and V are already in the cache.
+        k_cache, v_cache, block_table, lengths: the cache, see `tidaldecode.ops`.
+        scale: factor of the scores, usually `D ** -0.5`.
+
+    Returns:
+        [B, Hq, D], dtype of `query`; zeros for a sequence of length 0.
+    """
+    output = torch.zeros_like(query)
+    for b, length in enumerate(lengths.tolist()):
+        keys = _rows(k_cache, block_table[b], length)
+        probabilities = _grouped_scores(query[b], keys, scale).softmax(-1)
+        output[b] = _weigh(probabilities, _rows(v_cache, block_table[b], length))
+    return output
+
+
+def full_attention_with_importance(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    selections: Sequence[Selection],
+) -> tuple[Tensor, Tensor]:
+    """Full attention that also returns how important each cached token is (DESIGN, "Selection, exactly").
+
+    With `s[h, t]` the scaled scores and `p[h] = softmax(s[h])`, the importance of token `t` is `s[h, t]` for each
+    query head (`per_head`), the mean of `p[h, t]` over the query heads of a KV head (`per_group`), or over all query
+    heads (`unified`).
+
+    Args:
+        query, k_cache, v_cache, block_table, lengths, scale: as for `full_attention`.
+        selections: the rules whose importances are wanted, in order.
+
+    Returns:
+        The output of `full_attention`, and the importances [B, S, max(lengths)], float32 (float64 for float64 inputs),
+        where `S` adds up the index sets of each rule: Hq, Hkv or 1. Entries past a sequence's length are undefined.
+    """
+    sets = sum(num_sets(rule, query.shape[1], k_cache.shape[2]) for rule in selections)
+    output = torch.zeros_like(query)
+    importance = query.new_empty(len(query), sets, int(lengths.max()), dtype=_accumulator(query.dtype))
+    for b, length in enumerate(lengths.tolist()):
+        scores = _grouped_scores(query[b], _rows(k_cache, block_table[b], length), scale)  # [Hkv, G, T]
+        probabilities = scores.softmax(-1)
+        output[b] = _weigh(probabilities, _rows(v_cache, block_table[b], length))
+        importance[b, :, :length] = torch.cat([_importance(rule, scores, probabilities) for rule in selections])
+    return output, importance
+
+
+def _importance(rule: Selection, scores: Tensor, probabilities: Tensor) -> Tensor:
+    """Importance of each token under one rule, from scores and probabilities [Hkv, G, T]: [Hq | Hkv | 1, T]."""
+    if rule == "per_head":
+        return scores.flatten(0, 1)
+    return probabilities.mean(1) if rule == "per_group" else probabilities.mean((0, 1))[None]
+
+
+def select_tokens(
+    importance: Tensor, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int, indices: Tensor
+) -> None:
+    """Writes the index sets that the importances choose: sinks, recent tokens, and the most important of the rest.
+
+    A sequence no longer than its budget is chosen whole. The order within a set has no meaning.
+
+    Args:
+        importance: [B, S, T], from `full_attention_with_importance`.
+        lengths: [B], int32.
+        budgets: [B], int32; tokens to choose, at least `sink_tokens + recents + 1`.
+        recents: [B], int32; last tokens that are always chosen.
+        sink_tokens: first tokens that are always chosen.
+        indices: [B, S, K], int32, written; the first `min(budgets[b], lengths[b])` entries of each set are valid.
+    """
+    per_sequence = zip(lengths.tolist(), budgets.tolist(), recents.tolist(), strict=True)
+    for b, (length, budget, recent) in enumerate(per_sequence):
+        if length <= budget:
+            indices[b, :, :length] = torch.arange(length, device=indices.device)
+            continue
+        middle = importance[b, :, sink_tokens : length - recent]
+        chosen = middle.topk(budget - sink_tokens - recent, sorted=False).indices + sink_tokens
+        indices[b, :, :sink_tokens] = torch.arange(sink_tokens, device=indices.device)
+        indices[b, :, sink_tokens : budget - recent] = chosen
+        indices[b, :, budget - recent : budget] = torch.arange(length - recent, length, device=indices.device)
+
+
+def sparse_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_to_set: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of one new token per sequence over the tokens of an index set: position persistent sparse attention.
+
+    Args:
+        query: [B, Hq, D].
+        k_cache, v_cache, block_table: the cache, see `tidaldecode.ops`.
+        indices: [B, S, K], int32; the step's table of index sets.
+        counts: [B], int32; valid entries of each of the sequence's sets.
+        head_to_set: [1], [Hkv] or [Hq], integer; the set that all heads, the heads of each KV head, or each query head
+            read. The shorter forms read each K and V row once for all heads that share a set.
+        scale: factor of the scores.
+
+    Returns:
+        [B, Hq, D], dtype of `query`.
+    """
+    num_heads, num_kv_heads = query.shape[1], k_cache.shape[2]
+    if len(head_to_set) not in (1, num_kv_heads, num_heads):
+        raise ValueError(f"head_to_set has {len(head_to_set)} entries, not 1, {num_kv_heads} or {num_heads}")
+    output = torch.empty_like(query)
+    for b, count in enumerate(counts.tolist()):
+        chosen = indices[b, head_to_set, :count].long()  # [1 | Hkv | Hq, count]
+        keys, values = _gather(k_cache, block_table[b], chosen), _gather(v_cache, block_table[b], chosen)
+        output[b] = _weigh(_grouped_scores(query[b], keys, scale).softmax(-1), values)
+    return output
+
+
+def multi_query_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    new_lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of the last tokens of each sequence over its whole cache, causal among themselves.
+
+    Serves prefill in chunks, cache correction and verification.
+
+    Args:
+        query: [B, N, Hq, D]; the last `new_lengths[b]` rows are the last tokens of sequence `b`, whose K and V are
+            already in the cache; rows before them are left padding.
+        k_cache, v_cache, block_table, lengths: the cache, see `tidaldecode.ops`.
+        new_lengths: [B], int32.
+        scale: factor of the scores.
+
+    Returns:
+        [B, N, Hq, D], dtype of `query`; zeros in the padding.
+    """
+    output = torch.zeros_like(query)
+    for b, (length, new) in enumerate(zip(lengths.tolist(), new_lengths.tolist(), strict=True)):
+        if new == 0:
+            continue
+        keys, values = (_rows(cache, block_table[b], length)[None] for cache in (k_cache, v_cache))  # [1, Hkv, T, D]
+        output[b, -new:] = scaled_dot_product_attention(
+            query[b, -new:].transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=causal_lower_right(new, length),
+            scale=scale,
+            enable_gqa=True,
+        )[0].transpose(0, 1)
+    return output
+
+
+def write_kv(
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    new_lengths: Tensor,
+) -> None:
+    """Writes the K and V of new tokens behind those that the cache holds.
+
+    Args:
+        key, value: [B, N, Hkv, D]; the last `new_lengths[b]` rows are new tokens of sequence `b`, rows before them are
+            left padding and are not written.
+        k_cache, v_cache, block_table: the cache, see `tidaldecode.ops`; written.
+        lengths: [B], int32; lengths with the new tokens.
+        new_lengths: [B], int32.
+    """
+    block_size = k_cache.shape[1]
+    for b, (length, new) in enumerate(zip(lengths.tolist(), new_lengths.tolist(), strict=True)):
+        start = length - new
+        while start < length:
+            block, row = int(block_table[b, start // block_size]), start % block_size
+            count = min(block_size - row, length - start)
+            source = slice(key.shape[1] - (length - start), key.shape[1] - (length - start) + count)
+            k_cache[block, row : row + count] = key[b, source]
+            v_cache[block, row : row + count] = value[b, source]
+            start += count
+
+
+def _rows(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of a sequence, [Hkv, length, D]; a view if they lie in one block."""
+    block_size = cache.shape[1]
+    if length <= block_size:
+        rows = cache[int(blocks[0])] if length else cache[0]
+    else:
+        rows = cache[blocks[: -(-length // block_size)].long()].flatten(0, 1)
+    return rows[:length].transpose(0, 1)
+
+
+def _gather(cache: Tensor, blocks: Tensor, tokens: Tensor) -> Tensor:
+    """K or V rows of the tokens [S, K] of one sequence: [Hkv, K, D] for S = 1 or Hkv, [Hq, K, D] for S = Hq."""
+    block_size, num_kv_heads = cache.shape[1], cache.shape[2]
+    if len(tokens) == 1 and len(blocks) == 1:  # the contiguous cache, one set: the fastest gather there is
+        return cache[int(blocks[0])].transpose(0, 1).index_select(1, tokens[0])
+    block, row = blocks.long()[tokens // block_size], tokens % block_size
+    if len(tokens) == 1:
+        return cache[block[0], row[0]].transpose(0, 1)
+    heads = torch.arange(num_kv_heads, device=cache.device).repeat_interleave(len(tokens) // num_kv_heads)
+    return cache[block, row, heads[:, None]]
+
+
+def _grouped_scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """`scale · q · Kᵀ` of query [Hq, D] with keys [H, T, D], H = Hkv or Hq: [H, Hq // H, T], in the accumulator type."""
+    accumulator = _accumulator(query.dtype)
+    heads, _, dim = keys.shape
+    grouped = (query.to(accumulator) * scale).view(heads, -1, dim)
+    return torch.bmm(grouped, keys.to(accumulator).transpose(1, 2))
+
+
+def _weigh(probabilities: Tensor, values: Tensor) -> Tensor:
+    """Probabilities [H, G, T] times values [H, T, D]: [H · G, D]."""
+    return torch.bmm(probabilities, values.to(probabilities.dtype)).flatten(0, 1)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

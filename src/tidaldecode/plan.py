@@ -1,0 +1,313 @@
+"""What each layer of a model does in a decode step: a validated piece of data, saved as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from tidaldecode.errors import InputError
+
+Role = Literal["full", "select", "sparse"]
+Selection = Literal["per_head", "per_group", "unified"]
+
+PAPER_RESELECT_LAYERS = {
+    "llama-2-7b": 7,
+    "longchat-7b": 7,
+    "llama-3-8b": 13,
+    "llama-3.1-8b": 13,
+}
+"""Re-selection layer that TidalDecode (arXiv 2410.05076) tuned by hand, by model family."""
+
+
+def num_sets(selection: Selection, num_query_heads: int, num_kv_heads: int) -> int:
+    """Index sets that one `select` layer chooses under a rule."""
+    return {"per_head": num_query_heads, "per_group": num_kv_heads, "unified": 1}[selection]
+
+
+_SOURCE = re.compile(r"(\d+):(?:(unified)|(per_group|per_head):(\d+))")
+
+
+class Source(BaseModel):
+    """One index set of a step: which `select` layer chose it, by which rule, and for which head.
+
+    In JSON a string: `"12:unified"`, `"7:per_group:1"` (KV head 1), `"7:per_head:4"` (query head 4).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int = Field(ge=0)
+    selection: Selection
+    head: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _SOURCE.fullmatch(value)
+        if match is None:
+            raise ValueError(f"{value!r} is no source: write LAYER:unified, LAYER:per_group:H or LAYER:per_head:H")
+        layer, unified, selection, head = match.groups()
+        return {"layer": int(layer), "selection": unified or selection, "head": int(head or 0)}
+
+    @model_serializer
+    def _to_text(self) -> str:
+        return f"{self.layer}:unified" if self.selection == "unified" else f"{self.layer}:{self.selection}:{self.head}"
+
+
+class ModelShape(BaseModel):
+    """The attention shape of the model that a plan was made for, and optionally its name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = None
+    num_layers: int = Field(ge=1)
+    num_query_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_query_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_query_heads} query heads are no multiple of {self.num_kv_heads} KV heads")
+        return self
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_query_heads // self.num_kv_heads
+
+    def num_sets(self, selection: Selection) -> int:
+        """Index sets that one `select` layer of the model chooses under a rule."""
+        return num_sets(selection, self.num_query_heads, self.num_kv_heads)
+
+    def describe(self) -> str:
+        """The shape in words, for messages."""
+        return (
+            f"{self.num_layers} layers, {self.num_query_heads} query heads, "
+            f"{self.num_kv_heads} KV heads, head dim {self.head_dim}"
+        )
+
+
+class TidalPlan(BaseModel):
+    """Position persistent sparse attention (TidalDecode, arXiv 2410.05076), layer by layer.
+
+    Attributes:
+        roles: one per layer of the model. `full` attends to the whole cache; `select` does too and chooses tokens;
+            `sparse` attends to the tokens that a `select` layer below it chose. `None` is a layer that can't have a
+            role because it attends to a sliding window of its own.
+        token_budget: tokens that a sparse layer reads, sinks and recent tokens included; a float is a fraction of
+            the context, in (0, 1].
+        sink_tokens: first tokens of the context that are always read.
+        recent_tokens: last tokens that are always read, the new token among them (so at least 1); a float is a
+            share of the budget, in [0, 1).
+        selection: whose scores choose: each query head its own set (`per_head`), the query heads of a KV head
+            together (`per_group`), or all query heads together (`unified`).
+        sources: for each sparse layer, and for each of its query heads, the set that it reads. Layers left out read
+            the set of the same head of the nearest `select` layer below.
+        model: the model that the plan was made for; `None` fits every model with this many layers.
+        origin: where the plan comes from, in words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = None
+    origin: str | None = None
+    model: ModelShape | None = None
+    roles: Annotated[tuple[Role | None, ...], Field(min_length=1)]
+    selection: Selection
+    token_budget: StrictInt | StrictFloat
+    sink_tokens: StrictInt = Field(default=0, ge=0)
+    recent_tokens: StrictInt | StrictFloat = 1
+    sources: dict[int, tuple[Source, ...]] | None = None
+
+    # ---- validation
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_roles()
+        self._check_budget()
+        for layer, sources in (self.sources or {}).items():
+            self._check_sources(layer, sources)
+        return self
+
+    def _check_roles(self) -> None:
+        if self.model is not None and self.model.num_layers != len(self.roles):
+            raise ValueError(f"roles: {len(self.roles)} roles for a model of {self.model.num_layers} layers")
+        for layer, role in enumerate(self.roles):
+            if role == "sparse" and "select" not in self.roles[:layer]:
+                raise ValueError(f"roles: layer {layer} is sparse but no layer below it is select")
+
+    def _check_budget(self) -> None:
+        budget, recent = self.token_budget, self.recent_tokens
+        if isinstance(recent, float) and not 0 <= recent < 1:
+            raise ValueError(f"recent_tokens: {recent} as a share of the budget must lie in [0, 1)")
+        if isinstance(recent, int) and recent < 1:
+            raise ValueError(f"recent_tokens: {recent} must be at least 1: the new token is always read")
+        if isinstance(budget, float):
+            if not 0 < budget <= 1:
+                raise ValueError(f"token_budget: {budget} as a fraction of the context must lie in (0, 1]")
+            return
+        if budget <= 0:
+            raise ValueError(f"token_budget: {budget} must be positive")
+        least = self.sink_tokens + self.recent_for(budget) + 1
+        if budget < least:
+            raise ValueError(f"token_budget: {budget} is below sink_tokens + recent_tokens + 1 = {least}")
+
+    def _check_sources(self, layer: int, sources: tuple[Source, ...]) -> None:
+        if layer >= len(self.roles) or self.roles[layer] != "sparse":
+            raise ValueError(f"sources: layer {layer} is not a sparse layer")
+        if self.model is not None and len(sources) != self.model.num_query_heads:
+            raise ValueError(
+                f"sources: layer {layer} names {len(sources)} sets for {self.model.num_query_heads} query heads"
+            )
+        for source in sources:
+            if source.layer >= layer or self.roles[source.layer] != "select":
+                raise ValueError(f"sources: layer {layer} reads layer {source.layer}, which is no select layer below it")
+            if self.model is not None and source.head >= self.model.num_sets(source.selection):
+                raise ValueError(f"sources: layer {layer} reads head {source.head}, which the model does not have")
+
+    # ---- what the numbers mean at a context length
+
+    def budget_for(self, context: int) -> int:
+        """Tokens that a sparse layer reads at a context of `context` tokens (the context itself may be shorter)."""
+        if isinstance(self.token_budget, int):
+            return self.token_budget
+        budget = math.ceil(self.token_budget * context)
+        return max(budget, self.sink_tokens + self.recent_for(budget) + 1)
+
+    def recent_for(self, budget: int) -> int:
+        """Recent tokens among `budget` tokens, the new token included."""
+        return self.recent_tokens if isinstance(self.recent_tokens, int) else max(1, int(self.recent_tokens * budget))
+
+    # ---- making plans
+
+    def with_budget(self, token_budget: int | float) -> Self:
+        """The same plan with another budget (tokens, or a fraction of the context).
+
+        Raises:
+            InputError: the budget leaves no room beside the sinks and recent tokens.
+        """
+        return self.validated(**{**self.model_dump(), "token_budget": token_budget})
+
+    @classmethod
+    def validated(cls, **fields: Any) -> Self:
+        """A plan from its fields.
+
+        Raises:
+            InputError: a field is missing, unknown or wrong; one line, unlike pydantic's own error.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise InputError(f"plan: {_first_line(error)}") from None
+
+    @classmethod
+    def full(cls, num_layers: int) -> Self:
+        """Full attention in every layer: the baseline, through the same code."""
+        return cls(name="full", roles=("full",) * num_layers, selection="unified", token_budget=1.0)
+
+    @classmethod
+    def paper(
+        cls,
+        num_layers: int,
+        reselect_layer: int | None = None,
+        *,
+        token_budget: int | float = 1024,
+        global_layers: tuple[int, ...] | None = None,
+    ) -> Self:
+        """The paper's plan: layers 0 and 1 full, layer 2 and one middle layer select, per query head.
+
+        Args:
+            num_layers: layers of the model.
+            reselect_layer: the second selection layer; `PAPER_RESELECT_LAYERS` has the published ones. Default: 13
+                (Llama-3-8B's), or the middle layer of a model with fewer than 26.
+            token_budget: tokens, or a fraction of the context.
+            global_layers: the layers that attend to the whole context, if others keep a sliding window; they take
+                the roles in order, and the rest get none. Default: all layers.
+
+        Raises:
+            InputError: fewer than three layers can have a role, or `reselect_layer` can't select.
+        """
+        layers = tuple(range(num_layers)) if global_layers is None else global_layers
+        if len(layers) < 3:
+            raise InputError(f"the paper's plan needs 3 layers with global attention, not {len(layers)}")
+        if reselect_layer is None:
+            reselect_layer = layers[min(13, max(2, len(layers) // 2))]
+        if reselect_layer not in layers[2:]:
+            raise InputError(f"reselect_layer {reselect_layer} must be one of the layers {_ranges(layers[2:])}")
+        roles: list[Role | None] = [None] * num_layers
+        for position, layer in enumerate(layers):
+            roles[layer] = "full" if position < 2 else "select" if layer in (layers[2], reselect_layer) else "sparse"
+        origin = "Yang et al., TidalDecode, ICLR 2025 (arXiv 2410.05076)"
+        return cls.validated(
+            name="paper", origin=origin, roles=tuple(roles), selection="per_head", token_budget=token_budget
+        )
+
+    # ---- files
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a plan file.
+
+        Raises:
+            InputError: the file is missing, is no JSON, or holds an unknown key or a wrong value.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise InputError(f"plan file {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"plan file {path} can't be read: {error}") from None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise InputError(f"plan file {path}: {_first_line(error)}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, one line a field; an existing file stays whole until the new one is complete."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def to_json(self) -> str:
+        """The plan as JSON text: a line for each field, and for each layer of `sources`."""
+        fields = self.model_dump(mode="json", exclude_none=True) | {"roles": self.roles}
+        sources = fields.pop("sources", None)
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
+        if sources is not None:
+            layers = (f"    {json.dumps(str(key))}: {json.dumps(value)}" for key, value in sources.items())
+            lines.append('  "sources": {\n' + ",\n".join(layers) + "\n  }")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _first_line(error: ValidationError) -> str:
+    """The first of pydantic's errors on one line, with where it is and how many follow."""
+    details = error.errors()
+    first = details[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("int", "float"))
+    message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    rest = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{where}: {message}{rest}" if where else f"{message}{rest}"
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    return f"{layers[0]} to {layers[-1]}" if len(layers) == layers[-1] - layers[0] + 1 else ", ".join(map(str, layers))
