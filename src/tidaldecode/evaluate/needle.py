@@ -58,7 +58,7 @@ def needle_cases(
         depth = (index // repeats) / max(1, depths - 1)
         city, answer = generator.choice(_CITIES), str(generator.randint(1_000_000, 9_999_999))
         needle = _tokens(tokenizer, f" The special magic {city} number is: {answer}.")
-        question = _tokens(tokenizer, f"\n\nWhat is the special magic {city} number? The special magic {city} number is:")
+        question = _tokens(tokenizer, f"\n\nThe special magic {city} number is:")
         rest = length - len(needle) - len(question)
         start = generator.randrange(len(hay) - rest + 1)
         before = start + round(depth * rest)

@@ -1,0 +1,43 @@
+"""The command line: one file a command; parses and prints, decides nothing."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from tidaldecode.cli.generate import generate
+from tidaldecode.errors import InputError
+
+app = typer.Typer(
+    name="tidaldecode",
+    help="Long-context LLM decoding that reads a few tokens of the KV cache instead of all of them.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.command()(generate)
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
+
+
+@app.callback()
+def _commands() -> None:
+    """Makes `generate` a subcommand although it is alone."""
+
+
+def main() -> None:
+    """Runs the command line. A bad argument or input ends in one line on stderr and exit status 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except InputError as error:
+        _fail(str(error))
+    except _UsageError as error:
+        _fail(getattr(error, "format_message", error.__str__)())
+    except (KeyboardInterrupt, typer.Abort):
+        print("tidaldecode: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print("tidaldecode: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,215 @@
+"""`tidaldecode generate`: a document, a question, and an answer that read a small share of the KV cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tidaldecode.cli import options
+from tidaldecode.cli.prompt import read_prompt
+from tidaldecode.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from tidaldecode.hf.measured import Generation
+    from tidaldecode.models import Tokenizer
+    from tidaldecode.plan import TidalPlan
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to answer.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", metavar="F", help="A document; - or nothing: standard input.")
+    ] = None,
+    question: Annotated[str | None, typer.Option("--question", metavar="Q", help="Asked after the document.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 decodes greedily.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Nucleus to sample from.")] = 1.0,
+    method: Annotated[
+        Literal["tidal", "full"], typer.Option("--method", help="By the plan, or full attention in every layer.")
+    ] = "tidal",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode with full attention too, and show both times.")
+    ] = False,
+    model: options.Model = "smollm2-135m",
+    plan: options.Plan = "auto",
+    budget: options.Budget = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    json_output: options.Json = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Answers a prompt, or a question about a document, with TidalDecode."""
+    token_budget = options.parse_budget(budget)
+    _check_combination(method, compare, temperature, top_p)
+    text = read_prompt(prompt, prompt_file, question)
+    _check_plan_file(plan, token_budget)
+
+    console = Console(stderr=True)
+    with console.status("starting"):  # PyTorch and Transformers take seconds to import
+        from tidaldecode.environment import environment
+        from tidaldecode.hf import apply
+        from tidaldecode.hf.architecture import check_architecture, check_plan
+        from tidaldecode.hf.measured import Sampling, compare_with_full, first_difference, generate_measured
+        from tidaldecode.models import find_model
+
+    target = options.parse_device(device)
+    files = find_model(model, trust_remote_code=trust_remote_code)
+    config = files.config()
+    check_architecture(config)
+    chosen = _plan(plan, method, token_budget, config)
+    check_plan(chosen, config)
+    tokenizer = files.tokenizer()
+    tokens = tokenizer(_chat(tokenizer, text), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
+    _check_length(tokens.shape[1], max_new_tokens, config)
+    loaded = apply(files.model(target, options.parse_dtype(dtype, target)), chosen)
+
+    stream = _Stream(console, tokens.shape[1], sys.stderr if json_output else sys.stdout)
+    sampling = Sampling(temperature, top_p, seed)
+    done, cache = generate_measured(loaded, tokenizer, tokens, max_new_tokens, sampling, stream.write)
+    stream.end()
+    full = None
+    if compare:
+        with console.status("decoding with full attention"):
+            full = compare_with_full(loaded, tokenizer, tokens, max_new_tokens, done, cache)
+    console.print(_table(chosen, method, done, full))
+    if full is not None:
+        console.print(_difference(tokenizer, done, full), highlight=False)
+    if json_output:
+        answer = {"model": model, "method": method, "plan": chosen.name, "token_budget": chosen.token_budget}
+        answer |= _figures(done)
+        if full is not None:
+            answer["full"] = _figures(full)
+            answer["first_difference"] = first_difference(done.token_ids, full.token_ids)
+            answer["step_over_full"] = _ratio(done, full)
+        print(json.dumps(answer | {"dtype": str(loaded.dtype).removeprefix("torch."), **environment(target)}))
+
+
+def _check_combination(method: str, compare: bool, temperature: float, top_p: float) -> None:
+    if compare and method == "full":
+        raise InputError("--compare compares a plan with full attention: leave out --method full")
+    if compare and temperature > 0:
+        raise InputError("--compare compares greedy decoding: leave out --temperature")
+    if top_p == 0:
+        raise InputError("--top-p must be above 0")
+    if top_p < 1 and temperature == 0:
+        raise InputError("--top-p samples, and greedy decoding does not: give a --temperature above 0")
+
+
+def _check_plan_file(name: str, budget: int | float | None) -> None:
+    """Finds a wrong plan or budget before anything is loaded, where the plan needs no model to be known."""
+    from tidaldecode.hf.plans import read_plan
+
+    plan = read_plan(name)
+    if plan is not None and budget is not None:
+        plan.with_budget(budget)
+
+
+def _plan(name: str, method: str, budget: int | float | None, config: PreTrainedConfig) -> TidalPlan:
+    from tidaldecode.hf.plans import find_plan
+    from tidaldecode.plan import TidalPlan
+
+    if method == "full":
+        return TidalPlan.full(config.num_hidden_layers)
+    plan = find_plan(name, config)
+    return plan if budget is None else plan.with_budget(budget)
+
+
+def _chat(tokenizer: Tokenizer, text: str) -> str:
+    """The text as the user's turn in the model's chat template; as it is for a model without one."""
+    if tokenizer.chat_template is None:
+        return text
+    turns = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _check_length(tokens: int, new_tokens: int, config: PreTrainedConfig) -> None:
+    positions = config.max_position_embeddings
+    if tokens + new_tokens > positions:
+        raise InputError(
+            f"the prompt has {tokens} tokens, with {new_tokens} new ones {tokens + new_tokens}; the model has "
+            f"{positions} positions: shorten the prompt by {tokens + new_tokens - positions} tokens"
+        )
+
+
+class _Stream:
+    """The answer as it comes; until its first word, what is being waited for."""
+
+    def __init__(self, console: Console, context: int, out: Any) -> None:
+        self._out = out
+        self._status = console.status(f"reading {context:,} tokens")
+        self._status.start()
+
+    def write(self, text: str) -> None:
+        if text:
+            self._status.stop()
+            print(text, end="", file=self._out, flush=True)
+
+    def end(self) -> None:
+        self._status.stop()
+        print(file=self._out, flush=True)
+
+
+def _figures(generation: Generation) -> dict[str, Any]:
+    ms = generation.decode_ms_per_token
+    return {
+        "context_tokens": generation.context_tokens,
+        "new_tokens": len(generation.token_ids),
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "kv_read_fraction": round(generation.kv_read_fraction, 6),
+        "decode_ms_per_token": None if ms is None else round(ms, 3),
+    }
+
+
+def _ratio(one: Generation, other: Generation) -> float | None:
+    if one.decode_ms_per_token is None or other.decode_ms_per_token is None:
+        return None
+    return round(one.decode_ms_per_token / other.decode_ms_per_token, 4)
+
+
+def _table(plan: TidalPlan, method: str, done: Generation, full: Generation | None) -> Table:
+    columns = [done] if full is None else [done, full]
+    table = Table(show_header=full is not None)
+    table.add_column("")
+    for name in [method] if full is None else [method, "full"]:
+        table.add_column(name, justify="right")
+    table.add_row("context, tokens", *(f"{column.context_tokens:,}" for column in columns))
+    table.add_row("new tokens", *(f"{len(column.token_ids):,}" for column in columns))
+    for role in ("full", "select", "sparse"):
+        layers = [layer for layer, its_role in enumerate(plan.roles) if its_role == role]
+        if layers:
+            label = f"tokens read per step in each of {len(layers)} {role} layers"
+            table.add_row(label, *(f"{_mean_reads(column, layers):,.0f}" for column in columns))
+    table.add_row("share of the KV cache read", *(f"{column.kv_read_fraction:.1%}" for column in columns))
+    table.add_row("ms per token", *(_ms(column) for column in columns))
+    if full is not None and (ratio := _ratio(done, full)) is not None:
+        table.add_row("step time over full attention's", f"{ratio:.2f}", "1.00")
+    return table
+
+
+def _mean_reads(generation: Generation, layers: list[int]) -> float:
+    return sum(generation.tokens_read[layer] for layer in layers) / len(layers)
+
+
+def _ms(generation: Generation) -> str:
+    return "-" if generation.decode_ms_per_token is None else f"{generation.decode_ms_per_token:.1f}"
+
+
+def _difference(tokenizer: Tokenizer, done: Generation, full: Generation) -> str:
+    from tidaldecode.hf.measured import first_difference
+
+    index = first_difference(done.token_ids, full.token_ids)
+    if index is None:
+        return "both texts are the same"
+    here, there = (
+        repr(tokenizer.decode(generation.token_ids[index : index + 12])) for generation in (done, full)
+    )
+    return f"the texts first differ at new token {index + 1}: {here}, with full attention {there}"

@@ -1,0 +1,78 @@
+"""Options that several commands share, and the checks that need no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tidaldecode.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="NAME|PATH", help="Demo model, local folder, GGUF file or hub id.")
+]
+Plan = Annotated[
+    str, typer.Option("--plan", metavar="NAME|FILE", help="A plan file, 'auto', 'paper', or the name of a shipped plan.")
+]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="K", help="Tokens a sparse layer reads, or a fraction of the context.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N. Default: the GPU if there is one.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Default: bfloat16 on a GPU, float32 on a CPU."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+def parse_budget(text: str | None) -> int | float | None:
+    """A budget in tokens (`256`), or as a fraction of the context (`0.1`).
+
+    Raises:
+        InputError: it is no number, or not positive.
+    """
+    if text is None:
+        return None
+    try:
+        budget = float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise InputError(f"--budget {text!r} is no number: give tokens (256) or a fraction (0.1)") from None
+    if not budget > 0:
+        raise InputError(f"--budget {text} must be positive")
+    return budget
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        InputError: the name is unknown, or there is no such device.
+    """
+    import torch
+
+    from tidaldecode.models import default_device
+
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is unknown: give cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
+    return device
+
+
+def parse_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; `auto` depends on the device."""
+    import torch
+
+    from tidaldecode.models import default_dtype
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes.get(name) or default_dtype(device)

@@ -1,0 +1,176 @@
+"""Generation with its figures: how much of the KV cache was read, and how long a decode step took."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tidaldecode.errors import InputError
+from tidaldecode.hf.apply import applied_plan
+from tidaldecode.hf.cache import TidalCache, TidalLayer
+from tidaldecode.plan import TidalPlan
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out of one prompt, and what it took.
+
+    Attributes:
+        context_tokens: tokens of the prompt.
+        token_ids: the new tokens.
+        text: the new tokens as text, special tokens left out.
+        tokens_read: for each layer with a role, tokens read per decode step and KV head, averaged over the steps.
+        kv_read_fraction: share of the KV cache of those layers read per decode step, averaged over the steps; 1.0
+            where there was no step, the first new token being prefill's.
+        decode_ms_per_token: median milliseconds of a decode step, prefill left out; `None` with fewer than two tokens.
+    """
+
+    context_tokens: int
+    token_ids: list[int]
+    text: str
+    tokens_read: dict[int, float]
+    kv_read_fraction: float
+    decode_ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is taken: greedily at temperature 0, else sampled from the `top_p` nucleus."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """The same, as `generate` of Transformers takes it."""
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+def generate_measured(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompt: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> tuple[Generation, TidalCache]:
+    """Generates from one prompt by the model's plan.
+
+    Args:
+        model: a model with a plan applied.
+        prompt: [1, n], token ids.
+        max_new_tokens: most tokens to generate.
+        sampling: greedy if left out.
+        on_text: called with each piece of text as it comes.
+
+    Returns:
+        The generation, and the cache that holds prompt and new tokens.
+    """
+    plan = applied_plan(model)
+    if plan is None:
+        raise InputError("the model has no plan: call tidaldecode.apply first")
+    cache = TidalCache(model.config, plan, prompt.shape[1] + max_new_tokens)
+    sampling = sampling or Sampling()
+    torch.manual_seed(sampling.seed)
+    streamer = _TimedStreamer(tokenizer, on_text)
+    output = model.generate(
+        prompt.to(model.device),
+        attention_mask=torch.ones_like(prompt, device=model.device),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **sampling.options(),
+    )
+    new = output[0, prompt.shape[1] :].tolist()
+    return _generation(tokenizer, cache, prompt.shape[1], new, streamer.step_ms()), cache
+
+
+def compare_with_full(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompt: Tensor, max_new_tokens: int, done: Generation, cache: TidalCache
+) -> Generation:
+    """Greedy decoding of the same prompt with full attention, through the same kind of cache.
+
+    The first new token is prefill's and the same for both, so the prompt is read again only if the cache can't be
+    cropped back to it.
+
+    Args:
+        model, tokenizer, prompt, max_new_tokens: as given to `generate_measured`.
+        done: what `generate_measured` returned, greedy.
+        cache: the cache that it returned; used up.
+    """
+    full = TidalPlan.full(model.config.num_hidden_layers)
+    context, first = prompt.shape[1], done.token_ids[:1]
+    streamer = _TimedStreamer(tokenizer, lambda text: None)
+    if all(isinstance(layer, TidalLayer) for layer in cache.layers) and len(done.token_ids) > 1:
+        cache.crop(context - cache.get_seq_length())
+        cache.use_plan(full)
+    else:
+        cache, first = TidalCache(model.config, full, context + max_new_tokens), []
+    start = torch.cat([prompt, torch.tensor([first], dtype=prompt.dtype)], dim=1) if first else prompt
+    output = model.generate(
+        start.to(model.device),
+        attention_mask=torch.ones_like(start, device=model.device),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens - len(first),
+        streamer=streamer,
+        **Sampling().options(),
+    )
+    return _generation(tokenizer, cache, context, output[0, context:].tolist(), streamer.step_ms())
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """Index of the first token in which two generations differ, `None` if they are the same."""
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def _generation(
+    tokenizer: Tokenizer, cache: TidalCache, context: int, new: list[int], step_ms: float | None
+) -> Generation:
+    attention = cache.attention
+    steps = range(context + 1, context + len(new)) or range(context, context + 1)
+    reads = [attention.tokens_read(length) for length in steps]
+    return Generation(
+        context_tokens=context,
+        token_ids=new,
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        tokens_read={layer: statistics.fmean(read[layer] for read in reads) for layer in reads[0]},
+        kv_read_fraction=statistics.fmean(attention.kv_read_fraction(length) for length in steps),
+        decode_ms_per_token=step_ms,
+    )
+
+
+class _TimedStreamer(TextStreamer):
+    """Passes text on as it comes and remembers when each token came."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self._times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self._times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+    def step_ms(self) -> float | None:
+        """Median milliseconds between one token and the next."""
+        if len(self._times) < 2:
+            return None
+        pairs = zip(self._times, self._times[1:], strict=False)
+        return statistics.median(later - earlier for earlier, later in pairs) * 1000

@@ -1,0 +1,79 @@
+"""Tiny random models of every supported family, and the demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from families import FAMILIES
+from tidaldecode.models import ModelFiles, find_model
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny() -> Iterator[Callable[..., PreTrainedModel]]:
+    """Makes a tiny random model of a family, float32, in evaluation mode."""
+
+    def make(family: str = "llama", **overrides: object) -> PreTrainedModel:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(FAMILIES[family](**overrides))
+        return model.float().eval()
+
+    yield make
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, for the tiny models: 256 tokens and two special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0, "<pad>": 1} | {letter: index + 2 for index, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny Llama with its tokenizer, saved as a folder."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_files() -> ModelFiles:
+    """The demo model's files, fetched once into the user's cache."""
+    return find_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(demo_files: ModelFiles):
+    """The demo model's tokenizer."""
+    return demo_files.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def demo_weights(demo_files: ModelFiles) -> PreTrainedModel:
+    """The demo model; take `demo_model` instead, which leaves it as it was."""
+    return demo_files.model(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def demo_model(demo_weights: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The demo model, without a plan before and after the test."""
+    from tidaldecode.hf import applied_plan, remove
+
+    yield demo_weights
+    if applied_plan(demo_weights) is not None:
+        remove(demo_weights)

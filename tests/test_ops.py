@@ -1,0 +1,176 @@
+"""Every operation against float64 formulas written out token by token, over ragged batches and shuffled blocks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tidaldecode import ops
+
+LENGTHS = (33, 1, 64, 7)
+HEADS = [(1, 1), (6, 3), (3, 1), (8, 2), (7, 1), (8, 1), (14, 2)]  # ratios 1, 2, 3, 4, 7, 8, 7
+
+
+class Case:
+    """A random cache in blocks, and the same K and V as plain tensors [Hkv, T, D] for each sequence."""
+
+    def __init__(self, heads, kv_heads, head_dim, block_size, dtype=torch.float32, lengths=LENGTHS):
+        generator = torch.Generator().manual_seed(hash((heads, kv_heads, head_dim, block_size)) % 2**31)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.scale = head_dim**-0.5
+        columns = math.ceil(max(lengths) / block_size)
+        blocks = len(lengths) * columns + 3
+        self.block_table = torch.randperm(blocks, generator=generator)[: len(lengths) * columns].int()
+        self.block_table = self.block_table.view(len(lengths), columns)
+        self.k_cache = torch.full((blocks, block_size, kv_heads, head_dim), torch.nan, dtype=dtype)
+        self.v_cache = self.k_cache.clone()
+        self.query = torch.randn(len(lengths), heads, head_dim, generator=generator).to(dtype)
+        self.keys, self.values = [], []
+        for b, length in enumerate(lengths):
+            for cache, plain in ((self.k_cache, self.keys), (self.v_cache, self.values)):
+                rows = torch.randn(length, kv_heads, head_dim, generator=generator).to(dtype)
+                plain.append(rows.double().transpose(0, 1).repeat_interleave(heads // kv_heads, 0))  # [Hq, T, D]
+                for token in range(length):
+                    cache[self.block_table[b, token // block_size], token % block_size] = rows[token]
+
+    @property
+    def cache(self):
+        return self.k_cache, self.v_cache, self.block_table
+
+    def scores(self, b):
+        return torch.einsum("hd,htd->ht", self.query[b].double(), self.keys[b]) * self.scale
+
+    def attend(self, b, head, tokens):
+        probabilities = self.scores(b)[head, tokens].softmax(0)
+        return probabilities @ self.values[b][head, tokens]
+
+
+@pytest.mark.parametrize("block_size", [64, 8, 5])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_full_attention(heads, kv_heads, head_dim, block_size):
+    case = Case(heads, kv_heads, head_dim, block_size)
+    output = ops.full_attention(case.query, *case.cache, case.lengths, case.scale)
+    for b, length in enumerate(LENGTHS):
+        expected = torch.stack([case.attend(b, head, range(length)) for head in range(heads)])
+        torch.testing.assert_close(output[b].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [64, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_importance(heads, kv_heads, block_size):
+    case = Case(heads, kv_heads, 16, block_size)
+    rules = ("unified", "per_head", "per_group")
+    output, importance = ops.full_attention_with_importance(case.query, *case.cache, case.lengths, case.scale, rules)
+    torch.testing.assert_close(output, ops.full_attention(case.query, *case.cache, case.lengths, case.scale))
+    assert importance.shape == (len(LENGTHS), 1 + heads + kv_heads, max(LENGTHS))
+    for b, length in enumerate(LENGTHS):
+        probabilities = case.scores(b).softmax(-1)
+        groups = [probabilities[g * heads // kv_heads : (g + 1) * heads // kv_heads].mean(0) for g in range(kv_heads)]
+        expected = torch.cat([probabilities.mean(0)[None], case.scores(b), torch.stack(groups)])
+        torch.testing.assert_close(importance[b, :, :length].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(0, 1), (2, 3), (4, 1)])
+def test_selection(sink, recent):
+    generator = torch.Generator().manual_seed(0)
+    lengths, budgets = torch.tensor([50, 9, 8, 30]).int(), torch.tensor([9, 9, 9, 16]).int()
+    importance = torch.rand(4, 3, 50, generator=generator)
+    for b, length in enumerate(lengths):
+        importance[b, :, length:] = torch.nan
+    indices = torch.full((4, 3, 16), -7, dtype=torch.int32)
+    ops.select_tokens(importance, lengths, budgets, torch.full((4,), recent).int(), sink, indices)
+    for b in range(4):
+        length, budget = int(lengths[b]), int(budgets[b])
+        for row in range(3):
+            chosen = indices[b, row, : min(length, budget)].tolist()
+            forced = set(range(sink)) | set(range(length - recent, length))
+            ranked = sorted(set(range(length)) - forced, key=lambda t, b=b, row=row: -float(importance[b, row, t]))
+            expected = forced | set(ranked[: budget - len(forced)]) if length > budget else set(range(length))
+            assert len(chosen) == len(set(chosen))
+            assert set(chosen) == expected
+
+
+@pytest.mark.parametrize("block_size", [64, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("sets", ["one", "per_group", "per_head"])
+def test_sparse_attention_reads_only_what_was_chosen(heads, kv_heads, sets, block_size):
+    case = Case(heads, kv_heads, 16, block_size)
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.tensor([9, 1, 12, 4]).int()
+    rows = {"one": 1, "per_group": kv_heads, "per_head": heads}[sets]
+    head_to_set = torch.randperm(rows + 2, generator=generator)[:rows]
+    indices = torch.zeros(len(LENGTHS), rows + 2, 12, dtype=torch.int32)
+    for b, (length, count) in enumerate(zip(LENGTHS, counts.tolist(), strict=True)):
+        for row in range(rows + 2):
+            indices[b, row, :count] = torch.randperm(length, generator=generator)[:count]
+    for b, length in enumerate(LENGTHS):  # what no set chose must not be read
+        read = {token for row in head_to_set for token in indices[b, row, : counts[b]].tolist()}
+        for token in set(range(length)) - read:
+            case.k_cache[case.block_table[b, token // block_size], token % block_size] = torch.nan
+            case.v_cache[case.block_table[b, token // block_size], token % block_size] = torch.nan
+    output = ops.sparse_attention(case.query, *case.cache, indices, counts, head_to_set, case.scale)
+    for b in range(len(LENGTHS)):
+        for head in range(heads):
+            row = head_to_set[head * rows // heads]
+            expected = case.attend(b, head, indices[b, row, : counts[b]].tolist())
+            torch.testing.assert_close(output[b, head].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_attention_refuses_a_map_of_another_length():
+    case = Case(6, 3, 16, 64)
+    with pytest.raises(ValueError, match="head_to_set has 2 entries, not 1, 3 or 6"):
+        ops.sparse_attention(
+            case.query, *case.cache, torch.zeros(4, 2, 1).int(), case.lengths, torch.tensor([0, 1]), case.scale
+        )
+
+
+@pytest.mark.parametrize("block_size", [64, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("new", [(5, 1, 5, 0), (3, 1, 2, 3)])
+def test_multi_query_attention(heads, kv_heads, new, block_size):
+    case = Case(heads, kv_heads, 16, block_size)
+    queries = torch.randn(len(LENGTHS), 5, heads, 16, generator=torch.Generator().manual_seed(2))
+    output = ops.multi_query_attention(queries, *case.cache, case.lengths, torch.tensor(new).int(), case.scale)
+    for b, (length, count) in enumerate(zip(LENGTHS, new, strict=True)):
+        assert not output[b, : 5 - count].any()
+        for i in range(count):
+            case.query[b] = queries[b, 5 - count + i]
+            visible = range(length - count + i + 1)
+            expected = torch.stack([case.attend(b, head, visible) for head in range(heads)])
+            torch.testing.assert_close(output[b, 5 - count + i].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [64, 8, 5])
+def test_write_kv(block_size):
+    case = Case(6, 3, 16, block_size)
+    k_cache, v_cache = torch.full_like(case.k_cache, torch.nan), torch.full_like(case.v_cache, torch.nan)
+    written = torch.zeros(len(LENGTHS), dtype=torch.int32)
+    generator = torch.Generator().manual_seed(3)
+    while bool((written < case.lengths).any()):
+        new = torch.minimum(torch.randint(0, 12, (len(LENGTHS),), generator=generator).int(), case.lengths - written)
+        width = max(1, int(new.max()))
+        key, value = (torch.full((len(LENGTHS), width, 3, 16), torch.nan) for _ in range(2))
+        for b, count in enumerate(new.tolist()):
+            rows = slice(int(written[b]), int(written[b]) + count)
+            key[b, width - count :] = case.keys[b][::2, rows].transpose(0, 1).float()
+            value[b, width - count :] = case.values[b][::2, rows].transpose(0, 1).float()
+        written += new
+        ops.write_kv(key, value, k_cache, v_cache, case.block_table, written, new)
+    torch.testing.assert_close(k_cache, case.k_cache, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(v_cache, case.v_cache, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-12)])
+def test_dtypes(dtype, tolerance):
+    case = Case(8, 2, 16, 16, dtype)
+    output, importance = ops.full_attention_with_importance(
+        case.query, *case.cache, case.lengths, case.scale, ["unified"]
+    )
+    assert output.dtype == dtype
+    assert importance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for b, length in enumerate(LENGTHS):
+        expected = torch.stack([case.attend(b, head, range(length)) for head in range(8)])
+        assert (output[b].double() - expected).norm() <= tolerance * expected.norm()
