@@ -71,29 +71,41 @@ def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
 
 
 def needle_found(
-    model: PreTrainedModel, tokenizer: Tokenizer, case: NeedleCase, plans: Mapping[str, TidalPlan]
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    case: NeedleCase,
+    plans: Mapping[str, TidalPlan],
+    decode_last_prompt_token: bool = False,
 ) -> dict[str, bool]:
-    """Whether each plan decodes the number. The prompt is read once, but for its last token, for all plans.
+    """Whether each plan decodes the number, greedily. The prompt is read once for all plans.
 
     Args:
         model: a model with any plan applied.
+        plans: by keys of your own.
+        decode_last_prompt_token: decode the last token of the prompt under the plan too. By default the prompt is
+            read with full attention to its end, as `generate` does, so the first new token is full attention's.
 
     Returns:
-        For each plan, by its key, whether the number is the first thing that greedy decoding says.
+        For each key, whether the number is the first thing that is said.
     """
     some_plan = applied_plan(model)
     if some_plan is None:
         raise InputError("the model has no plan: call tidaldecode.apply first")
     new_tokens = len(_tokens(tokenizer, f" {case.answer}")) + 1
-    prompt = case.prompt.to(model.device)
-    read = prompt.shape[1] - 1
-    cache = TidalCache(model.config, some_plan, read + new_tokens)
+    start = case.prompt.to(model.device)
+    length = start.shape[1]
+    cache = TidalCache(model.config, some_plan, length + new_tokens)
+    read = length - 1 if decode_last_prompt_token else length
     with torch.inference_mode():
-        model(prompt[:, :read], past_key_values=cache, logits_to_keep=1)
+        logits = model(start[:, :read], past_key_values=cache, logits_to_keep=1).logits
+    if not decode_last_prompt_token:
+        start = torch.cat([start, logits[:, -1:].argmax(-1)], 1)
     found = {}
     for key, plan in plans.items():
         cache.use_plan(plan)
-        output = model.generate(prompt, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
-        found[key] = tokenizer.decode(output[0, read + 1 :]).strip().startswith(case.answer)
+        output = model.generate(
+            start, past_key_values=cache, max_new_tokens=length + new_tokens - start.shape[1], do_sample=False
+        )
+        found[key] = tokenizer.decode(output[0, length:]).strip().startswith(case.answer)
         cache.crop(read - cache.get_seq_length())
     return found

@@ -81,13 +81,13 @@ def check_plan(plan: TidalPlan, config: PreTrainedConfig) -> None:
         InputError: other number of layers, other heads, or a role for a layer with a sliding window.
     """
     shape = model_shape(config)
-    if len(plan.roles) != shape.num_layers:
-        raise InputError(f"the plan has {len(plan.roles)} roles, but the model has {shape.num_layers} layers")
     if plan.model is not None and plan.model.model_copy(update={"name": shape.name}) != shape:
         raise InputError(
             f"the plan was made for another model, {plan.model.name or 'unnamed'} ({plan.model.describe()}); "
             f"this one has {shape.describe()}"
         )
+    if len(plan.roles) != shape.num_layers:
+        raise InputError(f"the plan has {len(plan.roles)} roles, but the model has {shape.num_layers} layers")
     for layer, (role, window) in enumerate(zip(plan.roles, sliding_windows(config), strict=True)):
         if window is not None and role is not None:
             raise InputError(f"layer {layer} attends to a sliding window; its role must be null, not {role!r}")
