@@ -17,7 +17,7 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture
-def tiny() -> Iterator[Callable[..., PreTrainedModel]]:
+def tiny() -> Callable[..., PreTrainedModel]:
     """Makes a tiny random model of a family, float32, in evaluation mode."""
 
     def make(family: str = "llama", **overrides: object) -> PreTrainedModel:
@@ -25,7 +25,7 @@ def tiny() -> Iterator[Callable[..., PreTrainedModel]]:
         model = AutoModelForCausalLM.from_config(FAMILIES[family](**overrides))
         return model.float().eval()
 
-    yield make
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,9 @@ def test_sources_attend_to_the_sets_they_name():
 
 
 def test_what_a_step_reads():
-    assert DecodeAttention(plan(selection="unified"), SHAPE).tokens_read(100) == dict(enumerate([100, 100, 8, 100, 8, 8]))
+    assert DecodeAttention(plan(selection="unified"), SHAPE).tokens_read(100) == dict(
+        enumerate([100, 100, 8, 100, 8, 8])
+    )
     # two query heads of a KV head with sets of their own read both
     assert DecodeAttention(plan(), SHAPE).tokens_read(100)[2] == 16
     assert DecodeAttention(plan(), SHAPE).kv_read_fraction(100) == pytest.approx((3 * 100 + 3 * 16) / 600)

@@ -51,7 +51,9 @@ def test_smaller_budget_equals_the_dense_oracle(tiny, family, selection):
     assert_equals_oracle(model, plan, ids, mask)
 
 
-@pytest.mark.parametrize("fields", [{"token_budget": 0.3}, {"token_budget": 36, "recent_tokens": 5}, {"token_budget": 2}])
+@pytest.mark.parametrize(
+    "fields", [{"token_budget": 0.3}, {"token_budget": 36, "recent_tokens": 5}, {"token_budget": 2}]
+)
 def test_other_budgets_equal_the_dense_oracle(tiny, fields):
     """A fraction of the context, one that only the longest sequences exceed, and the smallest there is."""
     model = tiny("llama")
@@ -64,9 +66,7 @@ def assert_equals_oracle(model, plan, ids, mask):
     width = ids.shape[1]
     tidaldecode.apply(model, plan)
     cache = TidalCache(model.config, plan, width + STEPS)
-    output = model(
-        ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache
-    )
+    output = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
     logits, tables, counts = [output.logits[:, -1]], [], []
     for _ in range(STEPS):
         ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1)

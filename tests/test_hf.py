@@ -117,7 +117,9 @@ def test_the_cache_is_allocated_once(llama):
     cache = TidalCache(llama.config, plan, 60)
     llama(ids, attention_mask=mask, past_key_values=cache)
     places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
-    output = llama.generate(ids[:, -1:], attention_mask=torch.cat([mask, mask[:, :1] | 1], 1), past_key_values=cache, **GREEDY)
+    output = llama.generate(
+        ids[:, -1:], attention_mask=torch.cat([mask, mask[:, :1] | 1], 1), past_key_values=cache, **GREEDY
+    )
     assert output.shape == (3, 11)
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == places
     assert cache.layers[0].keys.shape == (3, 2, 60, 16)
@@ -332,7 +334,9 @@ def test_plans_by_name(llama, tiny, tmp_path):
 
 def test_auto_takes_the_plan_made_for_the_model(tiny):
     """By shape and name: SmolLM2's plan is not for another model of its shape."""
-    model = tiny("llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576)
+    model = tiny(
+        "llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576
+    )
     model.config.name_or_path = "someone/other-135m"
     with pytest.raises(InputError, match="no shipped plan was made for someone/other-135m"):
         tidaldecode.apply(model)

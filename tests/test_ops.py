@@ -163,7 +163,9 @@ def test_write_kv(block_size):
     torch.testing.assert_close(v_cache, case.v_cache, equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-12)]
+)
 def test_dtypes(dtype, tolerance):
     case = Case(8, 2, 16, 16, dtype)
     output, importance = ops.full_attention_with_importance(

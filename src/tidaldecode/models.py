@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -51,14 +52,12 @@ class ModelFiles:
     def _read(self, kind: Any, **options: Any) -> Any:
         try:
             return kind.from_pretrained(self.location, **self.options, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"model {self.name!r} can't be read: {reason}") from error
 
 
-def find_model(
-    name: str, *, trust_remote_code: bool = False, report: Callable[[str], None] = _to_stderr
-) -> ModelFiles:
+def find_model(name: str, *, trust_remote_code: bool = False, report: Callable[[str], None] = _to_stderr) -> ModelFiles:
     """The files of a model.
 
     Args:

@@ -178,7 +178,9 @@ class TidalPlan(BaseModel):
             )
         for source in sources:
             if source.layer >= layer or self.roles[source.layer] != "select":
-                raise ValueError(f"sources: layer {layer} reads layer {source.layer}, which is no select layer below it")
+                raise ValueError(
+                    f"sources: layer {layer} reads layer {source.layer}, which is no select layer below it"
+                )
             if self.model is not None and source.head >= self.model.num_sets(source.selection):
                 raise ValueError(f"sources: layer {layer} reads head {source.head}, which the model does not have")
 
@@ -218,9 +220,11 @@ class TidalPlan(BaseModel):
             raise InputError(f"plan: {_first_line(error)}") from None
 
     @classmethod
-    def full(cls, num_layers: int) -> Self:
-        """Full attention in every layer: the baseline, through the same code."""
-        return cls(name="full", roles=("full",) * num_layers, selection="unified", token_budget=1.0)
+    def full(cls, num_layers: int, global_layers: tuple[int, ...] | None = None) -> Self:
+        """Full attention in every layer that attends to the whole context: the baseline, through the same code."""
+        layers = range(num_layers) if global_layers is None else global_layers
+        roles: tuple[Role | None, ...] = tuple("full" if layer in layers else None for layer in range(num_layers))
+        return cls(name="full", roles=roles, selection="unified", token_budget=1.0)
 
     @classmethod
     def paper(

@@ -16,9 +16,9 @@ from tidaldecode.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from tidaldecode.hf.measured import Generation
-    from tidaldecode.models import Tokenizer
     from tidaldecode.plan import TidalPlan
 
 
@@ -83,7 +83,12 @@ def generate(
     if full is not None:
         console.print(_difference(tokenizer, done, full), highlight=False)
     if json_output:
-        answer = {"model": model, "method": method, "plan": chosen.name, "token_budget": chosen.token_budget}
+        answer: dict[str, Any] = {
+            "model": model,
+            "method": method,
+            "plan": chosen.name,
+            "token_budget": chosen.token_budget,
+        }
         answer |= _figures(done)
         if full is not None:
             answer["full"] = _figures(full)
@@ -114,10 +119,9 @@ def _check_plan_file(name: str, budget: int | float | None) -> None:
 
 def _plan(name: str, method: str, budget: int | float | None, config: PreTrainedConfig) -> TidalPlan:
     from tidaldecode.hf.plans import find_plan
-    from tidaldecode.plan import TidalPlan
 
     if method == "full":
-        return TidalPlan.full(config.num_hidden_layers)
+        return find_plan("full", config)
     plan = find_plan(name, config)
     return plan if budget is None else plan.with_budget(budget)
 
@@ -209,7 +213,5 @@ def _difference(tokenizer: Tokenizer, done: Generation, full: Generation) -> str
     index = first_difference(done.token_ids, full.token_ids)
     if index is None:
         return "both texts are the same"
-    here, there = (
-        repr(tokenizer.decode(generation.token_ids[index : index + 12])) for generation in (done, full)
-    )
+    here, there = (repr(tokenizer.decode(generation.token_ids[index : index + 12])) for generation in (done, full))
     return f"the texts first differ at new token {index + 1}: {here}, with full attention {there}"

@@ -15,7 +15,8 @@ Model = Annotated[
     str, typer.Option("--model", metavar="NAME|PATH", help="Demo model, local folder, GGUF file or hub id.")
 ]
 Plan = Annotated[
-    str, typer.Option("--plan", metavar="NAME|FILE", help="A plan file, 'auto', 'paper', or the name of a shipped plan.")
+    str,
+    typer.Option("--plan", metavar="NAME|FILE", help="A plan file, 'auto', 'paper', or the name of a shipped plan."),
 ]
 Budget = Annotated[
     str | None, typer.Option("--budget", metavar="K", help="Tokens a sparse layer reads, or a fraction of the context.")

@@ -34,8 +34,8 @@ def apply(model: Model, plan: TidalPlan | str = "auto") -> Model:
 
     Args:
         model: a causal language model of Transformers, loaded.
-        plan: a plan, or the name of one: `auto` (the shipped plan made for this model), `paper`, the name of a shipped
-            plan, or a plan file.
+        plan: a plan, or the name of one: `auto` (the shipped plan made for this model), `paper`, `full` (full
+            attention in every layer), the name of a shipped plan, or a plan file.
 
     Returns:
         The same model, changed in place; `remove` changes it back.

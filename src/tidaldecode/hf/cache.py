@@ -91,7 +91,9 @@ class TidalLayer(CacheLayerMixin):
             self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Writes the K and V of new tokens, [B, Hkv, N, D], behind the others. Returns the whole cache."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -180,14 +182,15 @@ class TidalCache(Cache):
         Returns:
             [B, N, Hq, D].
         """
-        sequences, cached = self.sequences, self.layers[layer]
+        sequences = self.sequences
+        k_cache, v_cache = self.layers[layer].blocks()
         if sequences.decoding:
             output = self.attention.attend(
-                layer, query[:, 0], *cached.blocks(), sequences.block_table, sequences.lengths, scale
+                layer, query[:, 0], k_cache, v_cache, sequences.block_table, sequences.lengths, scale
             )
             return output[:, None]
         return ops.multi_query_attention(
-            query, *cached.blocks(), sequences.block_table, sequences.lengths, sequences.new_lengths, scale
+            query, k_cache, v_cache, sequences.block_table, sequences.lengths, sequences.new_lengths, scale
         )
 
     def use_plan(self, plan: TidalPlan) -> None:

@@ -21,7 +21,9 @@ def tidal_generate(model: PreTrainedModel, plan: TidalPlan) -> Callable[..., Any
     generate = model.generate
 
     @functools.wraps(generate)
-    def wrapper(inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(
+        inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         def setting(name: str) -> Any:
             sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name))
             return next((value for value in sources if value is not None), None)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache, TidalLayer
-from tidaldecode.plan import TidalPlan
+from tidaldecode.hf.plans import find_plan
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,12 @@ def generate_measured(
 
 
 def compare_with_full(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompt: Tensor, max_new_tokens: int, done: Generation, cache: TidalCache
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompt: Tensor,
+    max_new_tokens: int,
+    done: Generation,
+    cache: TidalCache,
 ) -> Generation:
     """Greedy decoding of the same prompt with full attention, through the same kind of cache.
 
@@ -108,7 +113,7 @@ def compare_with_full(
         done: what `generate_measured` returned, greedy.
         cache: the cache that it returned; used up.
     """
-    full = TidalPlan.full(model.config.num_hidden_layers)
+    full = find_plan("full", model.config)
     context, first = prompt.shape[1], done.token_ids[:1]
     streamer = _TimedStreamer(tokenizer, lambda text: None)
     if all(isinstance(layer, TidalLayer) for layer in cache.layers) and len(done.token_ids) > 1:

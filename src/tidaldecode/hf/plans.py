@@ -26,13 +26,13 @@ def read_plan(name: str) -> TidalPlan | None:
     Raises:
         InputError: the name is unknown, or the file is wrong.
     """
-    if name in ("auto", "paper"):
+    if name in ("auto", "full", "paper"):
         return None
     if name.endswith(".json") or Path(name).is_file():
         return TidalPlan.load(name)
     shipped = shipped_plans()
     if name not in shipped:
-        raise InputError(f"no plan {name!r}: give a plan file, 'auto', 'paper' or one of {', '.join(shipped)}")
+        raise InputError(f"no plan {name!r}: give a plan file, 'auto', 'full', 'paper' or one of {', '.join(shipped)}")
     return shipped[name]
 
 
@@ -40,14 +40,17 @@ def find_plan(name: str, config: PreTrainedConfig) -> TidalPlan:
     """The plan of a name, for a model.
 
     Args:
-        name: `auto` (the shipped plan made for this model), `paper`, the name of a shipped plan, or a plan file.
+        name: `auto` (the shipped plan made for this model), `paper`, `full` (full attention in every layer), the name
+            of a shipped plan, or a plan file.
 
     Raises:
         InputError: the name is unknown, the file is wrong, or no shipped plan was made for the model.
     """
+    windows = sliding_windows(config)
+    layers = tuple(layer for layer, window in enumerate(windows) if window is None)
+    if name == "full":
+        return TidalPlan.full(len(windows), layers)
     if name == "paper":
-        windows = sliding_windows(config)
-        layers = tuple(layer for layer, window in enumerate(windows) if window is None)
         return TidalPlan.paper(len(windows), _published_layer(config), global_layers=layers)
     if name == "auto":
         return _shipped_for(config)

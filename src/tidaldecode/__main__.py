@@ -1,0 +1,5 @@
+"""`python -m tidaldecode`."""
+
+from tidaldecode.cli import main
+
+main()

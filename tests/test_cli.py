@@ -1,0 +1,232 @@
+"""The command line: what it prints, and one line for each bad input before any model is loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from families import FAMILIES, plan_for
+from tidaldecode.cli import main
+from tidaldecode.hf.architecture import check_architecture
+from tidaldecode.models import ModelFiles
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: exit status, stdout, stderr."""
+
+    def call(*arguments: str, stdin: bytes | None = None):
+        monkeypatch.setattr(sys, "argv", ["tidaldecode", *arguments])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def tiny(tiny_folder, tmp_path):
+    """Arguments for a tiny model and a plan for it."""
+    plan_for(FAMILIES["llama"]()).save(tmp_path / "tiny-plan.json")
+    return "--model", str(tiny_folder), "--plan", str(tmp_path / "tiny-plan.json")
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading weights fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(ModelFiles, "model", refuse)
+
+
+def assert_one_line(result, *words: str):
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.startswith("tidaldecode: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_answers_and_tables(run, tiny):
+    status, out, err = run("generate", "Call me Ishmael. " * 3, *tiny, "--max-new-tokens", "6")
+    assert status == 0
+    assert out.strip("\n")
+    assert "context, tokens" in err
+    assert "51" in err
+    assert "tokens read per step in each of 4 sparse layers" in err
+
+
+def test_json_is_all_of_stdout(run, tiny, tmp_path):
+    (tmp_path / "document.txt").write_text("Some years ago, never mind how long precisely. " * 2)
+    options = ("--prompt-file", str(tmp_path / "document.txt"), "--question", "How long?", "--max-new-tokens", "9")
+    status, out, err = run("generate", *options, *tiny, "--compare", "--json", "--seed", "3")
+    answer = json.loads(out)
+    assert status == 0
+    assert {"model", "method", "token_budget", "context_tokens", "new_tokens", "text", "token_ids"} <= answer.keys()
+    assert answer["method"] == "tidal"
+    assert answer["token_budget"] == 16
+    assert answer["context_tokens"] == 94 - 1 + 2 + 9
+    assert answer["new_tokens"] == len(answer["token_ids"])
+    lengths = range(105, 105 + answer["new_tokens"] - 1)  # 3 of 7 layers read all, 4 read 16 tokens
+    assert answer["kv_read_fraction"] == pytest.approx(
+        sum((3 * n + 4 * 16) / (7 * n) for n in lengths) / len(lengths), abs=1e-5
+    )
+    assert answer["decode_ms_per_token"] > 0
+    assert answer["full"]["kv_read_fraction"] == 1
+    assert answer["step_over_full"] > 0
+    assert {"command", "versions", "device", "dtype"} <= answer.keys()
+    assert "context, tokens" in err
+
+
+def test_compare_finds_the_first_difference(run, tiny):
+    answers = {
+        budget: json.loads(
+            run(
+                "generate",
+                "Call me Ishmael. " * 4,
+                *tiny,
+                "--budget",
+                budget,
+                "--compare",
+                "--json",
+                "--max-new-tokens",
+                "24",
+            )[1]
+        )
+        for budget in ("2", "500", "1.0")
+    }
+    for budget in ("500", "1.0"):
+        assert answers[budget]["first_difference"] is None
+        assert answers[budget]["token_ids"] == answers[budget]["full"]["token_ids"]
+    few = answers["2"]
+    assert few["full"] | {"decode_ms_per_token": 0} == answers["500"]["full"] | {"decode_ms_per_token": 0}
+    place = few["first_difference"]
+    assert few["token_ids"][:place] == few["full"]["token_ids"][:place]
+    assert few["token_ids"][place] != few["full"]["token_ids"][place]
+    alone = json.loads(
+        run("generate", "Call me Ishmael. " * 4, *tiny, "--method", "full", "--json", "--max-new-tokens", "24")[1]
+    )
+    assert alone["token_ids"] == few["full"]["token_ids"]
+    assert (alone["method"], alone["kv_read_fraction"]) == ("full", 1)
+
+
+def test_compare_with_layers_that_keep_a_window(run, byte_tokenizer, tmp_path):
+    """Their cache can't be cropped, so the prompt is read twice."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = FAMILIES["gemma3_text"]()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    byte_tokenizer.save_pretrained(tmp_path / "gemma")
+    plan_for(config, token_budget=1.0).save(tmp_path / "plan.json")
+    options = ("--model", str(tmp_path / "gemma"), "--plan", str(tmp_path / "plan.json"), "--max-new-tokens", "8")
+    answer = json.loads(run("generate", "Call me Ishmael. " * 4, *options, "--compare", "--json")[1])
+    assert answer["first_difference"] is None
+    assert answer["full"]["token_ids"] == answer["token_ids"]
+
+
+def test_sampling_follows_the_seed(run, tiny):
+    def sample(seed):
+        return run("generate", "Call me Ishmael.", *tiny, "--temperature", "1.5", "--top-p", "0.95", "--seed", seed)[1]
+
+    assert sample("1") == sample("1")
+    assert sample("1") != sample("2")
+
+
+def test_standard_input(run, tiny):
+    for options in ([], ["--prompt-file", "-"]):
+        assert run("generate", *options, *tiny, "--max-new-tokens", "2", stdin=b"Call me Ishmael.")[0] == 0
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "0"], ["--budget 0 must be positive"]),
+        (["--budget", "-3"], ["--budget -3 must be positive"]),
+        (["--budget", "many"], ["--budget 'many' is no number"]),
+        (["--budget", "1.5"], ["token_budget: 1.5 as a fraction of the context must lie in (0, 1]"]),
+        (["--budget", "5"], ["token_budget: 5 is below sink_tokens + recent_tokens + 1 = 6"]),
+        (["--plan", "nonsense"], ["no plan 'nonsense'", "smollm2-135m"]),
+        (["--plan", "missing.json"], ["plan file missing.json does not exist"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--temperature", "-1"], ["--temperature"]),
+        (["--top-p", "0.5"], ["--top-p", "--temperature"]),
+        (["--method", "magic"], ["magic"]),
+        (["--method", "full", "--compare"], ["--compare"]),
+        (["--temperature", "1", "--compare"], ["--compare"]),
+        (["--nonsense"], ["--nonsense"]),
+        (["--device", "abacus"], ["--device 'abacus' is unknown"]),
+        (["--device", "cuda:7"], ["--device cuda:7: PyTorch sees"]),
+        (["--model", "./nowhere"], ["model folder ./nowhere does not exist"]),
+        (["--prompt-file", "x.txt"], ["either PROMPT or --prompt-file"]),
+    ],
+)
+def test_bad_options(run, options, words):
+    if "--plan" not in options:
+        options = ["--plan", "smollm2-135m", *options]
+    assert_one_line(run("generate", "Hello", *options), *words)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_bad_prompts(run, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
+    for name, words in {
+        "missing.txt": "does not exist",
+        "empty.txt": "is empty",
+        "latin.txt": "is not UTF-8 (byte 2)",
+        ".": "can't be read",
+    }.items():
+        assert_one_line(run("generate", "--prompt-file", str(tmp_path / name)), words)
+    assert_one_line(run("generate", ""), "the prompt is empty")
+    assert_one_line(run("generate", stdin=b""), "the prompt is empty")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_prompt_longer_than_the_models_positions(run, tiny):
+    words = ["the prompt has 520 tokens, with 4 new ones 524", "512 positions", "shorten the prompt by 12 tokens"]
+    assert_one_line(run("generate", "abcdefgh" * 65, *tiny, "--max-new-tokens", "4"), *words)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plans_that_do_not_fit(run, tiny, tmp_path):
+    assert_one_line(
+        run("generate", "Hello", *tiny[:2], "--plan", "smollm2-135m"), "made for another model, smollm2-135m"
+    )
+    assert_one_line(run("generate", "Hello", *tiny[:2]), "no shipped plan was made for", "'paper'")
+    short = plan_for(FAMILIES["llama"](num_hidden_layers=5))
+    short.save(tmp_path / "short.json")
+    message = "the plan has 5 roles, but the model has 7 layers"
+    assert_one_line(run("generate", "Hello", *tiny[:2], "--plan", str(tmp_path / "short.json")), message)
+    fields = json.loads((tmp_path / "short.json").read_text())
+    (tmp_path / "wrong.json").write_text(json.dumps(fields | {"page_size": 16}))
+    message = "page_size: unknown key"
+    assert_one_line(run("generate", "Hello", *tiny[:2], "--plan", str(tmp_path / "wrong.json")), "wrong.json", message)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_unsupported_architecture(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert_one_line(run("generate", "Hello", "--model", str(tmp_path)), "'t5'", "encoder-decoder", "llama")
+
+
+def test_the_check_of_the_architecture_needs_no_weights():
+    check_architecture(FAMILIES["llama"]())
+
+
+def test_help(run):
+    for options in (["--help"], ["generate", "--help"]):
+        status, out, _ = run(*options)
+        assert status == 0
+        assert "Usage" in out

