@@ -165,6 +165,14 @@ def test_works_across_inference_mode(llama):
     assert torch.equal(llama.generate(start, past_key_values=cache, **GREEDY | {"max_new_tokens": 8}), expected)
 
 
+def test_decoding_keeps_no_gradients(llama):
+    plan = plan_for(llama.config)
+    tidaldecode.apply(llama, plan)
+    cache = TidalCache(llama.config, plan, 60)
+    assert not llama(ragged_batch()[0], past_key_values=cache).logits.requires_grad
+    assert not cache.layers[0].keys.requires_grad
+
+
 def test_a_cropped_cache_decodes_again_by_another_plan(llama):
     plan = plan_for(llama.config)
     tidaldecode.apply(llama, plan)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,7 +35,8 @@ def tidal_forward(model: PreTrainedModel) -> Callable[..., Any]:
         for chunk in _chunks(arguments):
             tokens = _tokens(chunk)
             cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
-            output = forward(**chunk, tidal_cache=cache)
+            with torch.no_grad():  # the cache would hold on to every activation that its K and V came from
+                output = forward(**chunk, tidal_cache=cache)
         return output
 
     return wrapper
