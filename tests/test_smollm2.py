@@ -30,7 +30,7 @@ def essays() -> str:
 
 
 def test_needles(demo_model, demo_tokenizer, essays):
-    """Eight needles in 4,000 tokens, 64 read: the shipped plan against the paper's layers."""
+    """Ten needles in 4,000 tokens, 64 read: the shipped plan against the paper's layers."""
     plans = shipped_plans()
     tried = {
         "full": TidalPlan.full(30),
@@ -39,11 +39,11 @@ def test_needles(demo_model, demo_tokenizer, essays):
     }
     tidaldecode.apply(demo_model, tried["full"])
     found = dict.fromkeys(tried, 0)
-    for case in needle_cases(demo_tokenizer, essays, length=4000, depths=8):
+    for case in needle_cases(demo_tokenizer, essays, length=4000, depths=10, seed=1):
         assert case.prompt.shape == (1, 4000)
         for key, right in needle_found(demo_model, demo_tokenizer, case, tried).items():
             found[key] += right
-    assert found["full"] >= 7
+    assert found["full"] >= 9
     assert found["shipped"] >= 0.9 * found["full"]
     assert found["paper"] <= 1
 
@@ -65,5 +65,5 @@ def test_the_demo(tmp_path):
     assert "4817203" in answer["text"]
     assert "4817203" in answer["full"]["text"]
     assert 6000 <= answer["context_tokens"] <= 6500
-    assert answer["kv_read_fraction"] < 0.27
+    assert answer["kv_read_fraction"] < 0.34
     assert list(tmp_path.iterdir()) == []

