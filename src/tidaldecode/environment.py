@@ -15,10 +15,19 @@ import torch
 def environment(device: torch.device) -> dict[str, object]:
     """The command line, the versions that matter, and the device, ready for a JSON file of results."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | _versions("tidaldecode", "torch", "transformers", "triton"),
         "device": _device_name(device),
     }
+
+
+def _program(path: Path) -> list[str]:
+    """The program as one would type it, without the folders of this machine."""
+    if path.name == "__main__.py":
+        return ["python", "-m", path.parent.name]
+    if path.suffix == ".py":
+        return ["python", f"{path.parent.name}/{path.name}"]
+    return [path.name]
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -190,8 +190,10 @@ class TidalPlan(BaseModel):
         """Tokens that a sparse layer reads at a context of `context` tokens (the context itself may be shorter)."""
         if isinstance(self.token_budget, int):
             return self.token_budget
-        budget = math.ceil(self.token_budget * context)
-        return max(budget, self.sink_tokens + self.recent_for(budget) + 1)
+        budget = max(math.ceil(self.token_budget * context), self.sink_tokens + 2)
+        while budget < self.sink_tokens + self.recent_for(budget) + 1:  # the recent tokens are a share of it, below 1
+            budget += 1
+        return budget
 
     def recent_for(self, budget: int) -> int:
         """Recent tokens among `budget` tokens, the new token included."""

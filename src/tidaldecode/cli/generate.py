@@ -54,12 +54,16 @@ def generate(
 
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
+        from transformers.utils import logging as transformers_logging
+
         from tidaldecode.environment import environment
         from tidaldecode.hf import apply
         from tidaldecode.hf.architecture import check_architecture, check_plan
         from tidaldecode.hf.measured import Sampling, compare_with_full, first_difference, generate_measured
         from tidaldecode.models import find_model
 
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
     target = options.parse_device(device)
     files = find_model(model, trust_remote_code=trust_remote_code)
     config = files.config()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from types import MethodType
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -11,7 +14,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.architecture import check_architecture, check_plan
 from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.forward import tidal_forward
-from tidaldecode.hf.generation import tidal_generate
+from tidaldecode.hf.generation import tidal_generate, tidal_prepare_inputs
 from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import TidalPlan
 
@@ -20,11 +23,21 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @dataclass(frozen=True)
 class _Applied:
-    """What `remove` needs to undo `apply`."""
+    """The plan, and what `remove` needs to undo `apply`: bound methods, so that a deep copy of the model has its own."""
 
     plan: TidalPlan
+    forward: Callable[..., Any]
+    generate: Callable[..., Any]
+    prepare_inputs: Callable[..., Any]
     attn_implementation: str
     cache_implementation: str | None
+
+
+_REPLACED = {
+    "forward": tidal_forward,
+    "generate": tidal_generate,
+    "prepare_inputs_for_generation": tidal_prepare_inputs,
+}
 
 
 def apply(model: Model, plan: TidalPlan | str = "auto") -> Model:
@@ -41,11 +54,16 @@ def apply(model: Model, plan: TidalPlan | str = "auto") -> Model:
         The same model, changed in place; `remove` changes it back.
 
     Raises:
-        InputError: the architecture is not supported, the plan does not fit the model, or the model has one already.
+        InputError: the architecture is not supported, the model lies on several devices, the plan does not fit the
+            model, or it has one already.
     """
     if applied_plan(model) is not None:
         raise InputError("the model has a plan already: call tidaldecode.remove(model) first")
+    if not model.can_generate():
+        raise InputError(f"{type(model).__name__} does not generate text: load it as a causal language model")
     check_architecture(model.config)
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise InputError("the model lies on several devices: load it on one (device_map of one device)")
     if not isinstance(plan, TidalPlan):
         plan = find_plan(plan, model.config)
     check_plan(plan, model.config)
@@ -53,11 +71,28 @@ def apply(model: Model, plan: TidalPlan | str = "auto") -> Model:
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise InputError(f"{type(model).__name__} does not take attention functions: it can't work with tidaldecode")
-    model._tidaldecode = _Applied(plan, previous, model.generation_config.cache_implementation)
+    model._tidaldecode = _Applied(
+        plan=plan,
+        forward=model.forward,
+        generate=model.generate,
+        prepare_inputs=model.prepare_inputs_for_generation,
+        attn_implementation=previous,
+        cache_implementation=model.generation_config.cache_implementation,
+    )
     model.generation_config.cache_implementation = None  # some checkpoints ask for a cache of Transformers'
-    model.forward = tidal_forward(model)
-    model.generate = tidal_generate(model, plan)
+    for name, function in _REPLACED.items():
+        setattr(model, name, MethodType(_like(getattr(type(model), name), function), model))
     return model
+
+
+def _like(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the name and signature of the one that it replaces: Transformers looks at them."""
+
+    @functools.wraps(original)
+    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return method
 
 
 def remove(model: Model) -> Model:
@@ -69,7 +104,12 @@ def remove(model: Model) -> Model:
     applied: _Applied | None = getattr(model, "_tidaldecode", None)
     if applied is None:
         raise InputError("the model has no plan: tidaldecode.apply was not called on it")
-    del model.forward, model.generate, model._tidaldecode
+    before = dict(zip(_REPLACED, (applied.forward, applied.generate, applied.prepare_inputs), strict=True))
+    for name, method in before.items():
+        delattr(model, name)
+        if getattr(model, name) != method:  # it was the model's own, not its class's
+            setattr(model, name, method)
+    del model._tidaldecode
     model.generation_config.cache_implementation = applied.cache_implementation
     model.set_attn_implementation(applied.attn_implementation)
     return model

@@ -46,7 +46,7 @@ def tidal_attention_forward(
         if kwargs.get(feature) is not None:
             raise InputError(f"layer {layer} asks for attention with {feature!r}, which tidaldecode does not have")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return tidal_cache.attend(layer, query.transpose(1, 2), scale), None
+    return tidal_cache.attend(layer, query.transpose(1, 2), key, value, scale), None
 
 
 def tidal_mask(*, kv_length: int, **kwargs: Any) -> Tensor | None:

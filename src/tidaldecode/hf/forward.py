@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
 
 PREFILL_CHUNK = 1024
@@ -20,26 +20,22 @@ _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 """Arguments of a forward pass with one entry for each of its tokens."""
 
 
-def tidal_forward(model: PreTrainedModel) -> Callable[..., Any]:
-    """`model.forward` that decodes by the plan when `past_key_values` is a `TidalCache`, and is unchanged otherwise."""
-    forward = model.forward
-    signature = inspect.signature(forward)
-
-    @functools.wraps(forward)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind_partial(*args, **kwargs).arguments
-        arguments = {**bound, **bound.pop("kwargs", {})}
-        cache = arguments.get("past_key_values")
-        if not isinstance(cache, TidalCache):
-            return forward(*args, **kwargs)
-        for chunk in _chunks(arguments):
-            tokens = _tokens(chunk)
-            cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
-            with torch.no_grad():  # the cache would hold on to every activation that its K and V came from
-                output = forward(**chunk, tidal_cache=cache)
-        return output
-
-    return wrapper
+def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward pass; by the plan when `past_key_values` is a `TidalCache`, unchanged otherwise."""
+    forward = model._tidaldecode.forward
+    bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+    arguments = {**bound, **bound.pop("kwargs", {})}
+    cache = arguments.get("past_key_values")
+    if not isinstance(cache, TidalCache):
+        return forward(*args, **kwargs)
+    for chunk in _chunks(arguments, model.config):
+        tokens = _tokens(chunk)
+        cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
+        with torch.no_grad():  # the cache would hold on to every activation that its K and V came from
+            output = forward(**chunk, tidal_cache=cache)
+        if not cache.attended_everywhere():
+            raise InputError(f"{type(model).__name__} does not pass on what tidaldecode needs: it can't work with it")
+    return output
 
 
 def chunk_size(tokens: int, limit: int = PREFILL_CHUNK) -> int:
@@ -59,13 +55,10 @@ def _tokens(arguments: dict[str, Any]) -> Tensor:
     return ids if ids is not None else arguments["inputs_embeds"]
 
 
-def _chunks(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The arguments of each forward pass of a prompt. Only the last token's logits come out, so only they may be asked.
-
-    `generate` asks for them alone (`logits_to_keep=1`); a call that wants all logits runs whole.
-    """
+def _chunks(arguments: dict[str, Any], config: Any) -> Iterator[dict[str, Any]]:
+    """The arguments of each forward pass of a prompt."""
     tokens = _tokens(arguments).shape[1]
-    size = chunk_size(tokens) if arguments.get("logits_to_keep") == 1 else tokens
+    size = chunk_size(tokens) if _may_be_split(arguments, config) else tokens
     past = arguments["past_key_values"].get_seq_length()
     for start in range(0, tokens, size):
         stop = min(start + size, tokens)
@@ -76,3 +69,16 @@ def _chunks(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if chunk.get("attention_mask") is not None and size < tokens:
             chunk["attention_mask"] = chunk["attention_mask"][:, : past + stop]
         yield chunk
+
+
+def _may_be_split(arguments: dict[str, Any], config: Any) -> bool:
+    """Whether the last chunk's output is all that is wanted, and the chunks' positions do not depend on each other.
+
+    `generate` wants the last token's logits alone (`logits_to_keep=1`). These kinds of RoPE choose the frequencies of
+    a whole pass by its largest position, so that a chunk would be rotated by other ones than its prompt.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        return False
+    hidden = arguments.get("output_hidden_states") or getattr(config, "output_hidden_states", False)
+    return arguments.get("logits_to_keep") == 1 and not hidden

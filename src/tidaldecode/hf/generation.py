@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,59 +10,76 @@ from transformers.cache_utils import Cache
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.plan import TidalPlan
 
 _DEFAULT_NEW_TOKENS = 20  # what Transformers generates when nobody says how much
 
 
-def tidal_generate(model: PreTrainedModel, plan: TidalPlan) -> Callable[..., Any]:
-    """`model.generate` that decodes through a `TidalCache`; arguments and results as before."""
-    generate = model.generate
+def tidal_generate(
+    model: PreTrainedModel,
+    inputs: Any = None,
+    generation_config: GenerationConfig | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The model's `generate`, decoding through a `TidalCache`; arguments and results as before."""
 
-    @functools.wraps(generate)
-    def wrapper(
-        inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        def setting(name: str) -> Any:
-            sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name))
-            return next((value for value in sources if value is not None), None)
+    def setting(name: str) -> Any:
+        sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name, None))
+        return next((value for value in sources if value is not None), None)
 
-        _refuse_modes(setting, kwargs)
-        tokens = _prompt_tokens(inputs, kwargs)
-        new_tokens = setting("max_new_tokens") or (setting("max_length") or 0) - tokens
-        capacity = tokens + (new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS)
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            kwargs["past_key_values"] = TidalCache(model.config, plan, capacity)
-        else:
-            _check_cache(cache, capacity)
-        return generate(inputs, generation_config, *args, **kwargs)
+    _refuse_modes(setting, kwargs)
+    tokens = _prompt_tokens(inputs, kwargs)
+    new_tokens = setting("max_new_tokens") or (setting("max_length") or 0) - tokens
+    capacity = tokens + (new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS)
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        kwargs["past_key_values"] = TidalCache(model.config, model._tidaldecode.plan, capacity)
+    else:
+        _check_cache(cache, capacity)
+    return model._tidaldecode.generate(inputs, generation_config, *args, **kwargs)
 
-    return wrapper
+
+def tidal_prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The model's `prepare_inputs_for_generation`, but the cache stays in use.
+
+    Phi-3 drops its cache where a prompt crosses the length up to which it was first trained, and reads the whole
+    sequence again with other RoPE frequencies; here the same cache is emptied and filled again.
+    """
+    inputs: dict[str, Any] = model._tidaldecode.prepare_inputs(*args, **kwargs)
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, TidalCache) and inputs.get("past_key_values") is None:
+        cache.reset()
+        inputs["past_key_values"] = cache
+    return inputs
 
 
 def _refuse_modes(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
     if (setting("num_beams") or 1) > 1:
         raise InputError("tidaldecode can't decode with beam search: use greedy decoding or sampling (num_beams=1)")
-    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
-        raise InputError("tidaldecode can't decode with an assistant model or prompt look-up: leave them out")
+    assistants = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    if kwargs.get("assistant_model") is not None or any(setting(name) for name in assistants):
+        raise InputError("tidaldecode can't decode with an assistant model, early exit or prompt look-up: leave them out")
     if setting("use_cache") is False:
         raise InputError("tidaldecode decodes from the KV cache: leave out use_cache=False")
     if setting("prefill_chunk_size") is not None:
         raise InputError("tidaldecode reads long prompts in chunks already: leave out prefill_chunk_size")
-    if kwargs.get("cache_implementation") is not None:
+    if setting("cache_implementation") is not None:
         raise InputError("tidaldecode has a cache of its own: leave out cache_implementation")
+    if setting("output_attentions"):
+        raise InputError("tidaldecode does not keep attention weights: leave out output_attentions")
 
 
 def _check_cache(cache: Cache, capacity: int) -> None:
     if not isinstance(cache, TidalCache):
         raise InputError(f"past_key_values must be a tidaldecode.TidalCache or left out, not a {type(cache).__name__}")
     if cache.capacity < capacity - 1:  # the last token that comes out is never written
-        raise InputError(f"the TidalCache holds {cache.capacity} tokens; prompt and new tokens are {capacity}")
+        raise InputError(
+            f"the TidalCache holds {cache.capacity} tokens; prompt and new tokens are {capacity}: start with "
+            f"past_key_values=tidaldecode.TidalCache(model.config, plan, capacity={capacity}) or more"
+        )
 
 
 def _prompt_tokens(inputs: Any, kwargs: dict[str, Any]) -> int:
-    for prompt in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
-        if prompt is not None:
-            return int(prompt.shape[1])
-    return 1  # Transformers starts with the beginning-of-sequence token
+    prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    # without a prompt Transformers starts with the beginning-of-sequence token
+    return max((int(prompt.shape[1]) for prompt in prompts if prompt is not None), default=1)
