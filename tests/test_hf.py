@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     DeepseekV3Config,
     DynamicCache,
     Gemma2Config,
@@ -17,10 +19,12 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     Qwen3NextConfig,
+    StableLmConfig,
     StoppingCriteria,
     StoppingCriteriaList,
     T5Config,
     TextStreamer,
+    ViTConfig,
     pipeline,
 )
 
@@ -29,7 +33,7 @@ from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan
 from tidaldecode.hf.architecture import check_architecture
 from tidaldecode.hf.forward import PREFILL_CHUNK, chunk_size
-from tidaldecode.hf.plans import shipped_plans
+from tidaldecode.plans import shipped_plans
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
@@ -51,6 +55,7 @@ def test_remove_undoes_apply(llama):
     assert tidaldecode.apply(llama, plan_for(llama.config)) is llama
     assert not torch.equal(llama.generate(ids, attention_mask=mask, **GREEDY), expected)  # the budget binds
     assert tidaldecode.remove(llama) is llama
+    assert llama.config._attn_implementation == "sdpa"
     assert torch.equal(llama.generate(ids, attention_mask=mask, **GREEDY), expected)
     assert vars(llama).keys() == before.keys()
     tidaldecode.apply(llama, plan_for(llama.config))  # and it can be applied again
@@ -152,7 +157,9 @@ def test_sparse_layers_read_nothing_else(llama):
     assert min(poisoned) > 0
 
 
-def test_works_across_inference_mode(llama):
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_works_across_inference_mode(tiny, family):
+    llama = tiny(family)
     plan = plan_for(llama.config)
     tidaldecode.apply(llama, plan)
     ids, _ = ragged_batch((40,))
@@ -262,6 +269,9 @@ def test_a_checkpoint_may_ask_for_a_cache_of_transformers(llama):
         ({"prompt_lookup_num_tokens": 3}, "prompt look-up"),
         ({"use_cache": False}, "use_cache"),
         ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"generation_config": GenerationConfig(cache_implementation="static")}, "cache_implementation"),
+        ({"assistant_early_exit": 2}, "early exit"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"prefill_chunk_size": 3}, "prefill_chunk_size"),
         ({"past_key_values": DynamicCache()}, "TidalCache or left out, not a DynamicCache"),
     ],
@@ -290,6 +300,161 @@ def test_masks_must_pad_on_the_left(llama):
     ids, mask = ragged_batch()
     with pytest.raises(InputError, match="pad on the left"):
         llama.generate(ids, attention_mask=mask.flip(1), **GREEDY)
+
+
+def test_a_prompt_may_hold_the_padding_token(llama):
+    """Transformers takes it for padding unless a mask says otherwise; the line says which."""
+    tidaldecode.apply(llama, plan_for(llama.config))
+    ids = ragged_batch((40,))[0]
+    ids[0, 7] = 1
+    with pytest.raises(InputError, match="pass the mask of a prompt that holds the padding token"):
+        llama.generate(ids, **GREEDY)
+    assert llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY).shape == (1, 50)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was(llama):
+    plan = plan_for(llama.config)
+    tidaldecode.apply(llama, plan)
+    ids, mask = ragged_batch()
+    expected = llama.generate(ids, attention_mask=mask, **GREEDY)
+    cache = TidalCache(llama.config, plan, 60)
+    with pytest.raises(InputError, match="pad on the left"):
+        llama(ids, attention_mask=mask.flip(1), past_key_values=cache)
+    with pytest.raises(InputError, match="one entry a token"):
+        llama(ids, attention_mask=mask[:, :-1], past_key_values=cache)
+    assert torch.equal(llama.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY), expected)
+    with pytest.raises(InputError, match="the cache holds 3 sequences, the input has 1"):
+        llama(ids[:1, :1], past_key_values=cache)
+    for tokens in (39, -50):
+        with pytest.raises(InputError, match=rf"crop\({tokens}\) of a cache of 49 tokens"):
+            cache.crop(tokens)
+    cache.reset()
+    assert torch.equal(llama.generate(ids[:1], past_key_values=cache, **GREEDY), expected[:1])
+
+
+def test_an_interrupted_pass_is_named(llama, monkeypatch):
+    plan = plan_for(llama.config)
+    tidaldecode.apply(llama, plan)
+    ids = ragged_batch((40,))[0]
+    cache = TidalCache(llama.config, plan, 90)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.model.layers[3], "forward", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llama(ids, past_key_values=cache)
+    with pytest.raises(InputError, match="left in the middle of a forward pass: make a new one"):
+        llama(ids, past_key_values=cache)
+
+
+def test_a_conversation_goes_on_in_its_cache(llama):
+    """A second turn behind the first gives what one prompt of both gives."""
+    plan = whole(llama)
+    first, second = ragged_batch((30,))[0], ragged_batch((12,), seed=1)[0]
+    history = torch.cat([llama.generate(first, **GREEDY), second], 1)
+    expected = llama.generate(history, **GREEDY)
+    tidaldecode.apply(llama, plan)
+    cache = TidalCache(llama.config, plan, capacity=80)
+    answer = llama.generate(first, past_key_values=cache, **GREEDY)
+    assert torch.equal(answer, history[:, :40])
+    assert torch.equal(llama.generate(history, past_key_values=cache, **GREEDY), expected)
+    small = llama.generate(first, return_dict_in_generate=True, **GREEDY).past_key_values
+    with pytest.raises(InputError, match=r"TidalCache\(model\.config, plan, capacity=62\)"):
+        llama.generate(history, past_key_values=small, **GREEDY)
+
+
+def test_phi3_keeps_its_cache_where_its_rope_changes(tiny):
+    """Phi-3 drops its cache at the length up to which it was first trained; prompts beyond it and across it."""
+    model = tiny("phi3", original_max_position_embeddings=32)
+    for length in (40, 28):
+        ids = ragged_batch((length,))[0]
+        expected = model.generate(ids, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        cache = TidalCache(model.config, whole(model), 60)
+        tidaldecode.apply(model, whole(model))
+        output = model.generate(ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+        assert cache.get_seq_length() == length + 9
+        tidaldecode.remove(model)
+    tidaldecode.apply(model, plan_for(model.config, token_budget=2))
+    ids = ragged_batch((40,))[0]
+    sparse = model.generate(ids, **GREEDY)
+    tidaldecode.remove(model)
+    assert not torch.equal(sparse, model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_rope_that_looks_at_the_whole_prompt(tiny, rope, monkeypatch):
+    monkeypatch.setattr("tidaldecode.hf.forward.chunk_size.__defaults__", (8,))
+    parameters = {"rope_type": rope, "rope_theta": 10_000.0, "original_max_position_embeddings": 24, "factor": 4.0}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    model = tiny("llama", rope_parameters=parameters, max_position_embeddings=24 if rope == "dynamic" else 512)
+    ids = ragged_batch((40,))[0]
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    expected = copy.deepcopy(model).generate(ids, **options)  # a copy: dynamic RoPE remembers the longest prompt
+    tidaldecode.apply(model, whole(model))
+    output = model.generate(ids, **options)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+
+
+def test_hidden_states_of_a_long_prompt_are_whole(llama, monkeypatch):
+    monkeypatch.setattr("tidaldecode.hf.forward.chunk_size.__defaults__", (8,))
+    tidaldecode.apply(llama, plan_for(llama.config))
+    options = {**GREEDY, "output_hidden_states": True, "return_dict_in_generate": True}
+    assert llama.generate(ragged_batch((40,))[0], **options).hidden_states[0][-1].shape[1] == 40
+
+
+def test_prefill_memory_grows_with_the_prompt_not_with_its_square(llama, monkeypatch):
+    monkeypatch.setattr("tidaldecode.hf.forward.chunk_size.__defaults__", (16,))
+    tidaldecode.apply(llama, plan_for(llama.config))
+    largest = []
+    for length in (240, 480):
+        with torch.profiler.profile(record_shapes=True) as profile:
+            llama.generate(ragged_batch((length,))[0], **GREEDY | {"max_new_tokens": 1})
+        shapes = [shape for event in profile.events() for shape in event.input_shapes or [] if shape]
+        largest.append(max(math.prod(shape) for shape in shapes if all(isinstance(size, int) for size in shape)))
+    assert largest[0] >= 16 * 240  # a chunk's mask was seen
+    assert largest[1] <= 2.2 * largest[0]
+
+
+def test_a_deep_copy_runs_its_own_weights(llama):
+    tidaldecode.apply(llama, plan_for(llama.config))
+    twin = copy.deepcopy(llama)
+    twin.lm_head.weight.data.zero_()
+    ids = ragged_batch()[0]
+    assert not twin(ids).logits.any()
+    assert twin.generate(ids, **GREEDY).shape == (3, 50)
+    assert llama(ids).logits.any()
+
+
+def test_remove_gives_back_a_forward_of_the_users(llama):
+    forward = llama.forward
+
+    def mine(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    llama.forward = mine
+    tidaldecode.remove(tidaldecode.apply(llama, plan_for(llama.config)))
+    assert llama.forward is mine
+
+
+def test_models_that_do_not_generate_are_refused(llama):
+    with pytest.raises(InputError, match="LlamaModel does not generate text"):
+        tidaldecode.apply(llama.model, plan_for(llama.config))
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_does_not_pass_the_cache_on_is_refused():
+    """StableLM's layers drop what its attention function would need: better no answer than a wrong one."""
+    config = StableLmConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    try:
+        expected = model.generate(ragged_batch()[0], **GREEDY)
+        tidaldecode.apply(model, plan_for(config, token_budget=1.0))
+        assert torch.equal(model.generate(ragged_batch()[0], **GREEDY), expected)  # a later Transformers passes it on
+    except InputError as error:
+        assert "StableLmForCausalLM does not pass on what tidaldecode needs" in str(error)  # noqa: PT017
 
 
 def test_a_tidal_cache_needs_a_model_with_a_plan(llama):
@@ -360,6 +525,8 @@ def test_auto_takes_the_plan_made_for_the_model(tiny):
         (DeepseekV3Config(), r"multi-head latent attention \(MLA\)"),
         (Qwen3NextConfig(), "linear"),
         (MambaConfig(), "no attention"),
+        (BertConfig(), "no causal language model"),
+        (ViTConfig(), "no causal language model"),
         (Gemma2Config(), "soft-caps"),
         (GptOssConfig(), "attention sinks"),
         (MistralConfig(sliding_window=4096), r"sliding window \(4096 tokens\)"),
@@ -399,4 +566,5 @@ def test_an_untested_architecture_is_named_once(caplog):
     config = copy.deepcopy(FAMILIES["llama"]())
     config.model_type = "brand_new"
     check_architecture(config)
-    assert "has not been tested with 'brand_new'" in caplog.text
+    check_architecture(config)
+    assert caplog.text.count("has not been tested with 'brand_new'") == 1

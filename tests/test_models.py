@@ -119,7 +119,7 @@ def test_local_folder(tiny_folder):
     assert files.config().model_type == "llama"
     model = files.model(torch.device("cpu"), torch.bfloat16)
     assert (model.dtype, model.training) == (torch.bfloat16, False)
-    assert files.tokenizer()("ab").input_ids == files.tokenizer()("ab").input_ids
+    assert files.tokenizer().decode(files.tokenizer()("ab").input_ids) == "ab"
 
 
 def test_pickled_weights_are_refused(tiny_folder, tmp_path):
@@ -137,6 +137,27 @@ def test_damaged_weights(tiny_folder, tmp_path):
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(InputError, match="can't be read") as error:
         find_model(str(folder)).model(torch.device("cpu"), torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_incomplete_weights(tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "incomplete")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.3.self_attn.q_proj.weight"], weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"its files lack model\.layers\.3\.self_attn\.q_proj\.weight and 1 more"):
+        find_model(str(folder)).model(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"model_type": "llama", "num_attention_heads": "x"}', '{"model_type": "nothing"}']
+)
+def test_damaged_config(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="can't be read") as error:
+        find_model(str(tmp_path)).config()
     assert "\n" not in str(error.value)
 
 
@@ -159,7 +180,7 @@ def test_a_folder_of_something_else(tmp_path):
 
 
 def test_a_hub_id_that_can_t_be_reached(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="model 'nobody/nothing' can't be read: ") as error:
         find_model("nobody/nothing").config()
     assert "\n" not in str(error.value)
@@ -189,6 +210,13 @@ def test_gguf_file(demo_files, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    model = find_model(str(tmp_path / "tiny.gguf")).model(torch.device("cpu"), torch.float32)
+    files = find_model(str(tmp_path / "tiny.gguf"))
+    assert files.config().name_or_path == "tiny"
+    model = files.model(torch.device("cpu"), torch.float32)
     assert model.config.num_hidden_layers == 3
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 32)
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    for size in (3, 200, 900, len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(InputError, match="can't be read"):
+            find_model(str(tmp_path / "cut.gguf")).model(torch.device("cpu"), torch.float32)

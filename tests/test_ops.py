@@ -63,9 +63,10 @@ def test_full_attention(heads, kv_heads, head_dim, block_size):
 def test_importance(heads, kv_heads, block_size):
     case = Case(heads, kv_heads, 16, block_size)
     rules = ("unified", "per_head", "per_group")
-    output, importance = ops.full_attention_with_importance(case.query, *case.cache, case.lengths, case.scale, rules)
+    importance = torch.full((len(LENGTHS), 1 + heads + kv_heads, 80), torch.nan)
+    arguments = (case.query, *case.cache, case.lengths, case.scale)
+    output = ops.full_attention_with_importance(*arguments, rules, importance)
     torch.testing.assert_close(output, ops.full_attention(case.query, *case.cache, case.lengths, case.scale))
-    assert importance.shape == (len(LENGTHS), 1 + heads + kv_heads, max(LENGTHS))
     for b, length in enumerate(LENGTHS):
         probabilities = case.scores(b).softmax(-1)
         groups = [probabilities[g * heads // kv_heads : (g + 1) * heads // kv_heads].mean(0) for g in range(kv_heads)]
@@ -168,11 +169,10 @@ def test_write_kv(block_size):
 )
 def test_dtypes(dtype, tolerance):
     case = Case(8, 2, 16, 16, dtype)
-    output, importance = ops.full_attention_with_importance(
-        case.query, *case.cache, case.lengths, case.scale, ["unified"]
-    )
+    importance = torch.empty(len(LENGTHS), 1, 64, dtype=torch.promote_types(dtype, torch.float32))
+    arguments = (case.query, *case.cache, case.lengths, case.scale)
+    output = ops.full_attention_with_importance(*arguments, ["unified"], importance)
     assert output.dtype == dtype
-    assert importance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for b, length in enumerate(LENGTHS):
         expected = torch.stack([case.attend(b, head, range(length)) for head in range(8)])
         assert (output[b].double() - expected).norm() <= tolerance * expected.norm()

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from tidaldecode import PAPER_RESELECT_LAYERS, InputError, ModelShape, Source, TidalPlan
-from tidaldecode.hf.plans import shipped_plans
+from tidaldecode.plans import shipped_plans
 
 ROLES = ("full", "select", "sparse", "select", "sparse")
 FIELDS = {"roles": ROLES, "selection": "unified", "token_budget": 64}
@@ -112,6 +112,17 @@ def test_budget_at_a_context():
     assert plan.with_budget(64).budget_for(10_000) == 64
     with pytest.raises(InputError, match="5 is below"):
         plan.with_budget(5)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("recent", [1, 7, 0.25, 0.9])
+@pytest.mark.parametrize("sink", [0, 4, 16])
+def test_a_budget_always_holds_sinks_recent_tokens_and_one_more(fraction, recent, sink):
+    plan = TidalPlan(**FIELDS | {"token_budget": fraction, "sink_tokens": sink, "recent_tokens": recent})
+    for context in range(1, 500):
+        budget = plan.budget_for(context)
+        assert sink + plan.recent_for(budget) + 1 <= budget
+        assert budget >= fraction * context
 
 
 def test_the_papers_plan():

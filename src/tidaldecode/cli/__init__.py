@@ -39,5 +39,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print("tidaldecode: " + " ".join(message.split()), file=sys.stderr)
+    if message:  # empty where no command was given and the help was shown
+        print("tidaldecode: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

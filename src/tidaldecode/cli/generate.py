@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 from rich.console import Console
@@ -13,8 +13,10 @@ from rich.table import Table
 from tidaldecode.cli import options
 from tidaldecode.cli.prompt import read_prompt
 from tidaldecode.errors import InputError
+from tidaldecode.plans import read_plan
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -49,8 +51,10 @@ def generate(
     """Answers a prompt, or a question about a document, with TidalDecode."""
     token_budget = options.parse_budget(budget)
     _check_combination(method, compare, temperature, top_p)
+    if method == "full" and (plan != "auto" or token_budget is not None):
+        raise InputError("--method full reads everything: leave out --plan and --budget")
     text = read_prompt(prompt, prompt_file, question)
-    _check_plan_file(plan, token_budget)
+    _check_plan_file(plan, token_budget, model)
 
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
@@ -71,14 +75,13 @@ def generate(
     chosen = _plan(plan, method, token_budget, config)
     check_plan(chosen, config)
     tokenizer = files.tokenizer()
-    tokens = tokenizer(_chat(tokenizer, text), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
+    tokens = _tokens(tokenizer, text)
     _check_length(tokens.shape[1], max_new_tokens, config)
     loaded = apply(files.model(target, options.parse_dtype(dtype, target)), chosen)
 
-    stream = _Stream(console, tokens.shape[1], sys.stderr if json_output else sys.stdout)
     sampling = Sampling(temperature, top_p, seed)
-    done, cache = generate_measured(loaded, tokenizer, tokens, max_new_tokens, sampling, stream.write)
-    stream.end()
+    with _Stream(console, tokens.shape[1], sys.stderr if json_output else sys.stdout) as stream:
+        done, cache = generate_measured(loaded, tokenizer, tokens, max_new_tokens, sampling, stream.write)
     full = None
     if compare:
         with console.status("decoding with full attention"):
@@ -106,17 +109,17 @@ def _check_combination(method: str, compare: bool, temperature: float, top_p: fl
         raise InputError("--compare compares a plan with full attention: leave out --method full")
     if compare and temperature > 0:
         raise InputError("--compare compares greedy decoding: leave out --temperature")
+    if 0 < temperature < 0.01:
+        raise InputError(f"--temperature {temperature} is too small to sample with: give 0 for greedy decoding")
     if top_p == 0:
         raise InputError("--top-p must be above 0")
     if top_p < 1 and temperature == 0:
         raise InputError("--top-p samples, and greedy decoding does not: give a --temperature above 0")
 
 
-def _check_plan_file(name: str, budget: int | float | None) -> None:
+def _check_plan_file(name: str, budget: int | float | None, model: str) -> None:
     """Finds a wrong plan or budget before anything is loaded, where the plan needs no model to be known."""
-    from tidaldecode.hf.plans import read_plan
-
-    plan = read_plan(name)
+    plan = read_plan(model if (name, model) == ("auto", "smollm2-135m") else name)
     if plan is not None and budget is not None:
         plan.with_budget(budget)
 
@@ -130,12 +133,13 @@ def _plan(name: str, method: str, budget: int | float | None, config: PreTrained
     return plan if budget is None else plan.with_budget(budget)
 
 
-def _chat(tokenizer: Tokenizer, text: str) -> str:
-    """The text as the user's turn in the model's chat template; as it is for a model without one."""
-    if tokenizer.chat_template is None:
-        return text
-    turns = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:
+    """The text as the user's turn in the model's chat template, as it is for a model without one: [1, n] token ids."""
+    chat = tokenizer.chat_template is not None
+    if chat:
+        turns = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return tokenizer(text, add_special_tokens=not chat, return_tensors="pt", verbose=False).input_ids
 
 
 def _check_length(tokens: int, new_tokens: int, config: PreTrainedConfig) -> None:
@@ -153,15 +157,18 @@ class _Stream:
     def __init__(self, console: Console, context: int, out: Any) -> None:
         self._out = out
         self._status = console.status(f"reading {context:,} tokens")
+
+    def __enter__(self) -> Self:
         self._status.start()
+        return self
 
     def write(self, text: str) -> None:
         if text:
             self._status.stop()
             print(text, end="", file=self._out, flush=True)
 
-    def end(self) -> None:
-        self._status.stop()
+    def __exit__(self, *error: object) -> None:
+        self._status.stop()  # or the terminal stays without its cursor
         print(file=self._out, flush=True)
 
 

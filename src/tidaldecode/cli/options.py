@@ -26,7 +26,7 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Default: bfloat16 on a GPU, float32 on a CPU."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
@@ -45,6 +45,8 @@ def parse_budget(text: str | None) -> int | float | None:
         raise InputError(f"--budget {text!r} is no number: give tokens (256) or a fraction (0.1)") from None
     if not budget > 0:
         raise InputError(f"--budget {text} must be positive")
+    if isinstance(budget, float) and budget > 1:
+        raise InputError(f"--budget {text}: a fraction of the context lies in (0, 1]; give tokens as a whole number")
     return budget
 
 
@@ -64,6 +66,8 @@ def parse_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name!r} is unknown: give cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not supported: give cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
     return device

@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @dataclass(frozen=True)
 class _Applied:
-    """The plan, and what `remove` needs to undo `apply`: bound methods, so that a deep copy of the model has its own."""
+    """The plan, and what `remove` needs to undo `apply`; bound methods, which a deep copy of the model binds anew."""
 
     plan: TidalPlan
     forward: Callable[..., Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tidaldecode.errors import InputError
@@ -14,6 +14,7 @@ TESTED_ARCHITECTURES = ("gemma3_text", "gpt_neox", "llama", "mistral", "mixtral"
 """`model_type` of the architectures that the test suite compares with full attention, step by step."""
 
 _log = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 
 def model_shape(config: PreTrainedConfig) -> ModelShape:
@@ -48,7 +49,8 @@ def check_architecture(config: PreTrainedConfig) -> None:
     if obstacle is not None:
         supported = ", ".join(TESTED_ARCHITECTURES)
         raise InputError(f"tidaldecode can't work with {config.model_type!r}: {obstacle}; it works with {supported}")
-    if config.model_type not in TESTED_ARCHITECTURES:
+    if config.model_type not in (*TESTED_ARCHITECTURES, *_warned):
+        _warned.add(config.model_type)
         _log.warning("tidaldecode has not been tested with %r; compare with full attention first", config.model_type)
 
 
@@ -65,6 +67,8 @@ def _obstacle(config: PreTrainedConfig) -> str | None:
         return "it has attention sinks in its weights"
     if not hasattr(config, "num_attention_heads"):
         return "it has no attention"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING or not hasattr(config, "max_position_embeddings"):
+        return "it is no causal language model"
     layers = DynamicCache(config=config).layers
     others = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
     if others:

@@ -24,7 +24,11 @@ def tidal_generate(
     """The model's `generate`, decoding through a `TidalCache`; arguments and results as before."""
 
     def setting(name: str) -> Any:
-        sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name, None))
+        sources = (
+            kwargs.get(name),
+            getattr(generation_config, name, None),
+            getattr(model.generation_config, name, None),
+        )
         return next((value for value in sources if value is not None), None)
 
     _refuse_modes(setting, kwargs)
@@ -58,7 +62,9 @@ def _refuse_modes(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> None
         raise InputError("tidaldecode can't decode with beam search: use greedy decoding or sampling (num_beams=1)")
     assistants = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
     if kwargs.get("assistant_model") is not None or any(setting(name) for name in assistants):
-        raise InputError("tidaldecode can't decode with an assistant model, early exit or prompt look-up: leave them out")
+        raise InputError(
+            "tidaldecode can't decode with an assistant model, early exit or prompt look-up: leave them out"
+        )
     if setting("use_cache") is False:
         raise InputError("tidaldecode decodes from the KV cache: leave out use_cache=False")
     if setting("prefill_chunk_size") is not None:

@@ -1,39 +1,15 @@
-"""From the name of a plan to the plan: shipped ones, the paper's, or a file."""
+"""From the name of a plan to the plan for a model."""
 
 from __future__ import annotations
 
 import re
-from importlib import resources
-from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.architecture import model_shape, sliding_windows
 from tidaldecode.plan import PAPER_RESELECT_LAYERS, TidalPlan
-
-
-def shipped_plans() -> dict[str, TidalPlan]:
-    """The plans that come with the package, by name."""
-    folder = resources.files("tidaldecode") / "plans"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
-    return {file.name.removesuffix(".json"): TidalPlan.load(str(file)) for file in files}
-
-
-def read_plan(name: str) -> TidalPlan | None:
-    """The plan of a name that needs no model to be understood: a file or a shipped plan; `None` for the others.
-
-    Raises:
-        InputError: the name is unknown, or the file is wrong.
-    """
-    if name in ("auto", "full", "paper"):
-        return None
-    if name.endswith(".json") or Path(name).is_file():
-        return TidalPlan.load(name)
-    shipped = shipped_plans()
-    if name not in shipped:
-        raise InputError(f"no plan {name!r}: give a plan file, 'auto', 'full', 'paper' or one of {', '.join(shipped)}")
-    return shipped[name]
+from tidaldecode.plans import read_plan, shipped_plans
 
 
 def find_plan(name: str, config: PreTrainedConfig) -> TidalPlan:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from tidaldecode.plan import Selection, num_sets
+from tidaldecode.plan import Selection
 
 
 def full_attention(
@@ -46,7 +46,8 @@ def full_attention_with_importance(
     lengths: Tensor,
     scale: float,
     selections: Sequence[Selection],
-) -> tuple[Tensor, Tensor]:
+    importance: Tensor,
+) -> Tensor:
     """Full attention that also returns how important each cached token is (DESIGN, "Selection, exactly").
 
     With `s[h, t]` the scaled scores and `p[h] = softmax(s[h])`, the importance of token `t` is `s[h, t]` for each
@@ -56,20 +57,19 @@ def full_attention_with_importance(
     Args:
         query, k_cache, v_cache, block_table, lengths, scale: as for `full_attention`.
         selections: the rules whose importances are wanted, in order.
+        importance: [B, S, T], float32 or float64, written; T is at least the longest length, and S adds up the index
+            sets of each rule: Hq, Hkv or 1. Entries past a sequence's length stay as they are.
 
     Returns:
-        The output of `full_attention`, and the importances [B, S, max(lengths)], float32 (float64 for float64 inputs),
-        where `S` adds up the index sets of each rule: Hq, Hkv or 1. Entries past a sequence's length are undefined.
+        [B, Hq, D], the output of `full_attention`.
     """
-    sets = sum(num_sets(rule, query.shape[1], k_cache.shape[2]) for rule in selections)
     output = torch.zeros_like(query)
-    importance = query.new_empty(len(query), sets, int(lengths.max()), dtype=_accumulator(query.dtype))
     for b, length in enumerate(lengths.tolist()):
         scores = _grouped_scores(query[b], _rows(k_cache, block_table[b], length), scale)  # [Hkv, G, T]
         probabilities = scores.softmax(-1)
         output[b] = _weigh(probabilities, _rows(v_cache, block_table[b], length))
         importance[b, :, :length] = torch.cat([_importance(rule, scores, probabilities) for rule in selections])
-    return output, importance
+    return output
 
 
 def _importance(rule: Selection, scores: Tensor, probabilities: Tensor) -> Tensor:
