@@ -62,7 +62,13 @@ def test_other_budgets_equal_the_dense_oracle(tiny, fields):
 
 
 def assert_equals_oracle(model, plan, ids, mask):
-    """Logits of every step within 1e-4, and the same tokens chosen in every select layer."""
+    """Logits of every step, and the same tokens chosen in every select layer.
+
+    In float64: in float32 two scores at the border of the budget can lie within rounding of each other.
+    """
+    model.double()
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # the grouped one has no float64
     width = ids.shape[1]
     tidaldecode.apply(model, plan)
     cache = TidalCache(model.config, plan, width + STEPS)
@@ -81,7 +87,7 @@ def assert_equals_oracle(model, plan, ids, mask):
 
     oracle = DenseOracle(plan, mask, width)
     expected = oracle.logits(model, ids)[:, width - 1 :]
-    torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=0, atol=1e-7)
     attention = cache.attention
     for layer, rows in attention.head_to_set.items():
         nearest = max(below for below in oracle.chosen if below < layer)

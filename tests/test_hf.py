@@ -366,10 +366,11 @@ def test_phi3_keeps_its_cache_where_its_rope_changes(tiny):
     model = tiny("phi3", original_max_position_embeddings=32)
     for length in (40, 28):
         ids = ragged_batch((length,))[0]
-        expected = model.generate(ids, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+        expected = model.generate(ids, use_cache=False, **options)
         cache = TidalCache(model.config, whole(model), 60)
         tidaldecode.apply(model, whole(model))
-        output = model.generate(ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        output = model.generate(ids, past_key_values=cache, **options)
         torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
         assert cache.get_seq_length() == length + 9
         tidaldecode.remove(model)

@@ -49,9 +49,11 @@ def tidal_prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> d
     Phi-3 drops its cache where a prompt crosses the length up to which it was first trained, and reads the whole
     sequence again with other RoPE frequencies; here the same cache is emptied and filled again.
     """
-    inputs: dict[str, Any] = model._tidaldecode.prepare_inputs(*args, **kwargs)
+    prepare = model._tidaldecode.prepare_inputs
+    inputs: dict[str, Any] = prepare(*args, **kwargs)
     cache = kwargs.get("past_key_values")
     if isinstance(cache, TidalCache) and inputs.get("past_key_values") is None:
+        inputs = prepare(*args, **kwargs | {"past_key_values": None, "next_sequence_length": None})
         cache.reset()
         inputs["past_key_values"] = cache
     return inputs
