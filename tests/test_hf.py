@@ -341,8 +341,10 @@ def test_an_interrupted_pass_is_named(llama, monkeypatch):
         patch.setattr(llama.model.layers[3], "forward", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llama(ids, past_key_values=cache)
-    with pytest.raises(InputError, match="left in the middle of a forward pass: make a new one"):
+    with pytest.raises(InputError, match=r"left in the middle of a forward pass: reset\(\) it or"):
         llama(ids, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(llama(ids, past_key_values=cache).logits, llama(ids).logits)
 
 
 def test_a_conversation_goes_on_in_its_cache(llama):

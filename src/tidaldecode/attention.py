@@ -31,7 +31,8 @@ class DecodeAttention:
         sources = {layer: _sources(plan, shape, layer) for layer in sparse}
         self.writes = _writes(sources)
         self._first_row = _first_rows(self.writes, shape)
-        self.num_sets = sum(shape.num_sets(rule) for rules in self.writes.values() for rule in rules)
+        self._sets = {layer: sum(map(shape.num_sets, rules)) for layer, rules in self.writes.items()}
+        self.num_sets = sum(self._sets.values())
         self.head_to_set = {layer: self._map(sources[layer]) for layer in sparse}
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
@@ -115,12 +116,11 @@ class DecodeAttention:
     def _importance_buffer(self, layer: int, dtype: torch.dtype) -> Tensor:
         """Room for the importances of a layer, [B, sets of the layer, capacity]; allocated once, for the widest."""
         assert self.indices is not None
-        sets = {layer: sum(self.shape.num_sets(rule) for rule in rules) for layer, rules in self.writes.items()}
         if self._importance is None:
-            shape = (len(self.indices), max(sets.values()), self._capacity)
+            shape = (len(self.indices), max(self._sets.values()), self._capacity)
             with torch.inference_mode(False):
                 self._importance = self.indices.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
-        return self._importance[:, : sets[layer]]
+        return self._importance[:, : self._sets[layer]]
 
     def _select(self, layer: int, importance: Tensor, lengths: Tensor) -> None:
         assert self.indices is not None and self._budgets is not None and self._recents is not None
@@ -145,7 +145,10 @@ class DecodeAttention:
         return reads
 
     def kv_read_fraction(self, context: int) -> float:
-        """Share of the KV cache of all layers with a role that one step reads at a context of `context` tokens."""
+        """Share of the KV cache of all layers with a role that one step reads at a context of `context` tokens.
+
+        Sets of their own for the query heads of a KV head can read a token more than once, and so more than all of it.
+        """
         reads = self.tokens_read(context)
         return sum(reads.values()) / (context * len(reads))
 

@@ -88,7 +88,7 @@ def generate(
             full = compare_with_full(loaded, tokenizer, tokens, max_new_tokens, done, cache)
     console.print(_table(chosen, method, done, full))
     if full is not None:
-        console.print(_difference(tokenizer, done, full), highlight=False)
+        console.print(_difference(tokenizer, done, full), highlight=False, soft_wrap=True, markup=False)
     if json_output:
         answer: dict[str, Any] = {
             "model": model,

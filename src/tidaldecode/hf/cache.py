@@ -119,7 +119,7 @@ class TidalLayer(CacheLayerMixin):
         if sequences.padded_length == 0:
             raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
         if self.padded_length != sequences.padded_length:
-            raise InputError("the cache was left in the middle of a forward pass: make a new one")
+            raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
         ops.write_kv(
             key_states.transpose(1, 2),
             value_states.transpose(1, 2),

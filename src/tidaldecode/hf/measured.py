@@ -144,6 +144,7 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
 def _generation(
     tokenizer: Tokenizer, cache: TidalCache, context: int, new: list[int], step_ms: float | None
 ) -> Generation:
+    assert cache.get_seq_length() == context + max(0, len(new) - 1), "the figures are of another cache"
     attention = cache.attention
     steps = range(context + 1, context + len(new)) or range(context, context + 1)
     reads = [attention.tokens_read(length) for length in steps]
