@@ -196,6 +196,14 @@ def test_a_model_without_a_chat_template_gets_its_special_tokens(run, tiny, tiny
     assert json.loads(out)["context_tokens"] == 4
 
 
+def test_a_stop_says_so(run, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tidaldecode.cli.generate.read_prompt", stop)
+    assert run("generate", "Hello") == (130, "", "tidaldecode: stopped\n")
+
+
 def test_no_command_shows_the_help(run):
     status, out, err = run()
     assert status == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 
+_STOPPED = 130  # exit status after Ctrl-C
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
 
@@ -28,17 +30,19 @@ def _commands() -> None:
 def main() -> None:
     """Runs the command line. A bad argument or input ends in one line on stderr and exit status 2."""
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error))
     except _UsageError as error:
         _fail(getattr(error, "format_message", error.__str__)())
     except (KeyboardInterrupt, typer.Abort):
+        status = _STOPPED
+    if status == _STOPPED:  # newer versions of typer return it
         print("tidaldecode: stopped", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(status)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     if message:  # empty where no command was given and the help was shown
         print("tidaldecode: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
