@@ -200,7 +200,7 @@ def test_a_stop_says_so(run, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tidaldecode.cli.generate.read_prompt", stop)
+    monkeypatch.setattr(sys.modules["tidaldecode.cli.generate"], "read_prompt", stop)
     assert run("generate", "Hello") == (130, "", "tidaldecode: stopped\n")
 
 
