@@ -6,14 +6,19 @@ from collections.abc import Callable
 
 from transformers import (
     Gemma3TextConfig,
+    GemmaConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from tidaldecode import ModelShape, TidalPlan
@@ -57,6 +62,11 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     ),
     "mixtral": _config(MixtralConfig, 8, 1, 8, sliding_window=None, num_local_experts=3, num_experts_per_tok=2),
     "gpt_neox": _config(GPTNeoXConfig, 3, 3, 16, rotary_pct=0.5),
+    "gemma": _config(GemmaConfig, 4, 1, 16),
+    "granite": _config(GraniteConfig, 4, 2, 16, attention_multiplier=0.1),
+    "olmo2": _config(Olmo2Config, 4, 2, 16),
+    "qwen3_moe": _config(Qwen3MoeConfig, 4, 2, 16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=32),
+    "smollm3": _config(SmolLM3Config, 4, 1, 16),
 }  # fmt: skip
 
 

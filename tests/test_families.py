@@ -67,7 +67,7 @@ def assert_equals_oracle(model, plan, ids, mask):
     In float64: in float32 two scores at the border of the budget can lie within rounding of each other.
     """
     model.double()
-    if hasattr(model.config, "num_local_experts"):
+    if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")  # the grouped one has no float64
     width = ids.shape[1]
     tidaldecode.apply(model, plan)

@@ -540,7 +540,7 @@ def test_unsupported_architectures_are_refused_by_name(config, reason):
     with pytest.raises(InputError, match=reason) as error:
         check_architecture(config)
     assert repr(config.model_type) in str(error.value)
-    assert "it works with gemma3_text, gpt_neox, llama" in str(error.value)
+    assert "it works with gemma, gemma3_text, gpt_neox" in str(error.value)
 
 
 def test_apply_refuses_unsupported_models():

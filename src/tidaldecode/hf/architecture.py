@@ -10,7 +10,21 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from tidaldecode.errors import InputError
 from tidaldecode.plan import ModelShape, TidalPlan
 
-TESTED_ARCHITECTURES = ("gemma3_text", "gpt_neox", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
+TESTED_ARCHITECTURES = (
+    "gemma",
+    "gemma3_text",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
 """`model_type` of the architectures that the test suite compares with full attention, step by step."""
 
 _log = logging.getLogger(__name__)
