@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from families import FAMILIES
+from tidaldecode.cli import main
 from tidaldecode.models import ModelFiles, find_model
 
 torch.set_num_threads(2)
@@ -26,6 +29,22 @@ def tiny() -> Callable[..., PreTrainedModel]:
         return model.float().eval()
 
     return make
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: exit status, stdout, stderr."""
+
+    def call(*arguments: str, stdin: bytes | None = None):
+        monkeypatch.setattr(sys, "argv", ["tidaldecode", *arguments])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

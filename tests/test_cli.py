@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import shutil
 import sys
 
 import pytest
 
+from command_line import assert_one_line
 from families import FAMILIES, plan_for
-from tidaldecode.cli import main
 from tidaldecode.hf.architecture import check_architecture
 from tidaldecode.models import ModelFiles
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line in this process: exit status, stdout, stderr."""
-
-    def call(*arguments: str, stdin: bytes | None = None):
-        monkeypatch.setattr(sys, "argv", ["tidaldecode", *arguments])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -47,15 +30,6 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(ModelFiles, "model", refuse)
-
-
-def assert_one_line(result, *words: str):
-    status, out, err = result
-    assert (status, out) == (2, "")
-    assert err.startswith("tidaldecode: ")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
 
 
 def test_answers_and_tables(run, tiny):

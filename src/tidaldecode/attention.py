@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from tidaldecode import ops
 from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
+
+
+class Attention(Protocol):
+    """What attends in the layers of a decode step: a plan at work, or a method that it is compared with.
+
+    Arguments and results are those of `DecodeAttention`. Between two calls of `begin` with sequences as many, nothing
+    may be allocated that outlives the step, and nothing on the device may be waited for: the step is captured in a
+    CUDA graph.
+    """
+
+    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+        """Looks at the prompt's K of a layer, before the first step behind it."""
+
+    def begin(self, lengths: Tensor, capacity: int) -> None:
+        """Starts a decode step."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attention of the new tokens in one layer."""
+        ...
+
+    def tokens_read(self, context: int) -> dict[int, float]:
+        """Tokens whose K and V each layer reads in one step, per KV head."""
+        ...
+
+    def kv_read_fraction(self, context: int) -> float:
+        """Share of the KV cache that one step reads."""
+        ...
 
 
 class DecodeAttention:
@@ -34,10 +72,10 @@ class DecodeAttention:
         self._sets = {layer: sum(map(shape.num_sets, rules)) for layer, rules in self.writes.items()}
         self.num_sets = sum(self._sets.values())
         self.head_to_set = {layer: self._map(sources[layer]) for layer in sparse}
+        self._in_order = {layer: part for layer, rows in self.head_to_set.items() if (part := _as_slice(rows.tolist()))}
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
         self._capacity = 0
-        self._importance: Tensor | None = None
         self._budgets: Tensor | None = None
         self._recents: Tensor | None = None
 
@@ -51,6 +89,9 @@ class DecodeAttention:
             return torch.tensor([group[0] for group in groups])
         return torch.tensor(rows)
 
+    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+        """Nothing is kept beside the cache."""
+
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Starts a decode step.
 
@@ -58,24 +99,32 @@ class DecodeAttention:
             lengths: [B], int32; lengths of the sequences, the new tokens included.
             capacity: the longest that the sequences can become; sizes the table, once.
         """
-        if self.indices is None or len(self.indices) != len(lengths):
+        if self.indices is None or len(self.indices) != len(lengths) or self.indices.device != lengths.device:
             self._allocate(lengths, capacity)
-        if self._budgets is None or isinstance(self.plan.token_budget, float):
+        assert self._budgets is not None and self.counts is not None
+        if isinstance(self.plan.token_budget, float):
             self._set_budgets(lengths)
-        assert self._budgets is not None
-        self.counts = torch.minimum(self._budgets, lengths)
+        torch.minimum(self._budgets, lengths, out=self.counts)
 
     def _allocate(self, lengths: Tensor, capacity: int) -> None:
         width = min(self.plan.budget_for(capacity), capacity)
+        budget = self.plan.budget_for(1)
         with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
             self.indices = lengths.new_zeros(len(lengths), self.num_sets, width)
+            self.counts = torch.zeros_like(lengths)
+            self._budgets = torch.full_like(lengths, budget)
+            self._recents = torch.full_like(lengths, self.plan.recent_for(budget))
         self.head_to_set = {layer: rows.to(lengths.device) for layer, rows in self.head_to_set.items()}
-        self._capacity, self._importance, self._budgets = capacity, None, None
+        self._capacity = capacity
 
     def _set_budgets(self, lengths: Tensor) -> None:
-        budgets = [self.plan.budget_for(length) for length in lengths.tolist()]
-        self._budgets = lengths.new_tensor(budgets)
-        self._recents = lengths.new_tensor([self.plan.recent_for(budget) for budget in budgets])
+        """`plan.budget_for` and `plan.recent_for` of every length, on the device."""
+        assert self._budgets is not None and self._recents is not None
+        plan = self.plan
+        budgets = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
+        self._budgets.copy_(budgets)
+        if isinstance(plan.recent_tokens, float):
+            self._recents.copy_((budgets * plan.recent_tokens).floor().clamp(min=1))
 
     def attend(
         self,
@@ -100,33 +149,34 @@ class DecodeAttention:
         """
         if self.plan.roles[layer] == "sparse":
             assert self.indices is not None and self.counts is not None
-            return ops.sparse_attention(
-                query, k_cache, v_cache, block_table, self.indices, self.counts, self.head_to_set[layer], scale
-            )
+            rows, sets = self._sets_of(layer)
+            return ops.sparse_attention(query, k_cache, v_cache, block_table, sets, self.counts, rows, scale)
         rules = self.writes.get(layer)
         if not rules:  # a full layer, or a select layer whose sets nobody reads
             return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
-        importance = self._importance_buffer(layer, query.dtype)
-        output = ops.full_attention_with_importance(
-            query, k_cache, v_cache, block_table, lengths, scale, rules, importance
-        )
-        self._select(layer, importance, lengths)
-        return output
-
-    def _importance_buffer(self, layer: int, dtype: torch.dtype) -> Tensor:
-        """Room for the importances of a layer, [B, sets of the layer, capacity]; allocated once, for the widest."""
-        assert self.indices is not None
-        if self._importance is None:
-            shape = (len(self.indices), max(self._sets.values()), self._capacity)
-            with torch.inference_mode(False):
-                self._importance = self.indices.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
-        return self._importance[:, : self._sets[layer]]
-
-    def _select(self, layer: int, importance: Tensor, lengths: Tensor) -> None:
         assert self.indices is not None and self._budgets is not None and self._recents is not None
-        first = self._first_row[layer, self.writes[layer][0]]
-        rows = self.indices[:, first : first + importance.shape[1]]
-        ops.select_tokens(importance, lengths, self._budgets, self._recents, self.plan.sink_tokens, rows)
+        first = self._first_row[layer, rules[0]]
+        return ops.full_attention_with_selection(
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            lengths,
+            scale,
+            rules,
+            self._budgets,
+            self._recents,
+            self.plan.sink_tokens,
+            self._capacity,
+            self.indices[:, first : first + self._sets[layer]],
+        )
+
+    def _sets_of(self, layer: int) -> tuple[Tensor | None, Tensor]:
+        """The table, and the map into it; a part of the table without a map where the heads read it in order."""
+        assert self.indices is not None
+        if layer in self._in_order:
+            return None, self.indices[:, self._in_order[layer]]
+        return self.head_to_set[layer], self.indices
 
     # ---- what a step reads
 
@@ -159,6 +209,12 @@ class DecodeAttention:
         size = self.shape.group_size
         groups = [set(rows[start : start + size]) for start in range(0, len(rows), size)]
         return sum(len(group) for group in groups) / len(groups)
+
+
+def _as_slice(rows: list[int]) -> slice | None:
+    """Rows that follow each other, as a slice."""
+    part = slice(rows[0], rows[0] + len(rows))
+    return part if rows == list(range(part.start, part.stop)) else None
 
 
 def _sources(plan: TidalPlan, shape: ModelShape, layer: int) -> list[Source]:

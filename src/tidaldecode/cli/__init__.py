@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import typer
 
+from tidaldecode.cli.bench import bench
 from tidaldecode.cli.generate import generate
 from tidaldecode.errors import InputError
 
@@ -17,14 +18,10 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(generate)
+app.add_typer(bench, name="bench")
 
 _STOPPED = 130  # exit status after Ctrl-C
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
-
-
-@app.callback()
-def _commands() -> None:
-    """Makes `generate` a subcommand although it is alone."""
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -37,17 +38,56 @@ def parse_budget(text: str | None) -> int | float | None:
     Raises:
         InputError: it is no number, or not positive.
     """
-    if text is None:
-        return None
+    return None if text is None else _budget("--budget", text)
+
+
+def parse_budgets(text: str) -> tuple[int | float, ...]:
+    """Budgets with commas between them, as `parse_budget` takes one.
+
+    Raises:
+        InputError: one of them is no number, or not positive.
+    """
+    return tuple(dict.fromkeys(_budget("--budgets", item) for item in text.split(",")))
+
+
+def _budget(option: str, text: str) -> int | float:
     try:
         budget = float(text) if "." in text or "e" in text.lower() else int(text)
     except ValueError:
-        raise InputError(f"--budget {text!r} is no number: give tokens (256) or a fraction (0.1)") from None
+        raise InputError(f"{option} {text!r} is no number: give tokens (256) or a fraction (0.1)") from None
     if not budget > 0:
-        raise InputError(f"--budget {text} must be positive")
+        raise InputError(f"{option} {text} must be positive")
     if isinstance(budget, float) and budget > 1:
-        raise InputError(f"--budget {text}: a fraction of the context lies in (0, 1]; give tokens as a whole number")
+        raise InputError(f"{option} {text}: a fraction of the context lies in (0, 1]; give tokens as a whole number")
     return budget
+
+
+def parse_integers(option: str, text: str) -> tuple[int, ...]:
+    """Positive whole numbers with commas between them.
+
+    Raises:
+        InputError: one of them is no such number.
+    """
+    try:
+        numbers = [int(item) for item in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give whole numbers with commas between them (1024,4096)") from None
+    if min(numbers) < 1:
+        raise InputError(f"{option} {min(numbers)} must be positive")
+    return tuple(dict.fromkeys(numbers))
+
+
+def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Names with commas between them.
+
+    Raises:
+        InputError: one of them is unknown.
+    """
+    names = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option} {name!r} is unknown: give some of {','.join(known)}")
+    return names
 
 
 def parse_device(name: str | None) -> torch.device:

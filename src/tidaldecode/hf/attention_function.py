@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.captured import StepCache, decode_attention
 
 NAME = "tidaldecode"
 """Name under which the attention function is registered with Transformers."""
@@ -23,7 +24,7 @@ def tidal_attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tidal_cache: TidalCache | None = None,
+    tidal_cache: TidalCache | StepCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, by its role if it has one, by SDPA if not.
@@ -39,13 +40,17 @@ def tidal_attention_forward(
         [B, N, Hq, D], and no weights.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if tidal_cache is None or not tidal_cache.has_role(layer):
+    if isinstance(tidal_cache, TidalCache) and not tidal_cache.has_role(layer):
+        tidal_cache = None
+    if tidal_cache is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     for feature in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
             raise InputError(f"layer {layer} asks for attention with {feature!r}, which tidaldecode does not have")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(tidal_cache, StepCache):
+        return decode_attention(query, key, value, layer, float(scale)), None
     return tidal_cache.attend(layer, query.transpose(1, 2), key, value, scale), None
 
 

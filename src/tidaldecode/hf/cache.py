@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticSlidingWindowLayer
 
 from tidaldecode import ops
-from tidaldecode.attention import DecodeAttention
+from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf.architecture import check_plan, model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan
+
+if TYPE_CHECKING:
+    from tidaldecode.hf.captured import CapturedStep
 
 
 @dataclass
@@ -48,16 +52,23 @@ class Sequences:
         decoding = new_tokens == 1 and self.padded_length > 0
         unpadded = None if decoding or attention_mask is None else _unpadded(attention_mask, padded_length)
         if self.padded_length == 0:
-            with torch.inference_mode(False):  # written in place by later passes, in whatever mode
-                self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-                self.new_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-                self.block_table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+            self._start(batch, device)
         if unpadded is None:
             self.new_lengths.fill_(new_tokens)
         else:
             self.new_lengths.copy_(unpadded - self.lengths)
         self.lengths.add_(self.new_lengths)
         self.padded_length, self.decoding = padded_length, decoding
+
+    def _start(self, batch: int, device: torch.device) -> None:
+        """Makes all sequences empty: the same tensors where the batch is of the same size, so that graphs stay valid."""
+        if len(self.lengths) == batch and self.lengths.device == device:
+            self.lengths.zero_()
+            return
+        with torch.inference_mode(False):  # written in place by later passes, in whatever mode
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.new_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.block_table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` tokens of every sequence."""
@@ -94,26 +105,51 @@ class TidalLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, sequences: Sequences, capacity: int) -> None:
+    def __init__(self, sequences: Sequences, capacity: int, num_layers: int, first: bool) -> None:
         super().__init__()
         self.sequences = sequences
         self.capacity = capacity
+        self.num_layers, self.first = num_layers, first  # the first of so many checks that all of them fit
         self.padded_length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates the cache for [B, Hkv, N, D] states."""
+        """Allocates the cache for [B, Hkv, N, D] states.
+
+        Raises:
+            InputError: the caches of all layers together do not fit the GPU.
+        """
         batch, heads, _, dim = key_states.shape
+        if self.first:
+            self._check_memory(key_states, value_states)
         with torch.inference_mode(False):  # a cache filled in inference mode must stay writable outside of it
             self.keys = key_states.new_empty(batch, heads, self.capacity, dim)
             self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
+    def _check_memory(self, key_states: Tensor, value_states: Tensor) -> None:
+        if key_states.device.type != "cuda":
+            return
+        batch, heads, _, dim = key_states.shape
+        per_token = batch * heads * (dim + value_states.shape[-1]) * key_states.element_size() * self.num_layers
+        needed = per_token * self.capacity
+        free = torch.cuda.mem_get_info(key_states.device)[0]
+        free += torch.cuda.memory_reserved(key_states.device) - torch.cuda.memory_allocated(key_states.device)
+        if needed > free:
+            raise InputError(
+                f"the KV cache of {batch} x {self.capacity:,} tokens in {self.num_layers} layers needs "
+                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are free: {free // per_token:,} tokens fit"
+            )
+
+    def prepare(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes room for sequences of [B, Hkv, N, D] states, if there is none for so many."""
+        if not self.is_initialized or (self.padded_length == 0 and len(self.keys) != len(key_states)):
+            self.lazy_initialization(key_states, value_states)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Writes the K and V of new tokens, [B, Hkv, N, D], behind the others. Returns the whole cache."""
-        if not self.is_initialized or (self.padded_length == 0 and len(self.keys) != len(key_states)):
-            self.lazy_initialization(key_states, value_states)
+        self.prepare(key_states, value_states)
         sequences = self.sequences
         self.padded_length += key_states.shape[2]
         if sequences.padded_length == 0:
@@ -183,14 +219,38 @@ class TidalCache(Cache):
         self.capacity = capacity
         self.sequences = Sequences()
         self.use_plan(plan)
+        windows = sliding_windows(config)
+        num_global = windows.count(None)
         super().__init__(
             layers=[
-                TidalLayer(self.sequences, capacity)
+                TidalLayer(self.sequences, capacity, num_global, first=layer == windows.index(None))
                 if window is None
                 else WindowLayer(max_cache_len=capacity, sliding_window=window)
-                for window in sliding_windows(config)
+                for layer, window in enumerate(windows)
             ]
         )
+
+    @property
+    def attention(self) -> Attention:
+        """What attends in a decode step: a plan at work, or what it is compared with."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, attention: Attention) -> None:
+        self._attention = attention
+        self._prepared = False
+        self.step: CapturedStep | None = None  # it was captured with the attention before
+        self.step_refused = False
+
+    def prepare(self) -> None:
+        """Lets the attention look at the K of a prompt, once, before the first step behind it."""
+        if self._prepared:
+            return
+        sequences = self.sequences
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, TidalLayer):
+                self.attention.prepare(index, layer.blocks()[0], sequences.block_table, sequences.lengths)
+        self._prepared = True
 
     def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
         """Starts a forward pass over [batch, new_tokens] tokens.
@@ -201,17 +261,67 @@ class TidalCache(Cache):
         Raises:
             InputError: the tokens do not fit, or the mask is not left-padded.
         """
+        self._check_room(new_tokens)
+        lengths = self.sequences.lengths
+        self.sequences.begin(batch, new_tokens, attention_mask, device)
+        if self.sequences.lengths is not lengths:
+            self.step = None
+        self._attended = 0
+        self._prepared = self._prepared and self.sequences.decoding
+        if self.sequences.decoding:
+            self.prepare()
+            self.attention.begin(self.sequences.lengths, self.capacity)
+
+    def _check_room(self, new_tokens: int) -> None:
         total = self.sequences.padded_length + new_tokens
         if total > self.capacity:
             raise InputError(f"the cache holds {self.capacity} tokens, {total} are needed: make it with more capacity")
-        self.sequences.begin(batch, new_tokens, attention_mask, device)
-        self._attended = 0
-        if self.sequences.decoding:
-            self.attention.begin(self.sequences.lengths, self.capacity)
+
+    def begin_captured(self, batch: int) -> None:
+        """Counts, on the host, one more token per sequence: what a captured step does on the device.
+
+        Raises:
+            InputError: it does not fit, or the cache holds another number of sequences.
+        """
+        self._check_room(1)
+        sequences = self.sequences
+        if batch != len(sequences.lengths):
+            raise InputError(f"the cache holds {len(sequences.lengths)} sequences, the input has {batch}: make a new one")
+        if any(layer.padded_length != sequences.padded_length for layer in self.layers):
+            raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
+        sequences.padded_length += 1
+        for layer in self.layers:
+            layer.padded_length += 1
+
+    def advance(self) -> None:
+        """Starts a decode step on the device alone, so that it can be captured in a CUDA graph."""
+        sequences = self.sequences
+        sequences.new_lengths.fill_(1)
+        sequences.lengths.add_(1)
+        self.attention.begin(sequences.lengths, self.capacity)
+
+    def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Writes a new token's K and V in one layer and attends, after `advance`.
+
+        Args:
+            layer: index of the layer.
+            query: [B, Hq, 1, D].
+            key, value: [B, Hkv, 1, D].
+            scale: factor of the scores.
+
+        Returns:
+            [B, 1, Hq, D].
+        """
+        sequences = self.sequences
+        k_cache, v_cache = self.layers[layer].blocks()
+        table, lengths = sequences.block_table, sequences.lengths
+        new = key.transpose(1, 2), value.transpose(1, 2)
+        ops.write_kv(*new, k_cache, v_cache, table, lengths, sequences.new_lengths)
+        return self.attention.attend(layer, query[:, :, 0], k_cache, v_cache, table, lengths, scale)[:, None]
 
     def attended_everywhere(self) -> bool:
         """Whether every layer with a role attended through this cache in the latest forward pass."""
-        return self._attended == sum(role is not None for role in self.attention.plan.roles)
+        return self._attended == sum(isinstance(layer, TidalLayer) for layer in self.layers)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of a layer with a role over its cache, after `update`.
@@ -253,8 +363,20 @@ class TidalCache(Cache):
         self.attention = DecodeAttention(plan, model_shape(self.config))
 
     def has_role(self, layer: int) -> bool:
-        """Whether the plan gives the layer a role; the others keep their sliding window."""
-        return self.attention.plan.roles[layer] is not None
+        """Whether the layer attends by the plan; the others keep their sliding window."""
+        return isinstance(self.layers[layer], TidalLayer)
+
+    def fill(self, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> None:
+        """Holds random K and V of `tokens` tokens instead of a prompt's: for benchmarks of the decode step."""
+        self.reset()
+        self.begin(batch, tokens, None, device)
+        shape = model_shape(self.config)
+        new = torch.empty(batch, shape.num_kv_heads, 0, shape.head_dim, device=device, dtype=dtype)
+        for layer in self.layers:
+            layer.prepare(new, new)
+            for rows in (layer.keys, layer.values):
+                rows[:, :, :tokens].normal_(generator=generator)
+            layer.padded_length = tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every sequence (the number is negative, as in Transformers).
@@ -271,6 +393,7 @@ class TidalCache(Cache):
         if not all(isinstance(layer, TidalLayer) for layer in self.layers):
             raise InputError("a cache with sliding-window layers can't be cropped")
         self.sequences.crop(-tokens_to_remove)
+        self._prepared = False
         for layer in self.layers:
             layer.padded_length += tokens_to_remove
 

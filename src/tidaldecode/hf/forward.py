@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.captured import CapturedStep, captured_step
 
 PREFILL_CHUNK = 1024
 """Most tokens of a prompt that go through the model at once: activations stop growing with the prompt."""
@@ -20,14 +22,19 @@ _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 """Arguments of a forward pass with one entry for each of its tokens."""
 
 
+_CAPTURED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+"""Arguments that a captured decode step knows; with others, the step runs uncaptured."""
+
+
 def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """The model's forward pass; by the plan when `past_key_values` is a `TidalCache`, unchanged otherwise."""
     forward = model._tidaldecode.forward
-    bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-    arguments = {**bound, **bound.pop("kwargs", {})}
+    arguments = _named(forward, args, kwargs)
     cache = arguments.get("past_key_values")
     if not isinstance(cache, TidalCache):
         return forward(*args, **kwargs)
+    if _may_be_captured(arguments, cache) and (step := captured_step(model, cache)) is not None:
+        return _replay(step, cache, arguments)
     for chunk in _chunks(arguments, model.config):
         tokens = _tokens(chunk)
         cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
@@ -36,6 +43,33 @@ def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if not cache.attended_everywhere():
             raise InputError(f"{type(model).__name__} does not pass on what tidaldecode needs: it can't work with it")
     return output
+
+
+def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass by their names."""
+    if not args:  # as `generate` calls it, at every step
+        return kwargs
+    bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def _may_be_captured(arguments: dict[str, Any], cache: TidalCache) -> bool:
+    """Whether this is a decode step on a GPU that asks for logits alone."""
+    ids = arguments.get("input_ids")
+    if ids is None or not ids.is_cuda or ids.shape[1] != 1 or cache.get_seq_length() == 0:
+        return False
+    if arguments.get("return_dict") is False or arguments.get("use_cache") is False:
+        return False
+    return all(name in _CAPTURED or not value for name, value in arguments.items() if value is not None)
+
+
+def _replay(step: CapturedStep, cache: TidalCache, arguments: dict[str, Any]) -> CausalLMOutputWithPast:
+    ids, positions = arguments["input_ids"], arguments.get("position_ids")
+    if positions is None:
+        positions = torch.full_like(ids, cache.get_seq_length())
+    cache.begin_captured(len(ids))
+    logits = step.replay(ids, positions)
+    return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)  # the next step overwrites them
 
 
 def chunk_size(tokens: int, limit: int = PREFILL_CHUNK) -> int:

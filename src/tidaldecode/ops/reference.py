@@ -58,7 +58,7 @@ def full_attention_with_importance(
         query, k_cache, v_cache, block_table, lengths, scale: as for `full_attention`.
         selections: the rules whose importances are wanted, in order.
         importance: [B, S, T], float32 or float64, written; T is at least the longest length, and S adds up the index
-            sets of each rule: Hq, Hkv or 1. Entries past a sequence's length stay as they are.
+            sets of each rule: Hq, Hkv or 1. Entries past a sequence's length are undefined.
 
     Returns:
         [B, Hq, D], the output of `full_attention`.
@@ -106,6 +106,41 @@ def select_tokens(
         indices[b, :, budget - recent : budget] = torch.arange(length - recent, length, device=indices.device)
 
 
+def full_attention_with_selection(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    selections: Sequence[Selection],
+    budgets: Tensor,
+    recents: Tensor,
+    sink_tokens: int,
+    capacity: int,
+    indices: Tensor,
+) -> Tensor:
+    """Full attention that chooses tokens: what a `select` layer does in one call.
+
+    Args:
+        query, k_cache, v_cache, block_table, lengths, scale, selections: as for `full_attention_with_importance`.
+        budgets, recents, sink_tokens: as for `select_tokens`.
+        capacity: the longest that a sequence can become; sizes what lies between attention and selection, so that
+            nothing depends on the lengths.
+        indices: [B, S, K], int32, written; S adds up the index sets of each rule, in order.
+
+    Returns:
+        [B, Hq, D], the output of `full_attention`.
+    """
+    dtype = _accumulator(query.dtype)
+    importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=dtype)
+    output = full_attention_with_importance(
+        query, k_cache, v_cache, block_table, lengths, scale, selections, importance
+    )
+    select_tokens(importance, lengths, budgets, recents, sink_tokens, indices)
+    return output
+
+
 def sparse_attention(
     query: Tensor,
     k_cache: Tensor,
@@ -113,8 +148,9 @@ def sparse_attention(
     block_table: Tensor,
     indices: Tensor,
     counts: Tensor,
-    head_to_set: Tensor,
+    head_to_set: Tensor | None,
     scale: float,
+    page_size: int = 1,
 ) -> Tensor:
     """Attention of one new token per sequence over the tokens of an index set: position persistent sparse attention.
 
@@ -122,20 +158,28 @@ def sparse_attention(
         query: [B, Hq, D].
         k_cache, v_cache, block_table: the cache, see `tidaldecode.ops`.
         indices: [B, S, K], int32; the step's table of index sets.
-        counts: [B], int32; valid entries of each of the sequence's sets.
+        counts: [B], int32; tokens of each of the sequence's sets.
         head_to_set: [1], [Hkv] or [Hq], integer; the set that all heads, the heads of each KV head, or each query head
-            read. The shorter forms read each K and V row once for all heads that share a set.
+            read. The shorter forms read each K and V row once for all heads that share a set. `None` is the map of
+            sets that are as many as one of these forms has entries, in order; it spares the look-up.
         scale: factor of the scores.
+        page_size: tokens that one entry of a set stands for: entry `p` for the `page_size` tokens from
+            `p * page_size` on. Of the last page of a set only the first tokens may count.
 
     Returns:
         [B, Hq, D], dtype of `query`.
     """
     num_heads, num_kv_heads = query.shape[1], k_cache.shape[2]
+    if head_to_set is None:
+        head_to_set = torch.arange(indices.shape[1], device=indices.device)
     if len(head_to_set) not in (1, num_kv_heads, num_heads):
         raise ValueError(f"head_to_set has {len(head_to_set)} entries, not 1, {num_kv_heads} or {num_heads}")
     output = torch.empty_like(query)
     for b, count in enumerate(counts.tolist()):
-        chosen = indices[b, :, :count].index_select(0, head_to_set)  # [1 | Hkv | Hq, count]
+        chosen = indices[b, :, : -(-count // page_size)].index_select(0, head_to_set)
+        if page_size > 1:
+            chosen = (chosen[..., None] * page_size + torch.arange(page_size, device=chosen.device)).flatten(1)
+        chosen = chosen[:, :count]  # [1 | Hkv | Hq, count]
         keys, values = _gather(k_cache, block_table[b], chosen), _gather(v_cache, block_table[b], chosen)
         output[b] = _weigh(_grouped_scores(query[b], keys, scale).softmax(-1), values)
     return output

@@ -1,0 +1,106 @@
+"""Quest (Tang et al., ICML 2024, arXiv 2406.10774): every layer chooses pages by bounds of their scores.
+
+For each page of the cache the smallest and largest value of every channel of K are kept. They bound the scores that a
+query can have in the page, and each layer attends to the pages with the largest bounds. With grouped-query attention
+a KV head's pages are chosen once for all query heads that share it, by the largest of their bounds, so that its K and
+V are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from tidaldecode import ops
+from tidaldecode.baselines.pages import page_bounds, page_scores
+from tidaldecode.plan import ModelShape
+
+
+class QuestAttention:
+    """Attention over the pages with the largest bounds.
+
+    Args:
+        shape: heads and layers of the model.
+        token_budget: tokens that a layer reads, in whole pages.
+        full_layers: layers that read everything; the first two, as in the paper.
+        page_size: tokens of a page, a power of two.
+    """
+
+    def __init__(
+        self, shape: ModelShape, token_budget: int, full_layers: Collection[int] = (0, 1), page_size: int = 16
+    ) -> None:
+        self.shape = shape
+        self.page_size = page_size
+        self.page_budget = max(2, token_budget // page_size)
+        self.full_layers = frozenset(full_layers)
+        self._bounds: dict[int, Tensor] = {}
+        self._scores: Tensor | None = None
+
+    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+        """Keeps the bounds of a prompt's pages."""
+        if layer not in self.full_layers:
+            with torch.inference_mode(False):
+                self._bounds[layer] = page_bounds(k_cache, block_table, self.page_size)
+
+    def begin(self, lengths: Tensor, capacity: int) -> None:
+        """Counts the pages of a step."""
+        pages = -(-capacity // self.page_size)
+        if self._scores is None or self._scores.shape[::2] != (len(lengths), pages):
+            self._allocate(lengths, pages)
+        torch.div(lengths + (self.page_size - 1), self.page_size, rounding_mode="floor", out=self._pages)
+        # all pages that are read are full, but the last of the context, which is the last of every set
+        chosen = torch.minimum(self._pages, self._budgets)
+        torch.sub(chosen * self.page_size, self._pages * self.page_size - lengths, out=self._counts)
+
+    def _allocate(self, lengths: Tensor, pages: int) -> None:
+        heads = self.shape.num_kv_heads
+        with torch.inference_mode(False):
+            self._scores = torch.zeros(len(lengths), heads, pages, device=lengths.device)
+            self._indices = lengths.new_zeros(len(lengths), heads, min(self.page_budget, pages))
+            self._pages, self._counts = torch.zeros_like(lengths), torch.zeros_like(lengths)
+            self._budgets = torch.full_like(lengths, self.page_budget)
+            self._recents = torch.ones_like(lengths)  # the page of the new token
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
+        if layer in self.full_layers:
+            return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
+        assert self._scores is not None
+        page_scores(query, k_cache, block_table, lengths, self._bounds[layer], self._scores, self.page_size)
+        ops.select_tokens(self._scores, self._pages, self._budgets, self._recents, 0, self._indices)
+        return ops.sparse_attention(
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            self._indices,
+            self._counts,
+            None,
+            scale,
+            self.page_size,
+        )
+
+    def tokens_read(self, context: int) -> dict[int, float]:
+        """Tokens whose K and V each layer reads in one step, per KV head, at a context of `context` tokens.
+
+        The bounds of a page are as long as the K and V of one token.
+        """
+        pages = -(-context // self.page_size)
+        sparse = min(self.page_budget * self.page_size, context) + pages
+        return {layer: context if layer in self.full_layers else sparse for layer in range(self.shape.num_layers)}
+
+    def kv_read_fraction(self, context: int) -> float:
+        """Share of the KV cache that one step reads at a context of `context` tokens, bounds counted."""
+        reads = self.tokens_read(context)
+        return sum(reads.values()) / (context * len(reads))

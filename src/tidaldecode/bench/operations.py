@@ -1,0 +1,200 @@
+"""`bench ops`: what each operation costs, and the attention of a decode step by each method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+
+from tidaldecode import ops
+from tidaldecode.bench.caches import CacheShape, LayerCaches
+from tidaldecode.bench.hardware import check_dtype, measuring
+from tidaldecode.bench.layers import layer_workloads
+from tidaldecode.bench.roofline import floor_us, read_bandwidth_gbs
+from tidaldecode.bench.steps import SDPA_STEP, step_workloads
+from tidaldecode.bench.timing import time_gpu
+from tidaldecode.environment import environment
+from tidaldecode.errors import InputError
+from tidaldecode.plan import TidalPlan
+
+
+@dataclass(frozen=True)
+class OperationsSettings:
+    """What to measure: every operation at each number of KV heads, context and budget.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: KV heads, each a divisor of `heads`.
+        budgets: tokens that sparse layers read, or fractions of the context.
+        layers: layers of a decode step.
+    """
+
+    heads: int = 32
+    kv_heads: tuple[int, ...] = (8, 32)
+    head_dim: int = 128
+    contexts: tuple[int, ...] = (10240, 32768, 102400)
+    budgets: tuple[int | float, ...] = (1024, 4096)
+    batch: int = 1
+    layers: int = 32
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuses what can't be measured.
+
+        Raises:
+            InputError: names the first wrong setting.
+        """
+        for kv_heads in self.kv_heads:
+            if self.heads % kv_heads:
+                raise InputError(f"{self.heads} query heads are no multiple of {kv_heads} KV heads")
+        for budget in self.budgets:
+            TidalPlan.paper(self.layers, token_budget=budget)
+
+
+@dataclass(frozen=True)
+class OperationRow:
+    """One operation at one shape.
+
+    Attributes:
+        operation: `sdpa` is torch's scaled_dot_product_attention; `select` is `importance` and `selection` together;
+            `step ...` is the attention of a whole decode step.
+        context: tokens of each sequence.
+        budget: tokens, or a fraction of the context; `None` where there is no budget.
+        us: median microseconds.
+        spread: interquartile range over the median.
+        floor_us: microseconds in which the bytes that must be read can be read.
+        over_sdpa: time over that of `sdpa` for an operation, of `step full (sdpa)` for a step.
+        speedup_vs_full: of a step, the time of `step full (sdpa)` over its own.
+        caches: distinct layer caches that the calls went through.
+        captured: whether the calls ran in a CUDA graph.
+    """
+
+    operation: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    context: int
+    budget: int | float | None
+    us: float
+    spread: float
+    floor_us: float
+    over_sdpa: float
+    speedup_vs_full: float | None
+    caches: int
+    captured: bool
+
+
+@dataclass(frozen=True)
+class OperationsReport:
+    """Rows with what they were measured on.
+
+    Attributes:
+        environment: command, versions, device.
+        dtype: of queries and caches.
+        layers: layers of a decode step.
+        read_bandwidth_gbs: measured before, in 1e9 bytes a second.
+    """
+
+    environment: dict[str, object]
+    dtype: str
+    layers: int
+    read_bandwidth_gbs: float
+    rows: tuple[OperationRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one flat object with a list of rows."""
+        fields = asdict(self)
+        return {**fields.pop("environment"), **fields}
+
+
+def bench_operations(
+    settings: OperationsSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[str], None] = lambda what: None,
+    on_report: Callable[[OperationsReport], None] = lambda report: None,
+) -> OperationsReport:
+    """Times every operation at every shape.
+
+    Args:
+        settings: the shapes.
+        device: the GPU, or the CPU for small shapes.
+        dtype: of queries and caches.
+        on_progress: told, in words, what is being measured.
+        on_report: called with the report so far whenever a shape is done.
+
+    Raises:
+        InputError: a setting is wrong, the GPU has no such dtype, or memory is short.
+    """
+    settings.check()
+    check_dtype(device, dtype)
+    shapes = [
+        CacheShape(settings.heads, kv_heads, settings.head_dim, settings.batch, context, dtype)
+        for kv_heads in settings.kv_heads
+        for context in settings.contexts
+    ]
+    torch.manual_seed(settings.seed)
+    with measuring(device, "lower --contexts, --batch or --kv-heads"):
+        for shape in shapes:  # before the first is measured
+            _caches_that_fit(shape, settings, device)
+        on_progress("read bandwidth")
+        report = OperationsReport(
+            environment=environment(device),
+            dtype=str(dtype).removeprefix("torch."),
+            layers=settings.layers,
+            read_bandwidth_gbs=round(read_bandwidth_gbs(device), 1),
+            rows=(),
+        )
+        for shape in shapes:
+            rows = _shape_rows(shape, settings, device, report.read_bandwidth_gbs, on_progress)
+            report = replace(report, rows=report.rows + tuple(rows))
+            on_report(report)
+    return report
+
+
+def _caches_that_fit(shape: CacheShape, settings: OperationsSettings, device: torch.device) -> int:
+    least = min((b for b in settings.budgets if isinstance(b, int)), default=shape.context)
+    return shape.caches_that_fit(settings.layers, min(least, shape.context), device)
+
+
+def _shape_rows(
+    shape: CacheShape,
+    settings: OperationsSettings,
+    device: torch.device,
+    bandwidth_gbs: float,
+    on_progress: Callable[[str], None],
+) -> Iterator[OperationRow]:
+    """The rows of one shape; SDPA comes first, for the others to be compared with."""
+    caches = LayerCaches.random(shape, _caches_that_fit(shape, settings, device), device, settings.seed)
+    workloads = chain(
+        layer_workloads(caches, settings.budgets), step_workloads(caches, settings.layers, settings.budgets)
+    )
+    captured = ops.has_kernel(caches.queries[0])  # the reference asks for lengths, which no graph can
+    base_us = {}
+    for workload in workloads:
+        on_progress(f"{workload.name}, {shape.kv_heads} KV heads, {shape.context:,} tokens")
+        timing = time_gpu(workload.calls, device, captured=captured)
+        if workload.name in ("sdpa", SDPA_STEP):
+            base_us[workload.name] = timing.us
+        is_step = workload.name.startswith("step")
+        base = base_us[SDPA_STEP if is_step else "sdpa"]
+        yield OperationRow(
+            operation=workload.name,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            batch=shape.batch,
+            context=shape.context,
+            budget=workload.budget,
+            us=round(timing.us, 3),
+            spread=round(timing.spread, 4),
+            floor_us=round(floor_us(workload.floor_bytes, bandwidth_gbs), 3),
+            over_sdpa=round(timing.us / base, 4),
+            speedup_vs_full=round(base / timing.us, 4) if is_step else None,
+            caches=len(caches),
+            captured=captured,
+        )

@@ -1,0 +1,232 @@
+"""A decode step as one CUDA graph: the model's own code, compiled, with the plan's attention as one opaque operation.
+
+`torch.compile` sees the attention of a layer as a call that takes the new token's query, key and value, and knows
+nothing of cache, plan or length. So one compilation serves every cache and plan of a model, and the graph captured
+from it stays right as the context grows: lengths are on the device and are counted up inside.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from tidaldecode import ops
+
+if TYPE_CHECKING:
+    from tidaldecode.hf.cache import TidalCache
+
+_logger = logging.getLogger("tidaldecode")
+_RECOMPILE_LIMIT = 256  # one compilation for each model and batch size, of which a process may see many
+
+_running: TidalCache | None = None  # the cache of the step that runs, is warmed up or captured
+_refused: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()  # reasons that were said
+
+
+@torch.library.custom_op("tidaldecode::decode_attention", mutates_args=())
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
+    """Writes a new token's K and V, and attends by the plan, through the cache of the running step.
+
+    Args:
+        query: [B, Hq, 1, D].
+        key, value: [B, Hkv, 1, D].
+        layer: index of the layer.
+        scale: factor of the scores.
+
+    Returns:
+        [B, 1, Hq, D].
+    """
+    assert _running is not None
+    return _running.decode(layer, query, key, value, scale)
+
+
+@decode_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty(batch, tokens, heads, dim)
+
+
+class StepCache(Cache):
+    """Stands for the cache while a step is traced: hands the new K and V on to the attention function, and is constant.
+
+    The model asks it for nothing that changes from step to step, so that what was compiled stays valid.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new token's own K and V, as they are: `decode_attention` writes them."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """None: positions are given."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """None: positions are given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """No mask is needed."""
+        return 0, 0
+
+
+_step_cache = StepCache()
+
+
+def decode_step(forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """The model's forward pass over one new token per sequence, inside `running`.
+
+    Args:
+        forward: the model's own forward pass.
+        input_ids, position_ids: [B, 1], int64.
+
+    Returns:
+        Logits, [B, 1, V].
+    """
+    return forward(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        past_key_values=_step_cache,
+        use_cache=True,
+        return_dict=True,
+        tidal_cache=_step_cache,
+    ).logits
+
+
+_compiled_step = torch.compile(decode_step, fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def running(cache: TidalCache) -> Iterator[None]:
+    """Makes a cache the one that `decode_attention` works on."""
+    global _running
+    before, _running = _running, cache
+    try:
+        yield
+    finally:
+        _running = before
+
+
+class CapturedStep:
+    """A decode step in a CUDA graph.
+
+    Args:
+        model: a model with a plan, on a GPU.
+        cache: holds the sequences to go on with; its next step must still fit.
+
+    Raises:
+        Exception: whatever PyTorch says when a model can't be compiled or captured.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: TidalCache) -> None:
+        self._cache = cache
+        lengths = cache.sequences.lengths
+        with torch.inference_mode(False):
+            self._input_ids = torch.zeros(len(lengths), 1, dtype=torch.int64, device=lengths.device)
+            self._position_ids = (lengths[:, None] - 1).long()
+        forward = model._tidaldecode.forward
+        stream = torch.cuda.Stream(lengths.device)
+        stream.wait_stream(torch.cuda.current_stream(lengths.device))
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), running(cache), torch.cuda.device(lengths.device), torch.cuda.stream(stream):
+            with _more_compilations():
+                before = lengths.clone()
+                for _ in range(2):  # compiles, lets kernels compile and allocate what they keep
+                    self._run(forward)
+                    lengths.copy_(before)
+            stream.synchronize()
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._logits = self._run(forward)
+        torch.cuda.current_stream(lengths.device).wait_stream(stream)
+
+    def _run(self, forward: Callable[..., Any]) -> Tensor:
+        self._cache.advance()
+        return _compiled_step(forward, self._input_ids, self._position_ids)
+
+    def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Runs the step.
+
+        Args:
+            input_ids: [B, 1], the new tokens.
+            position_ids: [B, 1] or [1, 1], their positions.
+
+        Returns:
+            Logits, [B, 1, V]; overwritten by the next step.
+        """
+        self._input_ids.copy_(input_ids)
+        self._position_ids.copy_(position_ids)
+        self._graph.replay()
+        return self._logits
+
+
+def captured_step(model: PreTrainedModel, cache: TidalCache) -> CapturedStep | None:
+    """The step of a cache, captured when it is first asked for; `None` where that is impossible.
+
+    The reason is logged, once a model.
+    """
+    cache.prepare()
+    if cache.step is not None or cache.step_refused:
+        return cache.step
+    reason = _obstacle(model, cache)
+    if reason is None:
+        lengths = cache.sequences.lengths.clone()
+        try:
+            with _progress(model):
+                cache.step = CapturedStep(model, cache)
+        except Exception as error:  # of any part of PyTorch, for any reason
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            cache.sequences.lengths.copy_(lengths)
+    cache.step_refused = reason is not None
+    if reason is not None and reason not in _refused.setdefault(model, set()):
+        _refused[model].add(reason)
+        _logger.warning("the decode step runs without a CUDA graph, and slower: %s", reason)
+    return cache.step
+
+
+def _obstacle(model: PreTrainedModel, cache: TidalCache) -> str | None:
+    """Why a step can't be captured, if that is known beforehand."""
+    if not all(cache.has_role(layer) for layer in range(len(cache.layers))):
+        return "some layers keep a sliding window, whose cache counts on the host"
+    if model.training:
+        return "the model is in training mode: call model.eval()"
+    if not ops.has_kernel(cache.layers[0].keys):
+        return "its attention has no kernels"
+    return None
+
+
+@contextmanager
+def _more_compilations() -> Iterator[None]:
+    limits = {"recompile_limit": _RECOMPILE_LIMIT, "accumulated_recompile_limit": 4 * _RECOMPILE_LIMIT}
+    with torch._dynamo.config.patch(limits):
+        yield
+
+
+_seen: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@contextmanager
+def _progress(model: PreTrainedModel) -> Iterator[None]:
+    """Says what is being waited for; the first compilation of a model takes a minute, later ones come from the disk."""
+    if model in _seen:
+        yield
+        return
+    console = Console(file=sys.stderr)
+    start = time.perf_counter()
+    with console.status("tidaldecode compiles the decode step: about a minute, once for a model on this machine"):
+        yield
+    _logger.info("compiled and captured the decode step in %.0f s", time.perf_counter() - start)
+    _seen.add(model)

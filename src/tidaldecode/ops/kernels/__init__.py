@@ -1,0 +1,167 @@
+"""The operations as Triton kernels, one file a kernel. Signatures and meaning are those of `tidaldecode.ops.reference`.
+
+bfloat16, float16 and float32 (in full precision) with head dims up to 256; sums in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tidaldecode.ops import reference
+from tidaldecode.ops.kernels.importance import average_probabilities
+from tidaldecode.ops.kernels.select import select_by_scores, select_tokens
+from tidaldecode.ops.kernels.split_kv import Tiling, attend
+from tidaldecode.ops.kernels.write import write_kv
+from tidaldecode.plan import Selection
+
+__all__ = [
+    "full_attention",
+    "full_attention_with_importance",
+    "full_attention_with_selection",
+    "multi_query_attention",
+    "select_tokens",
+    "sparse_attention",
+    "write_kv",
+]
+
+_MOST_NEW_TOKENS = 32
+
+
+def _tiling(query: Tensor, tokens: int, warps: int, stages: int, programs: int) -> Tiling:
+    """A tiling made for rows of 256 bytes, cut down for longer ones: what a program holds must fit its memory."""
+    row_bytes = query.shape[-1] * query.element_size()
+    while tokens > 16 and tokens * row_bytes > 128 * 256:
+        tokens //= 2
+    return Tiling(tokens, warps, stages, programs)
+
+
+def full_attention(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """As `reference.full_attention`."""
+    tiling = _tiling(query, 128, 4, 3, 1)
+    return attend(query[:, None], k_cache, v_cache, block_table, lengths, scale, tiling=tiling)[:, 0]
+
+
+def full_attention_with_importance(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    selections: Sequence[Selection],
+    importance: Tensor,
+) -> Tensor:
+    """As `reference.full_attention_with_importance`."""
+    rows = _sets_by_rule(importance, selections, query.shape[1], k_cache.shape[2])
+    scores = rows.get("per_head")  # these importances are the scores
+    if scores is None:
+        scores = importance.new_empty(len(query), query.shape[1], importance.shape[2])
+    output, normalizers = _attend_with_scores(query, k_cache, v_cache, block_table, lengths, scale, scores)
+    if "per_group" in rows or "unified" in rows:
+        average_probabilities(
+            scores, normalizers, lengths, k_cache.shape[2], rows.get("per_group"), rows.get("unified")
+        )
+    return output
+
+
+def full_attention_with_selection(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    selections: Sequence[Selection],
+    budgets: Tensor,
+    recents: Tensor,
+    sink_tokens: int,
+    capacity: int,
+    indices: Tensor,
+) -> Tensor:
+    """As `reference.full_attention_with_selection`; among equal importances the earlier token is chosen.
+
+    A head's own set goes by its probabilities: the order of its scores, down to where they underflow to zero.
+    """
+    padded = -(-capacity // 16) * 16  # rows that begin at a multiple of 64 bytes are read four scores at a time
+    scores = query.new_empty(len(query), query.shape[1], padded, dtype=torch.float32)
+    output, normalizers = _attend_with_scores(query, k_cache, v_cache, block_table, lengths, scale, scores)
+    for rows in _sets_by_rule(indices, selections, query.shape[1], k_cache.shape[2]).values():
+        select_by_scores(scores, normalizers, lengths, budgets, recents, sink_tokens, rows)
+    return output
+
+
+def _sets_by_rule(
+    rows: Tensor, selections: Sequence[Selection], num_heads: int, num_kv_heads: int
+) -> dict[Selection, Tensor]:
+    """The rows of each rule among those of several, [B, S, ...]: views."""
+    sizes = [{"per_head": num_heads, "per_group": num_kv_heads, "unified": 1}[rule] for rule in selections]
+    return dict(zip(selections, rows.split(sizes, 1), strict=True))
+
+
+def _attend_with_scores(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float, scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Full attention that writes scores [B, Hq, T], and returns the heads' normalizers [B, Hq] with its output."""
+    normalizers = scores.new_empty(query.shape[:2])
+    output = attend(
+        query[:, None],
+        k_cache,
+        v_cache,
+        block_table,
+        lengths,
+        scale,
+        tiling=_tiling(query, 128, 4, 3, 1),
+        scores=scores,
+        normalizers=normalizers,
+    )[:, 0]
+    return output, normalizers
+
+
+def sparse_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_to_set: Tensor | None,
+    scale: float,
+    page_size: int = 1,
+) -> Tensor:
+    """As `reference.sparse_attention`."""
+    tiling = _tiling(query, 64, 2, 3, 2)
+    return attend(
+        query[:, None],
+        k_cache,
+        v_cache,
+        block_table,
+        counts,
+        scale,
+        tiling=tiling,
+        indices=indices,
+        head_to_set=head_to_set,
+        page_size=page_size,
+    )[:, 0]
+
+
+def multi_query_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    new_lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """As `reference.multi_query_attention`; longer chunks than verification's go the way of prefill, through SDPA."""
+    if query.shape[1] > _MOST_NEW_TOKENS:
+        return reference.multi_query_attention(query, k_cache, v_cache, block_table, lengths, new_lengths, scale)
+    tiling = _tiling(query, 128, 4, 3, 1)
+    return attend(
+        query, k_cache, v_cache, block_table, lengths, scale, tiling=tiling, new_lengths=new_lengths
+    )
