@@ -13,7 +13,7 @@ import torch
 
 from command_line import assert_one_line
 from families import FAMILIES
-from tidaldecode import InputError, TidalCache, TidalPlan, apply, ops
+from tidaldecode import InputError, TidalCache, TidalPlan, apply, models, ops
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.bench import caches as caches_module
 from tidaldecode.bench import decode as decode_module
@@ -187,11 +187,11 @@ def test_bfloat16_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(InputError, match=r"Tesla T4 has compute capability 7\.5, .* --dtype float16"):
-        hardware.check_dtype(gpu, torch.bfloat16)
-    hardware.check_dtype(gpu, torch.float16)
-    hardware.check_dtype(CPU, torch.bfloat16)
+        models.check_dtype(gpu, torch.bfloat16)
+    models.check_dtype(gpu, torch.float16)
+    models.check_dtype(CPU, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    hardware.check_dtype(gpu, torch.bfloat16)
+    models.check_dtype(gpu, torch.bfloat16)
 
 
 def test_memory_that_runs_out():

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode import demo_model
 from tidaldecode.errors import InputError
 
+_BFLOAT16 = (8, 0)  # compute capability from which on GPUs have it
+
 
 def _to_stderr(step: str) -> None:
     print(step, file=sys.stderr, flush=True)
@@ -113,5 +115,21 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slow."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """bfloat16 on a GPU, float16 on one too old for it; float32 on a CPU, where bfloat16 is slow."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BFLOAT16 else torch.float16
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses bfloat16 on a GPU that does not have it.
+
+    Raises:
+        InputError: the compute capability is below 8.0.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _BFLOAT16:
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        raise InputError(f"{name} has compute capability {major}.{minor}, and bfloat16 needs 8.0: give --dtype float16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tidaldecode import ops
@@ -23,7 +22,7 @@ def page_bounds(k_cache: Tensor, block_table: Tensor, page_size: int) -> Tensor:
     pages, full = -(-tokens // page_size), tokens // page_size
     bounds = k_cache.new_zeros(batch, heads, pages, 2, dim)
     for b, block in enumerate(block_table[:, 0].tolist()):  # one sequence at a time: a cache can be most of a GPU
-        paged = k_cache[block, : full * page_size].unflatten(0, (full, page_size))  # [pages, page_size, Hkv, D]
+        paged = k_cache[block, : full * page_size].reshape(full, page_size, heads, dim)
         bounds[b, :, :full, 0] = paged.amin(1).transpose(0, 1)
         bounds[b, :, :full, 1] = paged.amax(1).transpose(0, 1)
     return bounds
@@ -34,8 +33,8 @@ def page_scores(
 ) -> None:
     """Writes an upper bound of the scores in each page, and brings the bounds of the newest page up to date.
 
-    With `m` and `M` the bounds of a page, `q · k <= Σ_d max(q_d m_d, q_d M_d)` for all its tokens; of the query heads of
-    a KV head the largest counts.
+    With `m` and `M` the bounds of a page, `q · k <= Σ_d max(q_d m_d, q_d M_d)` for all its tokens; of the query heads
+    of a KV head the largest counts.
 
     Args:
         query: [B, Hq, D].
@@ -53,7 +52,7 @@ def page_scores(
         newest = k_cache[int(block_table[b, 0]), last * page_size : length]  # [tokens, Hkv, D]
         bounds[b, :, last, 0], bounds[b, :, last, 1] = newest.amin(0), newest.amax(0)
         low, high = bounds[b, :, : last + 1].float().unbind(2)  # [Hkv, pages, D]
-        q = query[b].float().unflatten(0, (len(low), -1))  # [Hkv, G, D]
+        q = query[b].float().view(len(low), -1, query.shape[2])  # [Hkv, G, D]
         upper = q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
         scores[b, :, : last + 1] = upper.amax(1)
     return None

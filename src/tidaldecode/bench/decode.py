@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tidaldecode.attention import Attention
-from tidaldecode.bench.hardware import GIB, check_dtype, check_memory, measuring
+from tidaldecode.bench.hardware import GIB, check_memory, measuring
 from tidaldecode.bench.methods import BUDGETED, METHODS, step_attention
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
 from tidaldecode.bench.timing import Timing, time_steps
@@ -19,6 +19,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
 from tidaldecode.hf.architecture import check_architecture, check_plan, model_shape
 from tidaldecode.hf.plans import find_plan
+from tidaldecode.models import check_dtype
 from tidaldecode.plan import TidalPlan
 
 _WARM_UP = 5  # steps before each repeat

@@ -14,20 +14,6 @@ from tidaldecode.errors import InputError
 GIB = 2**30
 
 
-def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses bfloat16 on a GPU that does not have it.
-
-    Raises:
-        InputError: the compute capability is below 8.0.
-    """
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        name = torch.cuda.get_device_name(device)
-        raise InputError(f"{name} has compute capability {major}.{minor}, and bfloat16 needs 8.0: give --dtype float16")
-
-
 def l2_bytes(device: torch.device) -> int:
     """Size of the GPU's L2 cache; 0 on a CPU, where small sizes are timed as they come."""
     if device.type != "cuda":

@@ -11,13 +11,14 @@ import torch
 
 from tidaldecode import ops
 from tidaldecode.bench.caches import CacheShape, LayerCaches
-from tidaldecode.bench.hardware import check_dtype, measuring
+from tidaldecode.bench.hardware import measuring
 from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.roofline import floor_us, read_bandwidth_gbs
 from tidaldecode.bench.steps import SDPA_STEP, step_workloads
 from tidaldecode.bench.timing import time_gpu
 from tidaldecode.environment import environment
 from tidaldecode.errors import InputError
+from tidaldecode.models import check_dtype
 from tidaldecode.plan import TidalPlan
 
 

@@ -114,10 +114,16 @@ def parse_device(name: str | None) -> torch.device:
 
 
 def parse_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; `auto` depends on the device."""
+    """The dtype of a name; `auto` depends on the device.
+
+    Raises:
+        InputError: the GPU does not have it.
+    """
     import torch
 
-    from tidaldecode.models import default_dtype
+    from tidaldecode.models import check_dtype, default_dtype
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return dtypes.get(name) or default_dtype(device)
+    dtype = dtypes.get(name) or default_dtype(device)
+    check_dtype(device, dtype)
+    return dtype

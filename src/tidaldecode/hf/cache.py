@@ -61,7 +61,7 @@ class Sequences:
         self.padded_length, self.decoding = padded_length, decoding
 
     def _start(self, batch: int, device: torch.device) -> None:
-        """Makes all sequences empty: the same tensors where the batch is of the same size, so that graphs stay valid."""
+        """Makes all sequences empty; the tensors stay where the batch is as large, so that graphs stay valid."""
         if len(self.lengths) == batch and self.lengths.device == device:
             self.lengths.zero_()
             return
@@ -137,7 +137,8 @@ class TidalLayer(CacheLayerMixin):
         if needed > free:
             raise InputError(
                 f"the KV cache of {batch} x {self.capacity:,} tokens in {self.num_layers} layers needs "
-                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are free: {free // per_token:,} tokens fit"
+                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are free: "
+                f"{free // per_token:,} tokens fit"
             )
 
     def prepare(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -286,7 +287,9 @@ class TidalCache(Cache):
         self._check_room(1)
         sequences = self.sequences
         if batch != len(sequences.lengths):
-            raise InputError(f"the cache holds {len(sequences.lengths)} sequences, the input has {batch}: make a new one")
+            raise InputError(
+                f"the cache holds {len(sequences.lengths)} sequences, the input has {batch}: make a new one"
+            )
         if any(layer.padded_length != sequences.padded_length for layer in self.layers):
             raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
         sequences.padded_length += 1
@@ -366,7 +369,9 @@ class TidalCache(Cache):
         """Whether the layer attends by the plan; the others keep their sliding window."""
         return isinstance(self.layers[layer], TidalLayer)
 
-    def fill(self, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> None:
+    def fill(
+        self, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> None:
         """Holds random K and V of `tokens` tokens instead of a prompt's: for benchmarks of the decode step."""
         self.reset()
         self.begin(batch, tokens, None, device)

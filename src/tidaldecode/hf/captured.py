@@ -139,7 +139,7 @@ class CapturedStep:
             self._input_ids = torch.zeros(len(lengths), 1, dtype=torch.int64, device=lengths.device)
             self._position_ids = (lengths[:, None] - 1).long()
         forward = model._tidaldecode.forward
-        stream = torch.cuda.Stream(lengths.device)
+        stream = torch.cuda.Stream(lengths.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(lengths.device))
         self._graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), running(cache), torch.cuda.device(lengths.device), torch.cuda.stream(stream):

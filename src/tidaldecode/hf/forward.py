@@ -22,7 +22,15 @@ _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 """Arguments of a forward pass with one entry for each of its tokens."""
 
 
-_CAPTURED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+_CAPTURED = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+    "logits_to_keep",
+}
 """Arguments that a captured decode step knows; with others, the step runs uncaptured."""
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from tidaldecode.ops import reference
+from tidaldecode.ops.kernels import scratch
 from tidaldecode.ops.kernels.importance import average_probabilities
 from tidaldecode.ops.kernels.select import select_by_scores, select_tokens
 from tidaldecode.ops.kernels.split_kv import Tiling, attend
@@ -28,12 +30,14 @@ __all__ = [
 ]
 
 _MOST_NEW_TOKENS = 32
+_OTHER_SHARED_BYTES = 16 * 1024  # queries, and what threads exchange
 
 
 def _tiling(query: Tensor, tokens: int, warps: int, stages: int, programs: int) -> Tiling:
-    """A tiling made for rows of 256 bytes, cut down for longer ones: what a program holds must fit its memory."""
-    row_bytes = query.shape[-1] * query.element_size()
-    while tokens > 16 and tokens * row_bytes > 128 * 256:
+    """A tiling, cut down where rows are long or the GPU is small: the K and V of all stages must fit its shared memory."""
+    row_bytes = 2 * triton.next_power_of_2(query.shape[-1]) * query.element_size()
+    room = scratch.shared_memory(query.device) // programs - _OTHER_SHARED_BYTES
+    while tokens > 16 and stages * tokens * row_bytes > room:
         tokens //= 2
     return Tiling(tokens, warps, stages, programs)
 
@@ -162,6 +166,4 @@ def multi_query_attention(
     if query.shape[1] > _MOST_NEW_TOKENS:
         return reference.multi_query_attention(query, k_cache, v_cache, block_table, lengths, new_lengths, scale)
     tiling = _tiling(query, 128, 4, 3, 1)
-    return attend(
-        query, k_cache, v_cache, block_table, lengths, scale, tiling=tiling, new_lengths=new_lengths
-    )
+    return attend(query, k_cache, v_cache, block_table, lengths, scale, tiling=tiling, new_lengths=new_lengths)

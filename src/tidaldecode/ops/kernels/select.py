@@ -219,8 +219,8 @@ def _write_above_kernel(
 
     free = (token >= sink) & (token < length - recent)
     key = _ordered(value)
-    bin = _bin(key)
-    above, inside = free & (bin > border), free & (bin == border)
+    its_bin = _bin(key)
+    above, inside = free & (its_bin > border), free & (its_bin == border)
     ranks = tl.cumsum(above.to(tl.int32) + (inside.to(tl.int32) << 16), 0)  # both counts in one scan
     tl.store(chosen_set + sink + above_before + (ranks & 0xFFFF) - 1, token, mask=above)
     place = row * capacity + candidates_before + (ranks >> 16) - 1
@@ -445,6 +445,6 @@ def _count_and_choose(
         capacity,
         *indices.stride()[:2],
         OVERLAP=overlap,
-        num_warps=4,
+        num_warps=8,
         launch_pdl=overlap,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
 
+_ROUNDS = 4
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -49,7 +50,7 @@ def _stretch(lengths, slot, batch, split_target, BATCH: tl.constexpr, BLOCK_T: t
 
 @triton.jit
 def _cache_rows(tokens, block_table, block_size, block_stride, row_stride, ONE_BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of the cache rows of tokens, behind the block if a sequence has only one; int64 where int32 is too small."""
+    """Offsets of the cache rows of tokens, from the block on if there is only one; int64 where int32 is too small."""
     if ONE_BLOCK:
         rows = (tokens.to(tl.int64) if WIDE else tokens) * row_stride
     else:
@@ -204,7 +205,18 @@ def _attend_kernel(
             tl.store(ticket, 0)
             m_row = row_tile * BLOCK_M + tl.arange(0, MERGE_M)
             merged, m_normalizer = _merge(
-                partials, partial_normalizers, first_slot, num_splits, head, m_row, HEADS, ROWS, DIM, BLOCK_D, MERGE_M, MERGE_S
+                partials,
+                partial_normalizers,
+                first_slot,
+                num_splits,
+                head,
+                m_row,
+                HEADS,
+                ROWS,
+                DIM,
+                BLOCK_D,
+                MERGE_M,
+                MERGE_S,
             )
             shown = m_row < ROWS
             if QUERIES > 1:
@@ -253,7 +265,10 @@ def _merge(
         normalizer = tl.load(partial_normalizers + rows, mask=real, other=float("-inf"), cache_modifier=".cg")
         piece_real = real[:, :, None] if BLOCK_D == DIM else real[:, :, None] & (dims < DIM)[None, None, :]
         pieces = tl.load(
-            partials + ((rows * DIM)[:, :, None] + dims[None, None, :]), mask=piece_real, other=0.0, cache_modifier=".cg"
+            partials + ((rows * DIM)[:, :, None] + dims[None, None, :]),
+            mask=piece_real,
+            other=0.0,
+            cache_modifier=".cg",
         )
         new_top = tl.maximum(top, tl.max(normalizer, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -321,7 +336,8 @@ def attend(
     block_m = max(16, min(64, triton.next_power_of_2(rows)))
     row_tiles = triton.cdiv(rows, block_m)
     block_d = max(16, triton.next_power_of_2(dim))
-    programs = scratch.multiprocessors(query.device) * tiling.programs
+    # several sequences never fill the last round of programs: many short rounds waste less of it than one
+    programs = scratch.multiprocessors(query.device) * tiling.programs * (1 if batch == 1 else _ROUNDS)
     longest = k_cache.shape[1] * block_table.shape[1] if indices is None else indices.shape[2] * page_size
     split_target = max(1, min(programs // (heads * row_tiles), batch * triton.cdiv(longest, tiling.tokens)))
     slots = split_target + batch - 1

@@ -1,0 +1,237 @@
+"""The decode step that is compiled and captured, against the model's own steps through the same kind of cache."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from families import FAMILIES
+from tidaldecode import TidalCache, TidalPlan, apply
+from tidaldecode.attention import DecodeAttention
+from tidaldecode.errors import InputError
+from tidaldecode.hf import captured
+from tidaldecode.hf.plans import find_plan
+from tidaldecode.plan import ModelShape
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GLOBAL_FAMILIES = [family for family in FAMILIES if family != "gemma3_text"]
+
+PROMPT = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(PROMPT)
+MASK[1, :6] = 0
+
+
+def read_prompt(model, plan, capacity):
+    """A cache that holds the prompt, its second sequence 6 tokens shorter."""
+    cache = TidalCache(model.config, plan, capacity)
+    positions = (MASK.cumsum(1) - 1).clamp(min=0)
+    arguments = {"attention_mask": MASK, "position_ids": positions, "logits_to_keep": 1}
+    with torch.no_grad():
+        model(
+            PROMPT.to(model.device),
+            past_key_values=cache,
+            **{
+                name: value.to(model.device) if name != "logits_to_keep" else value for name, value in arguments.items()
+            },
+        )
+    return cache
+
+
+def next_tokens(steps, device):
+    return torch.randint(0, 200, (steps, 2, 1), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@contextmanager
+def uncaptured(cache):
+    """The model's own steps on a GPU too."""
+    before, cache.step, cache.step_refused = cache.step, None, True
+    yield
+    cache.step, cache.step_refused = before, False
+
+
+@pytest.mark.parametrize("family", GLOBAL_FAMILIES)
+def test_the_traced_step_is_the_models_own(tiny, family):
+    torch._dynamo.reset()
+    model = tiny(family)
+    plan = find_plan("paper", model.config).with_budget(8)
+    apply(model, plan)
+    own, traced = read_prompt(model, plan, 40), read_prompt(model, plan, 40)
+    step = torch.compile(captured.decode_step, fullgraph=True, dynamic=False, backend="eager")
+    for token in next_tokens(3, "cpu"):
+        positions = own.sequences.lengths[:, None].long()
+        expected = model(token, position_ids=positions, past_key_values=own).logits
+        traced.advance()
+        with torch.no_grad(), captured.running(traced):
+            logits = step(model._tidaldecode.forward, token, positions)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert torch.equal(own.sequences.lengths, traced.sequences.lengths)
+
+
+@pytest.mark.parametrize("recent", [1, 7, 0.0, 0.25, 0.9])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 1 / 3, 0.5, 1.0])
+def test_budgets_on_the_device_are_the_plans(fraction, recent):
+    roles = ("full", "select", "sparse")
+    plan = TidalPlan(roles=roles, selection="unified", token_budget=fraction, sink_tokens=4, recent_tokens=recent)
+    shape = ModelShape(num_layers=3, num_query_heads=2, num_kv_heads=1, head_dim=8)
+    lengths = torch.cat([torch.arange(1, 2000), torch.tensor([10**5, 10**6 - 1])]).int()
+    attention = DecodeAttention(plan, shape)
+    attention.begin(lengths, 10**6)
+    budgets = [plan.budget_for(length) for length in lengths.tolist()]
+    assert attention._budgets.tolist() == budgets
+    assert attention._recents.tolist() == [plan.recent_for(budget) for budget in budgets]
+
+
+def test_a_model_that_cannot_be_captured_says_so_once(tiny, caplog):
+    model = apply(tiny("gemma3_text"), "paper")
+    with caplog.at_level(logging.WARNING, "tidaldecode"):
+        for _ in range(2):
+            cache = read_prompt(model, model._tidaldecode.plan, 40)
+            assert captured.captured_step(model, cache) is None
+            assert captured.captured_step(model, cache) is None
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(
+        "the decode step runs without a CUDA graph, and slower: some layers keep a sliding window"
+    )
+
+
+def test_a_failed_capture_leaves_the_cache_as_it_was(tiny, monkeypatch, caplog):
+    model = apply(tiny("llama"), "paper")
+    cache = read_prompt(model, model._tidaldecode.plan, 40)
+    before = cache.sequences.lengths.clone()
+
+    class Fails:
+        def __init__(self, model, cache):
+            cache.advance()
+            raise RuntimeError("no graph today\nand more lines")
+
+    monkeypatch.setattr(captured, "CapturedStep", Fails)
+    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    with caplog.at_level(logging.WARNING, "tidaldecode"):
+        assert captured.captured_step(model, cache) is None
+    assert "RuntimeError: no graph today" in caplog.text and "more lines" not in caplog.text
+    assert torch.equal(cache.sequences.lengths, before)
+    assert cache.step_refused
+
+
+@pytest.fixture
+def gpu_model(tiny):
+    def make(plan, family="llama", **overrides):
+        return apply(tiny(family, **overrides).cuda(), plan)
+
+    return make
+
+
+PLANS = {
+    "full": lambda config: find_plan("full", config),
+    "paper": lambda config: find_plan("paper", config).with_budget(8),
+    "unified": lambda config: find_plan("paper", config).model_copy(
+        update={"selection": "unified", "token_budget": 8, "recent_tokens": 0.25, "sink_tokens": 2}
+    ),
+    "fraction": lambda config: find_plan("paper", config).with_budget(0.3),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_captured_steps_equal_uncaptured_ones(gpu_model, tiny, family, plan):
+    plan = PLANS[plan](tiny(family).config)
+    model = gpu_model(plan, family)
+    one, other = read_prompt(model, plan, 80), read_prompt(model, plan, 80)
+    for token in next_tokens(40, "cuda"):
+        positions = one.sequences.lengths[:, None].long()
+        logits = model(token, position_ids=positions, past_key_values=one).logits
+        with uncaptured(other):
+            expected = model(token, position_ids=positions, past_key_values=other).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert one.step is not None and other.step is None
+    assert one.get_seq_length() == other.get_seq_length() == 60
+    assert torch.equal(one.sequences.lengths, other.sequences.lengths)
+
+
+@on_gpu
+def test_one_graph_serves_a_cache_for_good(gpu_model, tiny):
+    """After crop and reset the same graph runs on; with another plan or batch a new one."""
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    cache = read_prompt(model, plan, 80)
+    tokens = next_tokens(10, "cuda")
+
+    def decode(how_many):
+        return torch.cat([model(token, past_key_values=cache).logits for token in tokens[:how_many]])
+
+    first = decode(5)
+    step = cache.step
+    assert step is not None
+    cache.crop(-5)
+    torch.testing.assert_close(decode(5), first, rtol=1e-5, atol=1e-5)
+    assert cache.step is step
+    cache.use_plan(PLANS["full"](model.config))
+    assert cache.step is None
+    cache.crop(-5)
+    with uncaptured(cache):
+        expected = decode(5)
+    cache.crop(-5)
+    torch.testing.assert_close(decode(5), expected, rtol=1e-4, atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 20}])
+def test_generate_replays_a_graph(gpu_model, tiny, sampling):
+    plan = PLANS["paper"](tiny().config).with_budget(64)  # the whole context
+    model = gpu_model(plan)
+    arguments = {"attention_mask": MASK.cuda(), "max_new_tokens": 30, "pad_token_id": 0, **sampling}
+    outputs = []
+    for used in (plan, PLANS["full"](model.config)):
+        cache = TidalCache(model.config, used, 60)
+        torch.manual_seed(0)
+        outputs.append(model.generate(PROMPT.cuda(), past_key_values=cache, **arguments))
+        assert cache.step is not None
+    assert torch.equal(*outputs)
+
+
+@on_gpu
+def test_what_a_graph_does_not_give_runs_without(gpu_model, tiny):
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    cache = read_prompt(model, plan, 80)
+    token = next_tokens(1, "cuda")[0]
+    output = model(token, past_key_values=cache, output_hidden_states=True)
+    assert output.hidden_states is not None and cache.step is None
+    assert model(token, past_key_values=cache).logits.shape[1] == 1 and cache.step is not None
+
+
+@on_gpu
+def test_ten_thousand_steps_in_one_graph(gpu_model, tiny):
+    """No memory grows, and nothing drifts from the steps that are not captured."""
+    config = tiny(max_position_embeddings=20_000).config
+    plan = PLANS["unified"](config).model_copy(update={"token_budget": 64})
+    model = gpu_model(plan, max_position_embeddings=20_000)
+    one, other = read_prompt(model, plan, 10_100), read_prompt(model, plan, 10_100)
+    tokens = next_tokens(10_000, "cuda")
+    model(tokens[0], past_key_values=one)
+    step = one.step
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated()
+    for token in tokens[1:]:
+        logits = model(token, past_key_values=one).logits
+    torch.cuda.synchronize()
+    assert one.step is step
+    assert torch.cuda.memory_allocated() <= allocated + 2**20
+    with uncaptured(other):
+        for token in tokens:
+            expected = model(token, past_key_values=other).logits
+    assert torch.equal(one.sequences.lengths, other.sequences.lengths)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(one.attention.indices.sort(-1).values, other.attention.indices.sort(-1).values)
+
+
+@on_gpu
+def test_a_cache_that_does_not_fit_says_how_much_is_needed(gpu_model, tiny):
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    with pytest.raises(InputError, match=r"needs [\d.]+ GiB, and [\d.]+ GiB of the GPU are free: [\d,]+ tokens fit"):
+        read_prompt(model, plan, 2**33)

@@ -1,0 +1,250 @@
+"""The Triton kernels against the reference in float64: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from test_ops import Case
+from tidaldecode.baselines.pages import page_bounds, page_scores
+from tidaldecode.ops import reference
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("tidaldecode.ops.kernels")
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# the interpreter multiplies bfloat16 matrices as if they were integers
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# all head dims with one shape of heads, all shapes with one head dim
+SHAPES = [(20, 6, 3), (20, 5, 1)]
+if GPU:
+    SHAPES = [(dim, 32, 8) for dim in (64, 80, 96, 128, 256)] + [(64, 1, 1), (64, 9, 3), (128, 32, 32), (128, 16, 1)]
+LENGTHS = (1999, 1, 64, 0, 777, 128) if GPU else (161, 1, 64, 0)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Outputs that are not written hold NaN, where the allocator hands the same memory out again."""
+    poisoned = [torch.full((2**size,), torch.nan, device=DEVICE) for size in range(8, 20)]
+    del poisoned
+
+
+def cases(block_sizes):
+    return pytest.mark.parametrize(
+        ("dtype", "head_dim", "heads", "kv_heads", "block_size"),
+        [(dtype, *shape, size) for dtype in DTYPES for shape in SHAPES for size in block_sizes],
+    )
+
+
+def make(dtype, head_dim, heads, kv_heads, block_size, lengths=LENGTHS):
+    """A case, and the same in float64."""
+    case = Case(heads, kv_heads, head_dim, block_size, dtype=dtype, lengths=lengths)
+    exact = Case(heads, kv_heads, head_dim, block_size, dtype=dtype, lengths=lengths)
+    for name in ("query", "k_cache", "v_cache", "block_table", "lengths"):
+        setattr(case, name, getattr(case, name).to(DEVICE))
+        tensor = getattr(exact, name).to(DEVICE)
+        setattr(exact, name, tensor.double() if tensor.is_floating_point() else tensor)
+    return case, exact
+
+
+def arguments(case):
+    return case.query, *case.cache, case.lengths, case.scale
+
+
+def assert_near(actual, exact, dtype):
+    assert actual.dtype == dtype
+    assert (actual.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+ONE_BLOCK = 2048 if GPU else 256
+
+
+@cases([ONE_BLOCK, 16])
+def test_full_attention(dtype, head_dim, heads, kv_heads, block_size):
+    case, exact = make(dtype, head_dim, heads, kv_heads, block_size)
+    output = kernels.full_attention(*arguments(case))
+    assert_near(output, reference.full_attention(*arguments(exact)), dtype)
+    assert not output[3].any()  # the sequence of length 0
+
+
+@cases([ONE_BLOCK])
+def test_importance(dtype, head_dim, heads, kv_heads, block_size):
+    case, exact = make(dtype, head_dim, heads, kv_heads, block_size)
+    rules = ("unified", "per_head", "per_group")
+    importance = torch.full((len(LENGTHS), 1 + heads + kv_heads, max(LENGTHS) + 3), torch.nan, device=DEVICE)
+    wanted = importance.double()
+    output = kernels.full_attention_with_importance(*arguments(case), rules, importance)
+    expected = reference.full_attention_with_importance(*arguments(exact), rules, wanted)
+    assert_near(output, expected, dtype)
+    for b, length in enumerate(LENGTHS):
+        torch.testing.assert_close(importance[b, :, :length].double(), wanted[b, :, :length], rtol=1e-4, atol=1e-4)
+
+
+@cases([ONE_BLOCK, 16])
+@pytest.mark.parametrize("sets", ["one", "per_group", "per_head"])
+def test_sparse_attention(dtype, head_dim, heads, kv_heads, block_size, sets):
+    case, exact = make(dtype, head_dim, heads, kv_heads, block_size)
+    rows = {"one": 1, "per_group": kv_heads, "per_head": heads}[sets]
+    counts = torch.tensor([min(length, 190) for length in LENGTHS], dtype=torch.int32, device=DEVICE)
+    indices = torch.zeros(len(LENGTHS), rows + 2, 200, dtype=torch.int32, device=DEVICE)
+    for b, length in enumerate(LENGTHS):
+        for row in range(rows + 2):
+            indices[b, row, : counts[b]] = torch.randperm(length, device=DEVICE)[: counts[b]].int()
+    head_to_set = torch.randperm(rows + 2, device=DEVICE)[:rows]
+    output = kernels.sparse_attention(case.query, *case.cache, indices, counts, head_to_set, case.scale)
+    some = [b for b, length in enumerate(LENGTHS) if length]
+    cache = exact.k_cache, exact.v_cache, exact.block_table[some]
+    expected = reference.sparse_attention(
+        exact.query[some], *cache, indices[some], counts[some], head_to_set, exact.scale
+    )
+    assert_near(output[some], expected, dtype)
+    in_order = kernels.sparse_attention(case.query, *case.cache, indices[:, head_to_set], counts, None, case.scale)
+    assert torch.equal(in_order, output)
+
+
+@pytest.mark.parametrize("lengths", [(200, 33), (17, 16)])
+def test_sparse_attention_over_pages(lengths):
+    case, exact = make(torch.float32, 16, 6, 3, 256, lengths)
+    pages = torch.tensor([-(-length // 16) for length in lengths], dtype=torch.int32, device=DEVICE)
+    indices = torch.zeros(2, 3, 5, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    for b, count in enumerate(pages.tolist()):
+        chosen = min(count, 5)
+        for row in range(3):
+            indices[b, row, :chosen] = torch.randperm(count, device=DEVICE)[:chosen].int()
+            indices[b, row, :chosen] = torch.cat(
+                [indices[b, row, :chosen][indices[b, row, :chosen] != count - 1][: chosen - 1], pages[b : b + 1] - 1]
+            )
+        counts[b] = (chosen - 1) * 16 + lengths[b] - (count - 1) * 16
+    output = kernels.sparse_attention(case.query, *case.cache, indices, counts, None, case.scale, 16)
+    expected = reference.sparse_attention(exact.query, *exact.cache, indices, counts, None, exact.scale, 16)
+    assert_near(output, expected, torch.float32)
+
+
+@cases([ONE_BLOCK, 16])
+@pytest.mark.parametrize("queries", [1, 7, 32] if GPU else [1, 5])
+def test_multi_query_attention(dtype, head_dim, heads, kv_heads, block_size, queries):
+    case, exact = make(dtype, head_dim, heads, kv_heads, block_size)
+    new = torch.tensor([min(queries, length, 1 + 3 * b) for b, length in enumerate(LENGTHS)], dtype=torch.int32)
+    query = torch.randn(len(LENGTHS), queries, heads, head_dim, device=DEVICE).to(dtype)
+    new = new.to(DEVICE)
+    output = kernels.multi_query_attention(query, *case.cache, case.lengths, new, case.scale)
+    expected = reference.multi_query_attention(query.double(), *exact.cache, exact.lengths, new, exact.scale)
+    assert_near(output, expected, dtype)
+    for b, count in enumerate(new.tolist()):
+        assert not output[b, : queries - count].any()
+
+
+@pytest.mark.parametrize("block_size", [256, 16, 5])
+def test_write_kv(block_size):
+    case, _ = make(torch.float32, 24, 6, 3, block_size, (200, 7, 1, 64))
+    new = torch.tensor([3, 7, 1, 0], dtype=torch.int32, device=DEVICE)
+    key, value = torch.randn(2, 4, 7, 3, 24, device=DEVICE)
+    written = [cache.clone() for cache in case.cache[:2]]
+    kernels.write_kv(key, value, *written, case.block_table, case.lengths, new)
+    reference.write_kv(key, value, *case.cache, case.lengths, new)
+    for cache, expected in zip(written, case.cache[:2], strict=True):
+        torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_strides_of_a_cache_of_several_layers():
+    """K and V may lie in memory in any order, as long as rows are contiguous; queries too."""
+    case, exact = make(torch.float32, 16, 6, 3, 256, (200, 33))
+    for name in ("k_cache", "v_cache"):
+        setattr(case, name, getattr(case, name).transpose(1, 2).contiguous().transpose(1, 2))
+    case.v_cache = torch.stack([case.v_cache, case.v_cache], 1)[:, 0]  # not the strides of K
+    case.query = case.query.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_near(kernels.full_attention(*arguments(case)), reference.full_attention(*arguments(exact)), torch.float32)
+
+
+def check_sets(importance, lengths, budgets, recent, sink):
+    """Chooses tokens by kernel and by reference: the same sets, but for equal importances."""
+    batch, sets, _ = importance.shape
+    importance = importance.to(DEVICE)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int32, device=DEVICE)  # noqa: E731
+    chosen = as_tensor(lengths), as_tensor(budgets), as_tensor([recent] * batch), sink
+    for b, length in enumerate(lengths):
+        importance[b, :, length:] = torch.nan
+    table = torch.full((batch, sets, max(budgets)), -7, dtype=torch.int32, device=DEVICE)
+    expected = table.clone()
+    kernels.select_tokens(importance, *chosen, table)
+    reference.select_tokens(importance, *chosen, expected)
+    for b, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+        count = min(length, budget)
+        assert (table[b, :, count:] == -7).all()
+        for row in range(sets):
+            tokens, wanted = table[b, row, :count].long(), expected[b, row, :count].long()
+            forced = set(range(min(sink, length))) | set(range(max(0, length - recent), length))
+            assert len(set(tokens.tolist())) == count
+            assert forced <= set(tokens.tolist()) <= set(range(length))
+            values = importance[b, row]
+            torch.testing.assert_close(values[tokens].sort().values, values[wanted].sort().values, rtol=0, atol=0)
+    return table
+
+
+TAILS = {
+    "probabilities": lambda *shape: torch.randn(*shape).mul(2).softmax(-1),
+    "scores": lambda *shape: torch.randn(*shape) * 5 - 3,
+    "few values": lambda *shape: torch.randint(0, 3, shape).float() * 1e-20,
+    "all equal": lambda *shape: torch.zeros(*shape),
+    "all in one bin": lambda *shape: 1 + torch.rand(*shape) / 100,
+    "huge and tiny": lambda *shape: (torch.randn(*shape) * 40).exp(),
+    "infinities": lambda *shape: torch.where(torch.rand(*shape) < 0.2, -torch.inf, torch.randn(*shape)),
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("capacity", [50, 1000, 8192, 8193, 20011] if GPU else [50, 1000, 8200])
+def test_selection(tail, capacity):
+    torch.manual_seed(capacity)
+    lengths = [capacity, capacity * 3 // 4, 40, capacity - 1]
+    budgets = [max(capacity // 9, 12), 16, 40, max(capacity // 3, 12)]
+    table = check_sets(TAILS[tail](4, 3, capacity), lengths, budgets, 5, 4)
+    torch.manual_seed(capacity)
+    assert torch.equal(table, check_sets(TAILS[tail](4, 3, capacity), lengths, budgets, 5, 4))  # the same order too
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(0, 1), (1500, 3), (4, 3000)])
+def test_selection_with_many_forced_tokens(sink, recent):
+    check_sets(torch.rand(2, 2, 9000), [9000, 6000], [4000, 5500], recent, sink)
+
+
+@pytest.mark.skipif(not GPU, reason="too long for the interpreter")
+@pytest.mark.parametrize(("capacity", "budget"), [(100_000, 16), (100_000, 16_000), (1_000_000, 1024)])
+def test_selection_from_long_contexts(capacity, budget):
+    check_sets(torch.randn(1, 8, capacity).softmax(-1), [capacity - 3], [budget], 1, 0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (5, 1)])
+def test_selection_by_attention(heads, kv_heads):
+    lengths = (2500, 1, 1300, 30)
+    case, _ = make(torch.float32, 16, heads, kv_heads, 2600, lengths)
+    budgets, recents = (
+        torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([99, 99, 700, 10], [5] * 4)
+    )
+    rules = ("per_group", "unified", "per_head")
+    table = torch.full((4, 1 + heads + kv_heads, 700), -7, dtype=torch.int32, device=DEVICE)
+    expected = table.clone()
+    chosen = rules, budgets, recents, 3, 2600
+    output = kernels.full_attention_with_selection(*arguments(case), *chosen, table)
+    wanted = reference.full_attention_with_selection(*arguments(case), *chosen, expected)
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    different = table.sort(-1).values != expected.sort(-1).values
+    assert different.sum() <= 2 * len(lengths)  # scores within rounding at a budget's border
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_page_scores(dtype):
+    case, exact = make(dtype, 24, 6, 3, 300, (290, 1, 64, 33))
+    pages_kernel = pytest.importorskip("tidaldecode.baselines.pages_kernel")
+    bounds = page_bounds(case.k_cache, case.block_table, 16)
+    wanted_bounds = bounds.double()
+    scores = torch.full((4, 3, 19), torch.nan, device=DEVICE)
+    wanted = scores.double()
+    pages_kernel.launch(case.query, case.k_cache, case.block_table, case.lengths, bounds, scores, 16)
+    page_scores(exact.query, exact.k_cache, exact.block_table, exact.lengths, wanted_bounds, wanted, 16)
+    torch.testing.assert_close(bounds.double(), wanted_bounds, rtol=0, atol=0, equal_nan=True)
+    for b, length in enumerate((290, 1, 64, 33)):
+        assert_near(scores[b, :, : -(-length // 16)], wanted[b, :, : -(-length // 16)], torch.float32)
