@@ -8,9 +8,11 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
+from tidaldecode.environment import environment
 from tidaldecode.hf.architecture import check_architecture
 from tidaldecode.models import ModelFiles
 
@@ -238,3 +240,10 @@ def test_help(run):
         status, out, _ = run(*options)
         assert status == 0
         assert "Usage" in out
+
+
+def test_results_do_not_name_the_folders_of_this_machine(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/opt/bin/tidaldecode", "bench", "ops", "--results", "/home/me/ops.json", "--seed", "1"]
+    )
+    assert environment(torch.device("cpu"))["command"] == "tidaldecode bench ops --results ops.json --seed 1"

@@ -15,7 +15,7 @@ import torch
 def environment(device: torch.device) -> dict[str, object]:
     """The command line, the versions that matter, and the device, ready for a JSON file of results."""
     return {
-        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": shlex.join([*_program(Path(sys.argv[0])), *map(_argument, sys.argv[1:])]),
         "versions": {"python": platform.python_version()} | _versions("tidaldecode", "torch", "transformers", "triton"),
         "device": _device_name(device),
     }
@@ -28,6 +28,11 @@ def _program(path: Path) -> list[str]:
     if path.suffix == ".py":
         return ["python", f"{path.parent.name}/{path.name}"]
     return [path.name]
+
+
+def _argument(argument: str) -> str:
+    """An argument, without the folders of this machine before a file."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _versions(*packages: str) -> dict[str, str]:

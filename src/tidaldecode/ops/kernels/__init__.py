@@ -34,7 +34,7 @@ _OTHER_SHARED_BYTES = 16 * 1024  # queries, and what threads exchange
 
 
 def _tiling(query: Tensor, tokens: int, warps: int, stages: int, programs: int) -> Tiling:
-    """A tiling, cut down where rows are long or the GPU is small: the K and V of all stages must fit its shared memory."""
+    """A tiling, cut down where rows are long or shared memory is small: it must hold the K and V of all stages."""
     row_bytes = 2 * triton.next_power_of_2(query.shape[-1]) * query.element_size()
     room = scratch.shared_memory(query.device) // programs - _OTHER_SHARED_BYTES
     while tokens > 16 and stages * tokens * row_bytes > room:

@@ -26,7 +26,8 @@ def shared_memory(device: torch.device) -> int:
     """Shared memory that a program can have, in bytes; a Hopper GPU's for the interpreter."""
     if device.type != "cuda":
         return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @functools.cache
