@@ -229,6 +229,25 @@ def test_ten_thousand_steps_in_one_graph(gpu_model, tiny):
     assert torch.equal(one.attention.indices.sort(-1).values, other.attention.indices.sort(-1).values)
 
 
+def test_a_step_that_does_not_fit_is_refused_before_it_is_warmed_up(tiny):
+    model = apply(tiny("llama"), "paper")
+    cache = read_prompt(model, model._tidaldecode.plan, PROMPT.shape[1])
+    with pytest.raises(InputError, match="the cache holds 20 tokens, 21 are needed"):
+        cache.check_step(2)
+    with pytest.raises(InputError, match="the cache holds 2 sequences, the input has 3"):
+        read_prompt(model, model._tidaldecode.plan, 40).check_step(3)
+
+
+@on_gpu
+def test_a_full_cache_stays_as_it_is(gpu_model, tiny):
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    cache = read_prompt(model, plan, PROMPT.shape[1])
+    with pytest.raises(InputError, match="the cache holds 20 tokens, 21 are needed"):
+        model(next_tokens(1, "cuda")[0], past_key_values=cache)
+    assert cache.step is None and cache.get_seq_length() == 20
+
+
 @on_gpu
 def test_a_cache_that_does_not_fit_says_how_much_is_needed(gpu_model, tiny):
     plan = PLANS["paper"](tiny().config)

@@ -110,7 +110,7 @@ class TidalPlan(BaseModel):
             the context, in (0, 1].
         sink_tokens: first tokens of the context that are always read.
         recent_tokens: last tokens that are always read, the new token among them (so at least 1); a float is a
-            share of the budget, in [0, 1).
+            share of the budget, in [0, 0.99].
         selection: whose scores choose: each query head its own set (`per_head`), the query heads of a KV head
             together (`per_group`), or all query heads together (`unified`).
         sources: for each sparse layer, and for each of its query heads, the set that it reads. Layers left out read
@@ -150,8 +150,8 @@ class TidalPlan(BaseModel):
 
     def _check_budget(self) -> None:
         budget, recent = self.token_budget, self.recent_tokens
-        if isinstance(recent, float) and not 0 <= recent < 1:
-            raise ValueError(f"recent_tokens: {recent} as a share of the budget must lie in [0, 1)")
+        if isinstance(recent, float) and not 0 <= recent <= 0.99:
+            raise ValueError(f"recent_tokens: {recent} as a share of the budget must lie in [0, 0.99]")
         if isinstance(recent, int) and recent < 1:
             raise ValueError(f"recent_tokens: {recent} must be at least 1: the new token is always read")
         if isinstance(budget, float):

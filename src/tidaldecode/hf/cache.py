@@ -278,8 +278,8 @@ class TidalCache(Cache):
         if total > self.capacity:
             raise InputError(f"the cache holds {self.capacity} tokens, {total} are needed: make it with more capacity")
 
-    def begin_captured(self, batch: int) -> None:
-        """Counts, on the host, one more token per sequence: what a captured step does on the device.
+    def check_step(self, batch: int) -> None:
+        """Refuses a decode step that the cache has no room for, before anything is written.
 
         Raises:
             InputError: it does not fit, or the cache holds another number of sequences.
@@ -292,7 +292,10 @@ class TidalCache(Cache):
             )
         if any(layer.padded_length != sequences.padded_length for layer in self.layers):
             raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
-        sequences.padded_length += 1
+
+    def count_step(self) -> None:
+        """Counts, on the host, the token per sequence that a captured step adds on the device."""
+        self.sequences.padded_length += 1
         for layer in self.layers:
             layer.padded_length += 1
 

@@ -41,8 +41,10 @@ def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     cache = arguments.get("past_key_values")
     if not isinstance(cache, TidalCache):
         return forward(*args, **kwargs)
-    if _may_be_captured(arguments, cache) and (step := captured_step(model, cache)) is not None:
-        return _replay(step, cache, arguments)
+    if _may_be_captured(arguments, cache):
+        cache.check_step(len(arguments["input_ids"]))
+        if (step := captured_step(model, cache)) is not None:
+            return _replay(step, cache, arguments)
     for chunk in _chunks(arguments, model.config):
         tokens = _tokens(chunk)
         cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
@@ -68,15 +70,17 @@ def _may_be_captured(arguments: dict[str, Any], cache: TidalCache) -> bool:
         return False
     if arguments.get("return_dict") is False or arguments.get("use_cache") is False:
         return False
-    return all(name in _CAPTURED or not value for name, value in arguments.items() if value is not None)
+    if cache.config.output_hidden_states:
+        return False
+    return all(name in _CAPTURED or value is None or value is False for name, value in arguments.items())
 
 
 def _replay(step: CapturedStep, cache: TidalCache, arguments: dict[str, Any]) -> CausalLMOutputWithPast:
     ids, positions = arguments["input_ids"], arguments.get("position_ids")
     if positions is None:
         positions = torch.full_like(ids, cache.get_seq_length())
-    cache.begin_captured(len(ids))
     logits = step.replay(ids, positions)
+    cache.count_step()
     return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)  # the next step overwrites them
 
 
