@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from families import FAMILIES
 from tidaldecode import TidalCache, TidalPlan, apply
 from tidaldecode.attention import DecodeAttention
+from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
 from tidaldecode.hf.plans import find_plan
@@ -76,7 +79,7 @@ def test_budgets_on_the_device_are_the_plans(fraction, recent):
     roles = ("full", "select", "sparse")
     plan = TidalPlan(roles=roles, selection="unified", token_budget=fraction, sink_tokens=4, recent_tokens=recent)
     shape = ModelShape(num_layers=3, num_query_heads=2, num_kv_heads=1, head_dim=8)
-    lengths = torch.cat([torch.arange(1, 2000), torch.tensor([10**5, 10**6 - 1])]).int()
+    lengths = torch.cat([torch.arange(1, 400), torch.tensor([10**5, 10**6 - 1])]).int()
     attention = DecodeAttention(plan, shape)
     attention.begin(lengths, 10**6)
     budgets = [plan.budget_for(length) for length in lengths.tolist()]
@@ -114,6 +117,77 @@ def test_a_failed_capture_leaves_the_cache_as_it_was(tiny, monkeypatch, caplog):
     assert "RuntimeError: no graph today" in caplog.text and "more lines" not in caplog.text
     assert torch.equal(cache.sequences.lengths, before)
     assert cache.step_refused
+
+
+def test_a_compilation_that_the_user_stops_leaves_the_cache_as_it_was(tiny, monkeypatch):
+    model = apply(tiny("llama"), "paper")
+    cache = read_prompt(model, model._tidaldecode.plan, 40)
+    before = cache.sequences.lengths.clone()
+
+    def stopped(model, cache):
+        cache.advance()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(captured, "CapturedStep", stopped)
+    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    with pytest.raises(KeyboardInterrupt):
+        captured.captured_step(model, cache)
+    assert torch.equal(cache.sequences.lengths, before)
+    assert not cache.step_refused
+
+
+def test_another_models_step_is_not_used(tiny, monkeypatch):
+    """Nor that of a model whose weights were converted since."""
+    made = []
+
+    class Step(captured.CapturedStep):
+        def __init__(self, model, cache):
+            self._model, self._weights = weakref.ref(model), captured._weights(model)
+            made.append(model)
+
+    monkeypatch.setattr(captured, "CapturedStep", Step)
+    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    models = [apply(tiny("llama"), "paper") for _ in range(2)]
+    cache = read_prompt(models[0], models[0]._tidaldecode.plan, 40)
+    for model in (models[0], models[0], models[1]):
+        assert captured.captured_step(model, cache) is cache.step
+    assert captured.captured_step(models[1].half(), cache) is cache.step
+    assert made == [models[0], models[1], models[1]]
+    assert copy.deepcopy(cache.step) is None
+
+
+def test_a_cache_left_in_the_middle_is_refused(tiny):
+    model = apply(tiny("llama"), "paper")
+    cache = TidalCache(model.config, model._tidaldecode.plan, 40)
+    cache.begin(2, 10, None, torch.device("cpu"))  # a forward pass that did not come to any layer
+    with pytest.raises(InputError, match="left in the middle of a forward pass"):
+        model(PROMPT[:, :1], past_key_values=cache)
+    with pytest.raises(InputError, match="left in the middle of a forward pass"):
+        cache.check_step(2)
+
+
+def test_a_step_beside_sliding_windows_is_not_refused(tiny):
+    model = apply(tiny("gemma3_text"), "paper")
+    read_prompt(model, model._tidaldecode.plan, 40).check_step(2)
+
+
+def test_a_budget_beyond_any_context(tiny):
+    model = apply(tiny("llama"), find_plan("paper", tiny("llama").config).with_budget(5 * 10**9))
+    cache = read_prompt(model, model._tidaldecode.plan, 40)
+    model(PROMPT[:, :1], past_key_values=cache)
+    assert cache.attention.counts.tolist() == cache.sequences.lengths.tolist()
+
+
+def test_quest_keeps_its_bounds_where_they_are():
+    """A captured step reads them there."""
+    quest = QuestAttention(ModelShape(num_layers=3, num_query_heads=2, num_kv_heads=1, head_dim=8), 32)
+    block_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([64], dtype=torch.int32)
+    keys = torch.randn(2, 1, 64, 1, 8)
+    quest.prepare(2, keys[0], block_table, lengths)
+    kept = quest._bounds[2]
+    before = kept.clone()
+    quest.prepare(2, keys[1], block_table, lengths)
+    assert quest._bounds[2] is kept and not torch.equal(kept, before)
 
 
 @pytest.fixture

@@ -99,7 +99,13 @@ class DecodeAttention:
             lengths: [B], int32; lengths of the sequences, the new tokens included.
             capacity: the longest that the sequences can become; sizes the table, once.
         """
-        if self.indices is None or len(self.indices) != len(lengths) or self.indices.device != lengths.device:
+        table = self.indices
+        if (
+            table is None
+            or table.shape[0] != len(lengths)
+            or table.device != lengths.device
+            or capacity > self._capacity
+        ):
             self._allocate(lengths, capacity)
         assert self._budgets is not None and self.counts is not None
         if isinstance(self.plan.token_budget, float):
@@ -108,7 +114,7 @@ class DecodeAttention:
 
     def _allocate(self, lengths: Tensor, capacity: int) -> None:
         width = min(self.plan.budget_for(capacity), capacity)
-        budget = self.plan.budget_for(1)
+        budget = min(self.plan.budget_for(1), torch.iinfo(torch.int32).max)
         with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
             self.indices = lengths.new_zeros(len(lengths), self.num_sets, width)
             self.counts = torch.zeros_like(lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tidaldecode import ops
@@ -46,7 +47,8 @@ def page_scores(
     if ops.has_kernel(query):
         from tidaldecode.baselines.pages_kernel import launch
 
-        return launch(query, k_cache, block_table, lengths, bounds, scores, page_size)
+        with torch.cuda.device(query.device):
+            return launch(query, k_cache, block_table, lengths, bounds, scores, page_size)
     for b, length in enumerate(lengths.tolist()):
         last = (length - 1) // page_size
         newest = k_cache[int(block_table[b, 0]), last * page_size : length]  # [tokens, Hkv, D]

@@ -40,9 +40,14 @@ class QuestAttention:
 
     def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
         """Keeps the bounds of a prompt's pages."""
-        if layer not in self.full_layers:
-            with torch.inference_mode(False):
-                self._bounds[layer] = page_bounds(k_cache, block_table, self.page_size)
+        if layer in self.full_layers:
+            return
+        with torch.inference_mode(False):
+            bounds, kept = page_bounds(k_cache, block_table, self.page_size), self._bounds.get(layer)
+        if kept is not None and (kept.shape, kept.dtype, kept.device) == (bounds.shape, bounds.dtype, bounds.device):
+            kept.copy_(bounds)  # a captured step reads them where they are
+        else:
+            self._bounds[layer] = bounds
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Counts the pages of a step."""

@@ -32,12 +32,14 @@ class StreamingAttention:
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Writes the step's one index set."""
-        if self._indices is None or len(self._indices) != len(lengths) or self._indices.device != lengths.device:
-            width = min(self.token_budget, capacity)
+        width = min(self.token_budget, capacity)
+        table = self._indices
+        if table is None or table.shape[::2] != (len(lengths), width) or table.device != lengths.device:
             with torch.inference_mode(False):
                 self._indices = lengths.new_zeros(len(lengths), 1, width)
                 self._entries = torch.arange(width, dtype=torch.int32, device=lengths.device)
                 self._counts = torch.zeros_like(lengths)
+        assert self._indices is not None
         skipped = (lengths - self.token_budget).clamp(min=0)[:, None]
         self._indices[:, 0] = torch.where(self._entries < self.sink_tokens, self._entries, self._entries + skipped)
         torch.clamp(lengths, max=self.token_budget, out=self._counts)

@@ -163,8 +163,8 @@ class _Stream:
         return self
 
     def write(self, text: str) -> None:
+        self._status.stop()  # compilation, if it comes to that, shows its own
         if text:
-            self._status.stop()
             print(text, end="", file=self._out, flush=True)
 
     def __exit__(self, *error: object) -> None:

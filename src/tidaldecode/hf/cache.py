@@ -134,6 +134,8 @@ class TidalLayer(CacheLayerMixin):
         needed = per_token * self.capacity
         free = torch.cuda.mem_get_info(key_states.device)[0]
         free += torch.cuda.memory_reserved(key_states.device) - torch.cuda.memory_allocated(key_states.device)
+        if self.is_initialized:  # of another batch: each layer gives back its own
+            free += (self.keys.nbytes + self.values.nbytes) * self.num_layers
         if needed > free:
             raise InputError(
                 f"the KV cache of {batch} x {self.capacity:,} tokens in {self.num_layers} layers needs "
@@ -263,6 +265,7 @@ class TidalCache(Cache):
             InputError: the tokens do not fit, or the mask is not left-padded.
         """
         self._check_room(new_tokens)
+        self._check_whole()
         lengths = self.sequences.lengths
         self.sequences.begin(batch, new_tokens, attention_mask, device)
         if self.sequences.lengths is not lengths:
@@ -290,7 +293,11 @@ class TidalCache(Cache):
             raise InputError(
                 f"the cache holds {len(sequences.lengths)} sequences, the input has {batch}: make a new one"
             )
-        if any(layer.padded_length != sequences.padded_length for layer in self.layers):
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        lengths = {layer.padded_length for layer in self.layers if isinstance(layer, TidalLayer)}
+        if lengths - {self.sequences.padded_length}:
             raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
 
     def count_step(self) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from rich.console import Console
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("tidaldecode")
 _RECOMPILE_LIMIT = 256  # one compilation for each model and batch size, of which a process may see many
 
-_running: TidalCache | None = None  # the cache of the step that runs, is warmed up or captured
+_running = threading.local()  # its `cache` is that of the step that is warmed up or captured
+_capturing = threading.Lock()
 _refused: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()  # reasons that were said
 
 
@@ -46,8 +49,8 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, layer: int, scal
     Returns:
         [B, 1, Hq, D].
     """
-    assert _running is not None
-    return _running.decode(layer, query, key, value, scale)
+    cache: TidalCache = _running.cache
+    return cache.decode(layer, query, key, value, scale)
 
 
 @decode_attention.register_fake
@@ -113,12 +116,11 @@ _compiled_step = torch.compile(decode_step, fullgraph=True, dynamic=False)
 @contextmanager
 def running(cache: TidalCache) -> Iterator[None]:
     """Makes a cache the one that `decode_attention` works on."""
-    global _running
-    before, _running = _running, cache
+    _running.cache = cache
     try:
         yield
     finally:
-        _running = before
+        del _running.cache
 
 
 class CapturedStep:
@@ -133,29 +135,40 @@ class CapturedStep:
     """
 
     def __init__(self, model: PreTrainedModel, cache: TidalCache) -> None:
-        self._cache = cache
+        # no reference to the cache, which holds this step: both would stay until the garbage collector comes by
+        self._model, self._weights = weakref.ref(model), _weights(model)
         lengths = cache.sequences.lengths
         with torch.inference_mode(False):
             self._input_ids = torch.zeros(len(lengths), 1, dtype=torch.int64, device=lengths.device)
             self._position_ids = (lengths[:, None] - 1).long()
         forward = model._tidaldecode.forward
         stream = torch.cuda.Stream(lengths.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(lengths.device))
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), running(cache), torch.cuda.device(lengths.device), torch.cuda.stream(stream):
-            with _more_compilations():
-                before = lengths.clone()
-                for _ in range(2):  # compiles, lets kernels compile and allocate what they keep
-                    self._run(forward)
-                    lengths.copy_(before)
-            stream.synchronize()
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._logits = self._run(forward)
-        torch.cuda.current_stream(lengths.device).wait_stream(stream)
+        before = lengths.clone()
+        stream.wait_stream(torch.cuda.current_stream(lengths.device))
+        try:
+            with torch.no_grad(), running(cache), torch.cuda.device(lengths.device), torch.cuda.stream(stream):
+                with _more_compilations():
+                    for _ in range(2):  # compiles, lets kernels compile and allocate what they keep
+                        self._run(cache, forward)
+                        lengths.copy_(before)
+                stream.synchronize()
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                    self._logits = self._run(cache, forward)
+        finally:  # also when the user stops the compilation
+            torch.cuda.current_stream(lengths.device).wait_stream(stream)
 
-    def _run(self, forward: Callable[..., Any]) -> Tensor:
-        self._cache.advance()
+    def _run(self, cache: TidalCache, forward: Callable[..., Any]) -> Tensor:
+        cache.advance()
         return _compiled_step(forward, self._input_ids, self._position_ids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the cache captures a step of its own."""
+        return None
+
+    def serves(self, model: PreTrainedModel) -> bool:
+        """Whether this is the step of a model as it is now, with the weights that it had when it was captured."""
+        return self._model() is model and self._weights == _weights(model)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Runs the step.
@@ -167,34 +180,50 @@ class CapturedStep:
         Returns:
             Logits, [B, 1, V]; overwritten by the next step.
         """
-        self._input_ids.copy_(input_ids)
-        self._position_ids.copy_(position_ids)
-        self._graph.replay()
+        with torch.cuda.device(self._input_ids.device):
+            self._input_ids.copy_(input_ids)
+            self._position_ids.copy_(position_ids)
+            self._graph.replay()
         return self._logits
 
 
+def _weights(model: PreTrainedModel) -> tuple[int, torch.dtype]:
+    """Tells weights that were moved or converted from those that a graph reads."""
+    weight = next(model.parameters())
+    return weight.data_ptr(), weight.dtype
+
+
 def captured_step(model: PreTrainedModel, cache: TidalCache) -> CapturedStep | None:
-    """The step of a cache, captured when it is first asked for; `None` where that is impossible.
+    """The step of a model and a cache, captured when it is first asked for; `None` where that is impossible.
 
     The reason is logged, once a model.
     """
     cache.prepare()
-    if cache.step is not None or cache.step_refused:
-        return cache.step
     reason = _obstacle(model, cache)
-    if reason is None:
-        lengths = cache.sequences.lengths.clone()
-        try:
-            with _progress(model):
-                cache.step = CapturedStep(model, cache)
-        except Exception as error:  # of any part of PyTorch, for any reason
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            cache.sequences.lengths.copy_(lengths)
-    cache.step_refused = reason is not None
+    if reason is None and cache.step is not None and cache.step.serves(model):
+        return cache.step
+    cache.step = None
+    if reason is None and not cache.step_refused:
+        reason = _capture(model, cache)
+        cache.step_refused = reason is not None
     if reason is not None and reason not in _refused.setdefault(model, set()):
         _refused[model].add(reason)
         _logger.warning("the decode step runs without a CUDA graph, and slower: %s", reason)
     return cache.step
+
+
+def _capture(model: PreTrainedModel, cache: TidalCache) -> str | None:
+    """Captures the step of a cache; why that failed, if it did."""
+    lengths = cache.sequences.lengths.clone()
+    try:
+        with _capturing, _progress(model, len(lengths)):
+            cache.step = CapturedStep(model, cache)
+    except BaseException as error:  # of any part of PyTorch, for any reason; or the user's
+        cache.sequences.lengths.copy_(lengths)
+        if not isinstance(error, Exception):
+            raise
+        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    return None
 
 
 def _obstacle(model: PreTrainedModel, cache: TidalCache) -> str | None:
@@ -215,13 +244,13 @@ def _more_compilations() -> Iterator[None]:
         yield
 
 
-_seen: WeakSet[PreTrainedModel] = WeakSet()
+_seen: WeakKeyDictionary[PreTrainedModel, set[int]] = WeakKeyDictionary()  # batch sizes that were compiled
 
 
 @contextmanager
-def _progress(model: PreTrainedModel) -> Iterator[None]:
+def _progress(model: PreTrainedModel, batch: int) -> Iterator[None]:
     """Says what is being waited for; the first compilation of a model takes a minute, later ones come from the disk."""
-    if model in _seen:
+    if batch in _seen.setdefault(model, set()):
         yield
         return
     console = Console(file=sys.stderr)
@@ -229,4 +258,4 @@ def _progress(model: PreTrainedModel) -> Iterator[None]:
     with console.status("tidaldecode compiles the decode step: about a minute, once for a model on this machine"):
         yield
     _logger.info("compiled and captured the decode step in %.0f s", time.perf_counter() - start)
-    _seen.add(model)
+    _seen[model].add(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +31,8 @@ class Generation:
         tokens_read: for each layer with a role, tokens read per decode step and KV head, averaged over the steps.
         kv_read_fraction: share of the KV cache of those layers read per decode step, averaged over the steps; 1.0
             where there was no step, the first new token being prefill's.
-        decode_ms_per_token: median milliseconds of a decode step, prefill left out; `None` with fewer than two tokens.
+        decode_ms_per_token: median milliseconds of a decode step, prefill left out, and on a GPU the first step, which
+            is compiled and captured; `None` where there is no other.
     """
 
     context_tokens: int
@@ -71,7 +73,7 @@ def generate_measured(
         prompt: [1, n], token ids.
         max_new_tokens: most tokens to generate.
         sampling: greedy if left out.
-        on_text: called with each piece of text as it comes.
+        on_text: called with each piece of text as it comes, and with nothing whenever a token came.
 
     Returns:
         The generation, and the cache that holds prompt and new tokens.
@@ -92,7 +94,7 @@ def generate_measured(
         **sampling.options(),
     )
     new = output[0, prompt.shape[1] :].tolist()
-    return _generation(tokenizer, cache, prompt.shape[1], new, streamer.step_ms()), cache
+    return _generation(tokenizer, cache, prompt.shape[1], new, streamer.step_ms(_compilations(model))), cache
 
 
 def compare_with_full(
@@ -130,7 +132,7 @@ def compare_with_full(
         streamer=streamer,
         **Sampling().options(),
     )
-    return _generation(tokenizer, cache, context, output[0, context:].tolist(), streamer.step_ms())
+    return _generation(tokenizer, cache, context, output[0, context:].tolist(), streamer.step_ms(_compilations(model)))
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
@@ -158,6 +160,11 @@ def _generation(
     )
 
 
+def _compilations(model: PreTrainedModel) -> int:
+    """Decode steps in front that are compiled and captured as well: one on a GPU."""
+    return int(model.device.type == "cuda")
+
+
 class _TimedStreamer(TextStreamer):
     """Passes text on as it comes and remembers when each token came."""
 
@@ -169,14 +176,16 @@ class _TimedStreamer(TextStreamer):
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self._times.append(time.perf_counter())
+            self._on_text("")  # something came, if not yet a whole word
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._on_text(text)
 
-    def step_ms(self) -> float | None:
-        """Median milliseconds between one token and the next."""
-        if len(self._times) < 2:
+    def step_ms(self, left_out: int) -> float | None:
+        """Median milliseconds between one token and the next, the first `left_out` intervals left out."""
+        times = self._times[left_out:]
+        if len(times) < 2:
             return None
-        pairs = zip(self._times, self._times[1:], strict=False)
+        pairs = itertools.pairwise(times)
         return statistics.median(later - earlier for earlier, later in pairs) * 1000

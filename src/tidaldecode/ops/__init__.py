@@ -17,7 +17,10 @@ sequence) and a paged one:
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -46,8 +49,14 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | 
         obstacle = f"there are no kernels for {str(dtype).removeprefix('torch.')}"
     elif head_dim > _LARGEST_HEAD_DIM:
         obstacle = f"there are no kernels for head dim {head_dim}, only up to {_LARGEST_HEAD_DIM}"
+    elif torch.version.hip is not None:
+        obstacle = "the kernels are made for NVIDIA GPUs"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         obstacle = f"{torch.cuda.get_device_name(device)} is too old for the kernels (compute capability below 8.0)"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "Triton is not installed"
+    elif not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang", "cl")))):
+        obstacle = "Triton needs a C compiler, and there is none: install gcc"
     if obstacle is not None:
         logging.getLogger("tidaldecode").warning("%s: attention runs in plain PyTorch, and slower", obstacle)
     return obstacle
@@ -63,7 +72,8 @@ def _by_device(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments,
         from tidaldecode.ops import kernels  # Triton is there with PyTorch's CUDA builds alone
 
         kernel: Callable[..., Any] = getattr(kernels, operation.__name__)
-        return kernel(*args, **kwargs)
+        with torch.cuda.device(cast(Tensor, args[0]).device):  # Triton launches on the current one
+            return kernel(*args, **kwargs)
 
     return run
 
@@ -83,7 +93,8 @@ def select_tokens(
     if importance.is_cuda and _obstacle(importance.device, importance.dtype, 1) is None:
         from tidaldecode.ops import kernels
 
-        kernels.select_tokens(importance, lengths, budgets, recents, sink_tokens, indices)
+        with torch.cuda.device(importance.device):
+            kernels.select_tokens(importance, lengths, budgets, recents, sink_tokens, indices)
     else:
         reference.select_tokens(importance, lengths, budgets, recents, sink_tokens, indices)
 
