@@ -37,10 +37,12 @@ def _tiling(query: Tensor, tokens: int, warps: int, stages: int, programs: int) 
     """A tiling, cut down where rows are long or shared memory is small: it must hold the K and V of all stages."""
     row_bytes = 2 * triton.next_power_of_2(query.shape[-1]) * query.element_size()
     room = scratch.shared_memory(query.device) // programs - _OTHER_SHARED_BYTES
-    if query.ndim == 4 and query.shape[1] > 1:  # up to 64 rows of queries, and what becomes of them
-        room -= 64 * row_bytes
+    if query.ndim == 4 and query.shape[1] > 1:  # up to 64 rows of queries, half as long as K and V together
+        room -= 32 * row_bytes
     while tokens > 16 and stages * tokens * row_bytes > room:
         tokens //= 2
+    while stages > 1 and stages * tokens * row_bytes > room:
+        stages -= 1
     return Tiling(tokens, warps, stages, programs)
 
 
