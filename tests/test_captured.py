@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from families import FAMILIES
-from tidaldecode import TidalCache, TidalPlan, apply
+from tidaldecode import TidalCache, TidalPlan, apply, ops
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
+from tidaldecode.hf.cache import Sequences, TidalLayer
 from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import ModelShape
 
@@ -320,6 +321,46 @@ def test_a_full_cache_stays_as_it_is(gpu_model, tiny):
     with pytest.raises(InputError, match="the cache holds 20 tokens, 21 are needed"):
         model(next_tokens(1, "cuda")[0], past_key_values=cache)
     assert cache.step is None and cache.get_seq_length() == 20
+
+
+def test_memory_is_looked_at_before_a_cache_is_allocated(monkeypatch):
+    free = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    layer = TidalLayer(Sequences(), 100_000, num_layers=10, first=True)
+
+    class States:
+        """The little that is asked of K and V on a GPU: 1 sequence, 4 heads, head dim 64, float32."""
+
+        device, shape, element_size = torch.device("cuda", 0), (1, 4, 1, 64), staticmethod(lambda: 4)
+
+    with pytest.raises(
+        InputError, match=r"1 x 100,000 tokens in 10 layers needs 1\.9 GiB, and 1\.0 GiB .* 52,428 tokens"
+    ):
+        layer.prepare(States(), States())
+    free = 2**40
+    layer._check_memory(States(), States())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "reason"),
+    [
+        (torch.float64, 64, (9, 0), "no kernels for float64"),
+        (torch.bfloat16, 512, (9, 0), "no kernels for head dim 512"),
+        (torch.float16, 64, (7, 5), "Tesla T4 is too old"),
+    ],
+)
+def test_what_has_no_kernel_is_said_once(monkeypatch, caplog, dtype, head_dim, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    ops._obstacle.cache_clear()
+    with caplog.at_level(logging.WARNING, "tidaldecode"):
+        for _ in range(2):
+            assert ops._obstacle(torch.device("cuda", 0), dtype, head_dim) is not None
+        assert ops._obstacle(torch.device("cuda", 0), torch.float16, 64) is None or capability == (7, 5)
+    assert len(caplog.records) == 1 and reason in caplog.text
+    ops._obstacle.cache_clear()
 
 
 @on_gpu

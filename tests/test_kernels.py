@@ -109,6 +109,13 @@ def test_sparse_attention(dtype, head_dim, heads, kv_heads, block_size, sets):
     assert torch.equal(in_order, output)
 
 
+def test_sparse_attention_refuses_a_map_of_another_length():
+    case, _ = make(torch.float32, 16, 6, 3, 256, (40,))
+    table = torch.zeros(1, 2, 8, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="head_to_set has 2 entries, not 1, 3 or 6"):
+        kernels.sparse_attention(case.query, *case.cache, table, case.lengths, None, case.scale)
+
+
 @pytest.mark.parametrize("lengths", [(200, 33), (17, 16)])
 def test_sparse_attention_over_pages(lengths):
     case, exact = make(torch.float32, 16, 6, 3, 256, lengths)

@@ -167,8 +167,8 @@ class CapturedStep:
         return None
 
     def serves(self, model: PreTrainedModel) -> bool:
-        """Whether this is the step of a model as it is now, with the weights that it had when it was captured."""
-        return self._model() is model and self._weights == _weights(model)
+        """Whether this is the step of a model as it is now: evaluating, with the weights that the graph reads."""
+        return self._model() is model and not model.training and self._weights == _weights(model)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Runs the step.
@@ -199,10 +199,10 @@ def captured_step(model: PreTrainedModel, cache: TidalCache) -> CapturedStep | N
     The reason is logged, once a model.
     """
     cache.prepare()
-    reason = _obstacle(model, cache)
-    if reason is None and cache.step is not None and cache.step.serves(model):
+    if cache.step is not None and cache.step.serves(model):
         return cache.step
     cache.step = None
+    reason = _obstacle(model, cache)
     if reason is None and not cache.step_refused:
         reason = _capture(model, cache)
         cache.step_refused = reason is not None

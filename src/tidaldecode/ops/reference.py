@@ -172,8 +172,7 @@ def sparse_attention(
     num_heads, num_kv_heads = query.shape[1], k_cache.shape[2]
     if head_to_set is None:
         head_to_set = torch.arange(indices.shape[1], device=indices.device)
-    if len(head_to_set) not in (1, num_kv_heads, num_heads):
-        raise ValueError(f"head_to_set has {len(head_to_set)} entries, not 1, {num_kv_heads} or {num_heads}")
+    check_map(len(head_to_set), num_heads, num_kv_heads)
     output = torch.empty_like(query)
     for b, count in enumerate(counts.tolist()):
         chosen = indices[b, :, : -(-count // page_size)].index_select(0, head_to_set)
@@ -183,6 +182,12 @@ def sparse_attention(
         keys, values = _gather(k_cache, block_table[b], chosen), _gather(v_cache, block_table[b], chosen)
         output[b] = _weigh(_grouped_scores(query[b], keys, scale).softmax(-1), values)
     return output
+
+
+def check_map(entries: int, num_heads: int, num_kv_heads: int) -> None:
+    """Refuses a map from heads to sets of another length than `sparse_attention` takes."""
+    if entries not in (1, num_kv_heads, num_heads):
+        raise ValueError(f"head_to_set has {entries} entries, not 1, {num_kv_heads} or {num_heads}")
 
 
 def multi_query_attention(

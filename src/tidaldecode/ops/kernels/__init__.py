@@ -142,6 +142,8 @@ def sparse_attention(
     page_size: int = 1,
 ) -> Tensor:
     """As `reference.sparse_attention`."""
+    entries = indices.shape[1] if head_to_set is None else len(head_to_set)
+    reference.check_map(entries, query.shape[1], k_cache.shape[2])
     tiling = _tiling(query, 64, 2, 3, 2)
     return attend(
         query[:, None],

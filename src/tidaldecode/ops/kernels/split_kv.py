@@ -218,10 +218,8 @@ def _attend_kernel(
                 MERGE_M,
                 MERGE_S,
             )
-            shown = m_row < ROWS
             if QUERIES > 1:
-                shown = shown & (m_row // GROUP >= QUERIES - tl.load(new_lengths + b))
-                merged = tl.where(shown[:, None], merged, 0.0)
+                merged = tl.where((m_row // GROUP >= QUERIES - tl.load(new_lengths + b))[:, None], merged, 0.0)
             o_rows = (m_row // GROUP) * output_n + (head * GROUP + m_row % GROUP) * output_h
             stored = (m_row < ROWS)[:, None] & (dims < DIM)[None, :]
             tl.store(o_base + o_rows[:, None] + dims[None, :], merged.to(output.dtype.element_ty), mask=stored)
