@@ -168,7 +168,7 @@ class CapturedStep:
 
     def serves(self, model: PreTrainedModel) -> bool:
         """Whether this is the step of a model as it is now: evaluating, with the weights that the graph reads."""
-        return self._model() is model and not model.training and self._weights == _weights(model)
+        return not model.training and self._model() is model and self._weights == _weights(model)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Runs the step.
