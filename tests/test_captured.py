@@ -17,6 +17,7 @@ from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
 from tidaldecode.hf.cache import Sequences, TidalLayer
+from tidaldecode.hf.merged import merged_products
 from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import ModelShape
 
@@ -68,7 +69,7 @@ def test_the_traced_step_is_the_models_own(tiny, family):
         positions = own.sequences.lengths[:, None].long()
         expected = model(token, position_ids=positions, past_key_values=own).logits
         traced.advance()
-        with torch.no_grad(), captured.running(traced):
+        with torch.no_grad(), captured.running(traced), merged_products(model):
             logits = step(model._tidaldecode.forward, token, positions)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(own.sequences.lengths, traced.sequences.lengths)

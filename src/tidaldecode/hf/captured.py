@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tidaldecode import ops
+from tidaldecode.hf.merged import merged_products
 
 if TYPE_CHECKING:
     from tidaldecode.hf.cache import TidalCache
@@ -141,13 +142,17 @@ class CapturedStep:
         with torch.inference_mode(False):
             self._input_ids = torch.zeros(len(lengths), 1, dtype=torch.int64, device=lengths.device)
             self._position_ids = (lengths[:, None] - 1).long()
-        forward = model._tidaldecode.forward
+        with torch.cuda.device(lengths.device), merged_products(model):
+            self._capture(cache, model._tidaldecode.forward)
+
+    def _capture(self, cache: TidalCache, forward: Callable[..., Any]) -> None:
+        lengths = cache.sequences.lengths
         stream = torch.cuda.Stream(lengths.device)  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
         before = lengths.clone()
         stream.wait_stream(torch.cuda.current_stream(lengths.device))
         try:
-            with torch.no_grad(), running(cache), torch.cuda.device(lengths.device), torch.cuda.stream(stream):
+            with torch.no_grad(), running(cache), torch.cuda.stream(stream):
                 with _more_compilations():
                     for _ in range(2):  # compiles, lets kernels compile and allocate what they keep
                         self._run(cache, forward)
