@@ -105,3 +105,19 @@ def test_too_little_memory_leaves_a_model_as_it_is(tiny, monkeypatch):
     with merged_products(model):
         assert "forward" not in vars(model.model.layers[0].self_attn.q_proj)
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_merging_takes_no_memory_for_good():
+    """Nor, on the way, more than the weights of one product."""
+    blocks = nn.ModuleList()
+    for _ in range(8):
+        names = {"gate_proj": nn.Linear(4096, 4096, bias=False), "up_proj": nn.Linear(4096, 4096, bias=False)}
+        blocks.append(nn.ModuleDict(names).cuda())  # 64 MiB each
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    with merged_products(blocks):
+        assert torch.cuda.memory_allocated() <= allocated
+        assert torch.cuda.memory_reserved() <= reserved
+        assert torch.cuda.max_memory_reserved() <= reserved + 2**27

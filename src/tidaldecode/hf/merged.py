@@ -125,6 +125,8 @@ def _laid_together(parameters: list[nn.Parameter]) -> Tensor:
         buffer = torch.cat([parameter.detach() for parameter in parameters])
         for parameter, part in zip(parameters, buffer.split([len(parameter) for parameter in parameters]), strict=True):
             parameter.data = part
+    if buffer.is_cuda:
+        torch.cuda.empty_cache()  # or what the parameters leave behind would add up to most of the model
     return buffer
 
 
