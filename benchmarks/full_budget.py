@@ -2,9 +2,9 @@
 
     python benchmarks/full_budget.py > benchmarks/results/full_budget_smollm2-135m.json
 
-Every sparse layer then reads everything, by the sparse kernel and from sets that were chosen: in float32 the tokens must
-be full attention's. In bfloat16 the order of the sums can decide between two tokens that are nearly as likely; so the
-first difference is given with the logits of both, and the same for two ways of full attention.
+Every sparse layer then reads everything, by the sparse kernel and from sets that were chosen: in float32 the tokens
+must be full attention's. In bfloat16 the order of the sums can decide between two tokens that are nearly as likely; so
+the first difference is given with the margin between them, and the same for two ways of full attention.
 """
 
 from __future__ import annotations

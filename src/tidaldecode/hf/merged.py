@@ -9,7 +9,7 @@ and no byte is held twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -64,12 +64,12 @@ def merged_products(model: nn.Module) -> Iterator[None]:
             end = 0
             for layer in layers:
                 begin, end = end, end + layer.out_features
-                layer.forward = _part(product, begin, end)  # type: ignore[method-assign]
+                vars(layer)["forward"] = _part(product, begin, end)
                 merged.append(layer)
         yield
     finally:
         for layer in merged:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def _part(product: _Product, begin: int, end: int) -> Callable[[Tensor], Tensor]:
@@ -115,7 +115,7 @@ def _product(layers: list[nn.Linear]) -> _Product | None:
     return _Product(weight, bias, len(layers))
 
 
-def _laid_together(parameters: list[nn.Parameter]) -> Tensor:
+def _laid_together(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor of parameters one behind the other, whose storage they share; moved there if they do not lie so."""
     first = parameters[0].detach()
     rows = sum(len(parameter) for parameter in parameters)
@@ -123,7 +123,8 @@ def _laid_together(parameters: list[nn.Parameter]) -> Tensor:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     with torch.inference_mode(False), torch.no_grad():
         buffer = torch.cat([parameter.detach() for parameter in parameters])
-        for parameter, part in zip(parameters, buffer.split([len(parameter) for parameter in parameters]), strict=True):
+        parts = torch.split(buffer, [len(parameter) for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.data = part
     if buffer.is_cuda:
         torch.cuda.empty_cache()  # or what the parameters leave behind would add up to most of the model
