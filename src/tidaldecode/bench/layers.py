@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tidaldecode import ops
 from tidaldecode.bench.caches import LayerCaches
-from tidaldecode.bench.methods import tokens_of
+from tidaldecode.baselines.methods import tokens_of
 from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Call
 from tidaldecode.bench.workload import Workload
