@@ -47,9 +47,10 @@ METHODS = {
     "streaming": lambda config: Method("streaming", 16),
     "streaming fraction": lambda config: Method("streaming", 0.4),
     "streaming between": lambda config: Method("streaming", 55),
-    **{f"oracle {rule}": lambda config, rule=rule: Method("oracle", 6, selection=rule) for rule in ("per_head", "unified")},
+    "oracle per_head": lambda config: Method("oracle", 6),
+    "oracle unified": lambda config: Method("oracle", 6, selection="unified"),
     "oracle between": lambda config: Method("oracle", 55),
-}  # fmt: skip
+}
 
 
 def attention(model, name):

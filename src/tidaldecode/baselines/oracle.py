@@ -1,7 +1,7 @@
 """The oracle: every layer reads the tokens that its own scores of the current query choose.
 
-No method that reads so few tokens can choose better by attention scores, and none can choose so cheaply: the scores of
-the whole context are computed first. It shows how much of a method's loss lies in the budget, and how much in the choice.
+The best that choosing by attention scores can do at a budget, and no way to save time: the scores of the whole context
+are computed first. It shows how much of a method's loss lies in the budget, and how much in the choice.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) ->
     _check(model, cache, token_ids)
     most = 1 if rope_varies(model.config) else steps_at_once(model, cache.capacity)
     forward = model._tidaldecode.forward
-    for ids in token_ids.to(model.device).split(most, 1):
+    for ids in torch.split(token_ids.to(model.device), most, 1):
         cache.begin_steps(ids.shape[1], ids.device)
         with torch.no_grad():
             output = forward(input_ids=ids, past_key_values=cache, use_cache=True, tidal_cache=cache)
