@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.baselines.oracle import OracleAttention
 from tidaldecode.baselines.quest import QuestAttention
 from tidaldecode.baselines.streaming import StreamingAttention
 from tidaldecode.errors import InputError
+from tidaldecode.hf.architecture import check_architecture, check_plan, model_shape, sliding_windows
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
 
 METHODS = ("full", "tidal", "quest", "streaming", "oracle")
@@ -19,6 +23,9 @@ METHODS = ("full", "tidal", "quest", "streaming", "oracle")
 
 BUDGETED = METHODS[1:]
 """The methods that read a token budget."""
+
+METHOD_KEY = ("method", "plan", "plan_digest", "budget", "selection", "page_size", "full_layers")
+"""Fields of a row of results that tell one method, with its settings, from another: see `Method.key`."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +80,21 @@ class Method:
         return " ".join(str(word) for word in (self.name, kind, self.token_budget) if word is not None)
 
     def key(self) -> dict[str, str | int | float | None]:
-        """What tells the method from others in a row of results; `None` where a setting is not the method's.
+        """`METHOD_KEY` of the method's rows of results; `None` where a setting is not the method's.
 
         `plan_digest` tells plans of one name apart, whatever budget they are given.
         """
         quest = self.name == "quest"
-        return {
-            "method": self.name,
-            "plan": None if self.plan is None else self.plan.name,
-            "plan_digest": None if self.plan is None else _digest(self.plan),
-            "budget": self.token_budget,
-            "selection": self.selection if self.name == "oracle" else None,
-            "page_size": self.page_size if quest else None,
-            "full_layers": self.full_layers if quest else None,
-        }
+        values = (
+            self.name,
+            None if self.plan is None else self.plan.name or "plan",
+            None if self.plan is None else _digest(self.plan),
+            self.token_budget,
+            self.selection if self.name == "oracle" else None,
+            self.page_size if quest else None,
+            self.full_layers if quest else None,
+        )
+        return dict(zip(METHOD_KEY, values, strict=True))
 
     def attention(self, shape: ModelShape, context: int) -> Attention:
         """The attention of the method's decode steps.
@@ -143,6 +151,43 @@ def every_method(
                 yield Method(name, budget, page_size=page_size, full_layers=full_layers)
             else:
                 yield Method(name, budget)
+
+
+def check_methods(methods: Sequence[Method], config: PreTrainedConfig, context: int) -> None:
+    """Refuses what would fail on a model only after it was loaded.
+
+    Args:
+        methods: to be compared.
+        config: the model's configuration.
+        context: tokens that a fraction is one of.
+
+    Raises:
+        InputError: the architecture is not supported or has layers with a sliding window, a plan was made for another
+            model, two plans have one name, or a budget is too small for a plan.
+    """
+    check_architecture(config)
+    if any(window is not None for window in sliding_windows(config)):
+        raise InputError(
+            f"{config.model_type!r} has layers with a sliding window, whose cache can't go back to a prompt: "
+            "methods are compared on models without"
+        )
+    for method in methods:
+        if method.plan is not None:
+            check_plan(method.plan, config)
+        method.attention(model_shape(config), context)
+    check_plan_names(method.key() for method in methods)
+
+
+def check_plan_names(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses rows of results, or keys of methods, in which one name stands for two plans.
+
+    Raises:
+        InputError: it does.
+    """
+    digests: dict[str | None, str | None] = {}
+    for row in rows:
+        if digests.setdefault(row["plan"], row["plan_digest"]) != row["plan_digest"]:
+            raise InputError(f"two plans are named {row['plan']!r}, and their results would be mixed: rename one")
 
 
 def tokens_of(budget: int | float, context: int) -> int:
