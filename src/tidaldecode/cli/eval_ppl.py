@@ -82,7 +82,8 @@ def ppl(
         parts: Iterable[str] = [paul_graham_essays()] if text is None else text_parts(Path(text))
         tokens = Text.tokenize(files.tokenizer(), parts)
         settings.check_text(tokens)
-    name, where = Path(model).name, environment(target)
+    name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
+    where = environment(target)
     identity = cell_identity(settings, name, model_shape(config).describe(), tokens, target, precision)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
         with console.status("loading the model"):
