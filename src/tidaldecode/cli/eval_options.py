@@ -51,7 +51,9 @@ def check_names(methods: str, budgets: str | None, plans: str) -> None:
     Raises:
         InputError: they are.
     """
-    names = options.parse_names("--method", methods, ("full", "tidal", "quest", "streaming", "oracle"))
+    from tidaldecode.baselines.methods import METHODS
+
+    names = options.parse_names("--method", methods, METHODS)
     if names == ("full",) and budgets is not None:
         raise InputError("--method full reads everything: leave out --budget")
     if budgets is None and (unset := [name for name in names if name not in ("full", "tidal")]):
