@@ -15,13 +15,14 @@ from command_line import assert_one_line
 from families import FAMILIES
 from tidaldecode import InputError, TidalCache, TidalPlan, apply, models, ops
 from tidaldecode.attention import DecodeAttention
+from tidaldecode.baselines.methods import tokens_of
 from tidaldecode.bench import caches as caches_module
 from tidaldecode.bench import decode as decode_module
 from tidaldecode.bench import hardware, layers, operations, roofline, timing
 from tidaldecode.bench.caches import CacheShape, LayerCaches
 from tidaldecode.bench.decode import DecodeSettings, bench_decode
 from tidaldecode.bench.layers import layer_workloads
-from tidaldecode.bench.methods import METHODS, step_attention, tokens_of
+from tidaldecode.bench.methods import METHODS, step_attention
 from tidaldecode.bench.operations import OperationsSettings, bench_operations
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
 from tidaldecode.bench.shapes import CONFIGS, RandomModel

@@ -251,11 +251,29 @@ def test_selection_by_attention(heads, kv_heads):
     assert different.sum() <= 2 * len(lengths)  # scores within rounding at a budget's border
 
 
+@pytest.mark.parametrize("lengths", [(160, 161, 175, 176, 177, 290), (290, 5)])
+def test_page_scores_of_sequences_that_share_a_block(lengths):
+    """Each sees its own rows alone, whatever pages the others have filled."""
+    pages_kernel = pytest.importorskip("tidaldecode.baselines.pages_kernel")
+    one, _ = make(torch.float32, 24, 6, 3, 300, (290,))
+    query, table = torch.randn(len(lengths), 6, 24, device=DEVICE), one.block_table.expand(len(lengths), 1)
+    counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    bounds, scores = page_bounds(one.k_cache, 16), torch.full((len(lengths), 3, 19), torch.nan, device=DEVICE)
+    kept = bounds.clone()
+    pages_kernel.launch(query, one.k_cache, table, counts, bounds, scores, 16)
+    torch.testing.assert_close(bounds, kept, rtol=0, atol=0, equal_nan=True)
+    for b, length in enumerate(lengths):
+        pages = one.k_cache[one.block_table[0, 0], :length].split(16)
+        limits = torch.stack([torch.stack([page.amin(0), page.amax(0)]) for page in pages])  # [pages, 2, Hkv, D]
+        upper = (query[b].view(3, 2, 24) * limits.repeat_interleave(2, 2).unflatten(2, (3, 2))).amax(1).sum(-1)
+        assert_near(scores[b, :, : len(pages)], upper.amax(-1).T.double(), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_page_scores(dtype):
     case, exact = make(dtype, 24, 6, 3, 300, (290, 1, 64, 33))
     pages_kernel = pytest.importorskip("tidaldecode.baselines.pages_kernel")
-    bounds = page_bounds(case.k_cache, case.block_table, 16)
+    bounds = page_bounds(case.k_cache, 16)
     wanted_bounds = bounds.double()
     scores = torch.full((4, 3, 19), torch.nan, device=DEVICE)
     wanted = scores.double()

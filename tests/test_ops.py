@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tidaldecode import ops
+from tidaldecode.ops import reference
 
 LENGTHS = (33, 1, 64, 7)
 HEADS = [(1, 1), (6, 3), (3, 1), (8, 2), (7, 1), (8, 1), (14, 2)]  # ratios 1, 2, 3, 4, 7, 8, 7
@@ -176,3 +177,23 @@ def test_dtypes(dtype, tolerance):
     for b, length in enumerate(LENGTHS):
         expected = torch.stack([case.attend(b, head, range(length)) for head in range(8)])
         assert (output[b].double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("rules", [["per_head"], ["per_group", "unified"]])
+@pytest.mark.parametrize("run", [1, 2**20])
+def test_sequences_that_share_their_blocks(rules, run, monkeypatch):
+    """Decode steps of one sequence, several at once, beside other sequences: each as if it were alone."""
+    case = Case(6, 2, 16, 64, dtype=torch.float64, lengths=(60, 33))
+    rows = torch.tensor([0, 0, 0, 1, 0, 0, 0])
+    lengths = torch.tensor([7, 60, 31, 33, 0, 60, 1], dtype=torch.int32)
+    query, table = torch.randn(7, 6, 16, dtype=torch.float64), case.block_table[rows]
+    monkeypatch.setattr(reference, "_RUN", run)
+    importance = torch.full((7, 6 if rules == ["per_head"] else 3, 64), torch.nan, dtype=torch.float64)
+    arguments = (case.k_cache, case.v_cache)
+    output = ops.full_attention_with_importance(query, *arguments, table, lengths, case.scale, rules, importance)
+    for b, length in enumerate(lengths.tolist()):
+        alone = torch.full_like(importance[:1], torch.nan)
+        one = query[b : b + 1], *arguments, table[b : b + 1], lengths[b : b + 1], case.scale
+        torch.testing.assert_close(output[b : b + 1], ops.full_attention_with_importance(*one, rules, alone))
+        torch.testing.assert_close(importance[b, :, :length], alone[0, :, :length])
+        torch.testing.assert_close(output[b : b + 1], ops.full_attention(*one))

@@ -38,6 +38,10 @@ class Attention(Protocol):
         """Attention of the new tokens in one layer."""
         ...
 
+    def is_full(self, layer: int) -> bool:
+        """Whether a layer reads the whole cache and chooses nothing, so that several positions can attend at once."""
+        ...
+
     def tokens_read(self, context: int) -> dict[int, float]:
         """Tokens whose K and V each layer reads in one step, per KV head."""
         ...
@@ -157,10 +161,10 @@ class DecodeAttention:
             assert self.indices is not None and self.counts is not None
             rows, sets = self._sets_of(layer)
             return ops.sparse_attention(query, k_cache, v_cache, block_table, sets, self.counts, rows, scale)
-        rules = self.writes.get(layer)
-        if not rules:  # a full layer, or a select layer whose sets nobody reads
+        if self.is_full(layer):
             return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
         assert self.indices is not None and self._budgets is not None and self._recents is not None
+        rules = self.writes[layer]
         first = self._first_row[layer, rules[0]]
         return ops.full_attention_with_selection(
             query,
@@ -176,6 +180,10 @@ class DecodeAttention:
             self._capacity,
             self.indices[:, first : first + self._sets[layer]],
         )
+
+    def is_full(self, layer: int) -> bool:
+        """Whether a layer reads the whole cache and chooses nothing: a select layer whose sets nobody reads, too."""
+        return self.plan.roles[layer] in ("full", "select") and not self.writes.get(layer)
 
     def _sets_of(self, layer: int) -> tuple[Tensor | None, Tensor]:
         """The table, and the map into it; a part of the table without a map where the heads read it in order."""

@@ -8,39 +8,40 @@ from torch import Tensor
 from tidaldecode import ops
 
 
-def page_bounds(k_cache: Tensor, block_table: Tensor, page_size: int) -> Tensor:
-    """The smallest and the largest value of every channel of K in each page.
+def page_bounds(k_cache: Tensor, page_size: int) -> Tensor:
+    """The smallest and the largest value of every channel of K in each page of each block.
 
     Args:
-        k_cache: [num_blocks, block_size, Hkv, D], see `tidaldecode.ops`.
-        block_table: [B, 1]; the contiguous cache.
+        k_cache: [num_blocks, block_size, Hkv, D], see `tidaldecode.ops`; the contiguous cache, a block a sequence.
         page_size: tokens of a page.
 
     Returns:
-        [B, Hkv, pages, 2, D], dtype of `k_cache`; of pages that are not full yet undefined.
+        [num_blocks, Hkv, pages, 2, D], dtype of `k_cache`; of pages that are not full yet undefined.
     """
-    batch, (_, tokens, heads, dim) = len(block_table), k_cache.shape
+    num_blocks, tokens, heads, dim = k_cache.shape
     pages, full = -(-tokens // page_size), tokens // page_size
-    bounds = k_cache.new_zeros(batch, heads, pages, 2, dim)
-    for b, block in enumerate(block_table[:, 0].tolist()):  # one sequence at a time: a cache can be most of a GPU
-        paged = k_cache[block, : full * page_size].reshape(full, page_size, heads, dim)
-        bounds[b, :, :full, 0] = paged.amin(1).transpose(0, 1)
-        bounds[b, :, :full, 1] = paged.amax(1).transpose(0, 1)
+    bounds = k_cache.new_zeros(num_blocks, heads, pages, 2, dim)
+    for block, rows in enumerate(k_cache):  # one block at a time: a cache can be most of a GPU
+        paged = rows[: full * page_size].unflatten(0, (full, page_size))
+        bounds[block, :, :full, 0] = paged.amin(1).transpose(0, 1)
+        bounds[block, :, :full, 1] = paged.amax(1).transpose(0, 1)
     return bounds
 
 
 def page_scores(
     query: Tensor, k_cache: Tensor, block_table: Tensor, lengths: Tensor, bounds: Tensor, scores: Tensor, page_size: int
 ) -> None:
-    """Writes an upper bound of the scores in each page, and brings the bounds of the newest page up to date.
+    """Writes an upper bound of the scores in each page, and keeps the bounds of the newest page once it is full.
 
     With `m` and `M` the bounds of a page, `q · k <= Σ_d max(q_d m_d, q_d M_d)` for all its tokens; of the query heads
-    of a KV head the largest counts.
+    of a KV head the largest counts. The bounds of the newest page come from its rows, so that sequences of several
+    lengths can share a block.
 
     Args:
         query: [B, Hq, D].
         k_cache, block_table, lengths: the cache; contiguous, the new token included.
-        bounds: [B, Hkv, pages, 2, D], see `page_bounds`; the page of the newest token is written.
+        bounds: [num_blocks, Hkv, pages, 2, D], see `page_bounds`; that of the newest token's page is written if the
+            token is the last of the page.
         scores: [B, Hkv, pages], float32, written up to the page of the newest token.
         page_size: tokens of a page, a power of two.
     """
@@ -50,11 +51,18 @@ def page_scores(
         with torch.cuda.device(query.device):
             return launch(query, k_cache, block_table, lengths, bounds, scores, page_size)
     for b, length in enumerate(lengths.tolist()):
-        last = (length - 1) // page_size
-        newest = k_cache[int(block_table[b, 0]), last * page_size : length]  # [tokens, Hkv, D]
-        bounds[b, :, last, 0], bounds[b, :, last, 1] = newest.amin(0), newest.amax(0)
-        low, high = bounds[b, :, : last + 1].float().unbind(2)  # [Hkv, pages, D]
-        q = query[b].float().view(len(low), -1, query.shape[2])  # [Hkv, G, D]
-        upper = q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
-        scores[b, :, : last + 1] = upper.amax(1)
+        block, last = int(block_table[b, 0]), (length - 1) // page_size
+        rows = k_cache[block, last * page_size : length]  # [tokens, Hkv, D]
+        newest = torch.stack([rows.amin(0), rows.amax(0)], 1)[:, None]  # [Hkv, 1, 2, D]
+        if length % page_size == 0:
+            bounds[block, :, last] = newest[:, 0]
+        q = query[b].view(len(newest), -1, query.shape[2])  # [Hkv, G, D]
+        scores[b, :, :last] = _upper_bounds(q, bounds[block, :, :last])
+        scores[b, :, last : last + 1] = _upper_bounds(q, newest)
     return None
+
+
+def _upper_bounds(query: Tensor, bounds: Tensor) -> Tensor:
+    """Of the scores of queries [Hkv, G, D] in pages [Hkv, pages, 2, D]: [Hkv, pages]."""
+    low, high = bounds.float().unbind(2)
+    return (query.float().clamp(min=0) @ high.mT + query.float().clamp(max=0) @ low.mT).amax(1)

@@ -39,11 +39,11 @@ class QuestAttention:
         self._scores: Tensor | None = None
 
     def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
-        """Keeps the bounds of a prompt's pages."""
+        """Keeps the bounds of the pages of the cache."""
         if layer in self.full_layers:
             return
         with torch.inference_mode(False):
-            bounds, kept = page_bounds(k_cache, block_table, self.page_size), self._bounds.get(layer)
+            bounds, kept = page_bounds(k_cache, self.page_size), self._bounds.get(layer)
         if kept is not None and (kept.shape, kept.dtype, kept.device) == (bounds.shape, bounds.dtype, bounds.device):
             kept.copy_(bounds)  # a captured step reads them where they are
         else:
@@ -95,6 +95,10 @@ class QuestAttention:
             scale,
             self.page_size,
         )
+
+    def is_full(self, layer: int) -> bool:
+        """Whether a layer is one of those that read everything."""
+        return layer in self.full_layers
 
     def tokens_read(self, context: int) -> dict[int, float]:
         """Tokens whose K and V each layer reads in one step, per KV head, at a context of `context` tokens.

@@ -58,6 +58,10 @@ class StreamingAttention:
         assert self._indices is not None
         return ops.sparse_attention(query, k_cache, v_cache, block_table, self._indices, self._counts, None, scale)
 
+    def is_full(self, layer: int) -> bool:
+        """No layer is."""
+        return False
+
     def tokens_read(self, context: int) -> dict[int, float]:
         """Tokens whose K and V each layer reads in one step, per KV head, at a context of `context` tokens."""
         return dict.fromkeys(range(self.shape.num_layers), min(self.token_budget, context))

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tidaldecode.attention import Attention
+from tidaldecode.baselines.methods import BUDGETED
 from tidaldecode.bench.hardware import GIB, check_memory, measuring
-from tidaldecode.bench.methods import BUDGETED, METHODS, step_attention
+from tidaldecode.bench.methods import METHODS, step_attention
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
 from tidaldecode.bench.timing import Timing, time_steps
 from tidaldecode.environment import environment

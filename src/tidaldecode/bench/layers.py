@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.baselines.methods import tokens_of
 from tidaldecode.bench.caches import LayerCaches
-from tidaldecode.bench.methods import tokens_of
 from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Call
 from tidaldecode.bench.workload import Workload

@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from tidaldecode.cli.bench import bench
+from tidaldecode.cli.eval import evaluate
 from tidaldecode.cli.generate import generate
 from tidaldecode.errors import InputError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 
 _STOPPED = 130  # exit status after Ctrl-C
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it

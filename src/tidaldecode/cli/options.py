@@ -41,13 +41,13 @@ def parse_budget(text: str | None) -> int | float | None:
     return None if text is None else _budget("--budget", text)
 
 
-def parse_budgets(text: str) -> tuple[int | float, ...]:
+def parse_budgets(text: str, option: str = "--budgets") -> tuple[int | float, ...]:
     """Budgets with commas between them, as `parse_budget` takes one.
 
     Raises:
         InputError: one of them is no number, or not positive.
     """
-    return tuple(dict.fromkeys(_budget("--budgets", item) for item in text.split(",")))
+    return tuple(dict.fromkeys(_budget(option, item) for item in text.split(",")))
 
 
 def _budget(option: str, text: str) -> int | float:

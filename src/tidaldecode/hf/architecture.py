@@ -52,6 +52,12 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     return [None if window is None or window >= config.max_position_embeddings else window for window in windows]
 
 
+def rope_varies(config: PreTrainedConfig) -> bool:
+    """Whether RoPE's frequencies of a whole forward pass go by its largest position."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("longrope", "dynamic")
+
+
 def check_architecture(config: PreTrainedConfig) -> None:
     """Refuses a model that TidalDecode can't work with.
 

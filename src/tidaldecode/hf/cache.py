@@ -32,6 +32,8 @@ class Sequences:
         block_table: [B, 1], int32; the contiguous cache is one block per sequence.
         padded_length: tokens with left padding, the same for all sequences.
         decoding: the running pass is a decode step: one token each, behind a prompt.
+        step_lengths: [N], int32; in a pass that stands for N decode steps, the sequence's length in each of them;
+            `None` in every other pass.
     """
 
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
@@ -39,6 +41,7 @@ class Sequences:
     block_table: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.int32))
     padded_length: int = 0
     decoding: bool = False
+    step_lengths: Tensor | None = None
 
     def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
         """Starts a forward pass over `new_tokens` tokens for each sequence, left padding included.
@@ -58,7 +61,17 @@ class Sequences:
         else:
             self.new_lengths.copy_(unpadded - self.lengths)
         self.lengths.add_(self.new_lengths)
-        self.padded_length, self.decoding = padded_length, decoding
+        self.padded_length, self.decoding, self.step_lengths = padded_length, decoding, None
+
+    def begin_steps(self, steps: int, device: torch.device) -> Tensor:
+        """Starts a forward pass over `steps` tokens of one sequence that stands for as many decode steps.
+
+        Returns:
+            `step_lengths`.
+        """
+        self.begin(1, steps, None, device)
+        self.step_lengths = self.lengths + torch.arange(1 - steps, 1, dtype=torch.int32, device=device)
+        return self.step_lengths
 
     def _start(self, batch: int, device: torch.device) -> None:
         """Makes all sequences empty; the tensors stay where the batch is as large, so that graphs stay valid."""
@@ -276,6 +289,19 @@ class TidalCache(Cache):
             self.prepare()
             self.attention.begin(self.sequences.lengths, self.capacity)
 
+    def begin_steps(self, steps: int, device: torch.device) -> None:
+        """Starts a forward pass over `steps` tokens of one sequence in which each attends as in a decode step.
+
+        Raises:
+            InputError: the tokens do not fit, or the cache holds several sequences.
+        """
+        self._check_room(steps)
+        self._check_whole()
+        lengths = self.sequences.begin_steps(steps, device)
+        self._attended, self._prepared = 0, False
+        self.step = None  # the attention allocates for as many sequences as there are steps
+        self.attention.begin(lengths, self.capacity)
+
     def _check_room(self, new_tokens: int) -> None:
         total = self.sequences.padded_length + new_tokens
         if total > self.capacity:
@@ -339,6 +365,8 @@ class TidalCache(Cache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of a layer with a role over its cache, after `update`.
 
+        A pass that stands for decode steps holds the K and V of all of them already; each step sees those up to itself.
+
         Args:
             layer: index of the layer.
             query: [B, N, Hq, D], the new tokens, left-padded.
@@ -357,6 +385,11 @@ class TidalCache(Cache):
         self._attended += 1
         sequences = self.sequences
         k_cache, v_cache = cached.blocks()
+        if sequences.step_lengths is not None and not self.attention.is_full(layer):
+            # each step is a sequence of its own to the operations, and all share the one block
+            table = sequences.block_table.expand(len(sequences.step_lengths), 1)
+            self.attention.prepare(layer, k_cache, sequences.block_table, sequences.lengths)
+            return self.attention.attend(layer, query[0], k_cache, v_cache, table, sequences.step_lengths, scale)[None]
         if sequences.decoding:
             output = self.attention.attend(
                 layer, query[:, 0], k_cache, v_cache, sequences.block_table, sequences.lengths, scale

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tidaldecode.errors import InputError
+from tidaldecode.hf.architecture import rope_varies
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import CapturedStep, captured_step
 
@@ -120,11 +121,10 @@ def _chunks(arguments: dict[str, Any], config: Any) -> Iterator[dict[str, Any]]:
 def _may_be_split(arguments: dict[str, Any], config: Any) -> bool:
     """Whether the last chunk's output is all that is wanted, and the chunks' positions do not depend on each other.
 
-    `generate` wants the last token's logits alone (`logits_to_keep=1`). These kinds of RoPE choose the frequencies of
-    a whole pass by its largest position, so that a chunk would be rotated by other ones than its prompt.
+    `generate` wants the last token's logits alone (`logits_to_keep=1`). Where RoPE's frequencies vary with the context,
+    a chunk would be rotated by other ones than its prompt.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
+    if rope_varies(config):
         return False
     hidden = arguments.get("output_hidden_states") or getattr(config, "output_hidden_states", False)
     return arguments.get("logits_to_keep") == 1 and not hidden

@@ -1,13 +1,13 @@
 """The operations in plain PyTorch: the definition of what is correct.
 
-One sequence at a time, so that ragged lengths need neither masks nor padding; a contiguous cache is read through
-views, never copied. Scores and softmax are computed in float32 (float64 for float64 inputs). Shapes as in
-`tidaldecode.ops`.
+One sequence at a time, so that ragged lengths need neither masks nor padding, but for sequences that share their
+blocks; a contiguous cache is read through views, never copied. Scores and softmax are computed in float32 (float64 for
+float64 inputs). Shapes as in `tidaldecode.ops`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,20 +63,53 @@ def full_attention_with_importance(
     Returns:
         [B, Hq, D], the output of `full_attention`.
     """
-    output = torch.zeros_like(query)
-    for b, length in enumerate(lengths.tolist()):
-        scores = _grouped_scores(query[b], _rows(k_cache, block_table[b], length), scale)  # [Hkv, G, T]
-        probabilities = scores.softmax(-1)
-        output[b] = _weigh(probabilities, _rows(v_cache, block_table[b], length))
-        importance[b, :, :length] = torch.cat([_importance(rule, scores, probabilities) for rule in selections])
+    output = torch.empty_like(query)
+    num_heads, num_kv_heads, dim = query.shape[1], k_cache.shape[2], query.shape[2]
+    for run, length in _runs(block_table, lengths, num_heads):
+        grouped = query[run].view(-1, num_kv_heads, num_heads // num_kv_heads, dim).transpose(0, 1)  # [Hkv, n, G, D]
+        scores = _grouped_scores(grouped.reshape(-1, dim), _rows(k_cache, block_table[run.start], length), scale)
+        if len(grouped[0]) > 1:
+            past = torch.arange(length, device=lengths.device) >= lengths[run, None]  # [n, T]
+            scores.view(*grouped.shape[:3], length).masked_fill_(past[:, None], -torch.inf)
+        probabilities = scores.softmax(-1)  # [Hkv, n · G, T]
+        outputs = _weigh(probabilities, _rows(v_cache, block_table[run.start], length))
+        output[run] = outputs.view(grouped.shape).transpose(0, 1).flatten(1, 2)
+        split = (part.view(*grouped.shape[:3], length).transpose(0, 1) for part in (scores, probabilities))
+        scores, probabilities = split  # [n, Hkv, G, T]
+        importance[run, :, :length] = torch.cat([_importance(rule, scores, probabilities) for rule in selections], 1)
     return output
 
 
+_RUN = 2**20  # scores that are computed at once
+
+
+def _runs(block_table: Tensor, lengths: Tensor, num_heads: int) -> Iterator[tuple[slice, int]]:
+    """Sequences one by one, or, where neighbours share their blocks, a few at once, with the longest length.
+
+    Decode steps of one sequence share them, and one matrix product for several is much faster than one for each.
+    """
+    tables, all_lengths = block_table.tolist(), lengths.tolist()
+    start = 0
+    while start < len(tables):
+        stop, longest = start + 1, all_lengths[start]
+        while (
+            stop < len(tables)
+            and longest > 0 < all_lengths[stop]
+            and tables[stop] == tables[start]
+            and (stop + 1 - start) * num_heads * max(longest, all_lengths[stop]) <= _RUN
+        ):
+            longest = max(longest, all_lengths[stop])
+            stop += 1
+        yield slice(start, stop), longest
+        start = stop
+
+
 def _importance(rule: Selection, scores: Tensor, probabilities: Tensor) -> Tensor:
-    """Importance of each token under one rule, from scores and probabilities [Hkv, G, T]: [Hq | Hkv | 1, T]."""
+    """Importance of each token under one rule, from scores and probabilities [n, Hkv, G, T]: [n, Hq | Hkv | 1, T]."""
     if rule == "per_head":
-        return scores.flatten(0, 1)
-    return probabilities.mean(1) if rule == "per_group" else probabilities.mean((0, 1))[None]
+        return scores.flatten(1, 2)
+    groups = probabilities.mean(2)
+    return groups if rule == "per_group" else groups.mean(1, keepdim=True)
 
 
 def select_tokens(
@@ -272,14 +305,19 @@ def _rows(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
 def _gather(cache: Tensor, blocks: Tensor, tokens: Tensor) -> Tensor:
     """K or V rows of the tokens [S, K] of one sequence: [Hkv, K, D] for S = 1 or Hkv, [Hq, K, D] for S = Hq."""
     block_size, num_kv_heads = cache.shape[1], cache.shape[2]
-    if len(tokens) == 1 and len(blocks) == 1:  # the contiguous cache, one set: the fastest gather there is
-        return cache[int(blocks[0])].transpose(0, 1).index_select(1, tokens[0])
+    heads = torch.arange(len(tokens), device=cache.device)[:, None] * num_kv_heads // len(tokens)
+    if len(blocks) == 1:  # the contiguous cache: whole rows are the fastest gather there is
+        rows = cache[int(blocks[0])].transpose(0, 1)  # [Hkv, T, D]
+        if len(tokens) == 1:
+            return rows.index_select(1, tokens[0])
+        if rows.is_contiguous():
+            flat = (tokens + heads * block_size).flatten()
+            return rows.flatten(0, 1).index_select(0, flat).view(*tokens.shape, -1)
     tokens = tokens.long()
     block, row = blocks.long()[tokens // block_size], tokens % block_size
     if len(tokens) == 1:
         return cache[block[0], row[0]].transpose(0, 1)
-    heads = torch.arange(num_kv_heads, device=cache.device).repeat_interleave(len(tokens) // num_kv_heads)
-    return cache[block, row, heads[:, None]]
+    return cache[block, row, heads]
 
 
 def _grouped_scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,201 @@
+"""The methods that are compared, each with its settings: what makes the attention of a decode step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from tidaldecode.attention import Attention, DecodeAttention
+from tidaldecode.baselines.oracle import OracleAttention
+from tidaldecode.baselines.quest import QuestAttention
+from tidaldecode.baselines.streaming import StreamingAttention
+from tidaldecode.errors import InputError
+from tidaldecode.hf.architecture import check_architecture, check_plan, model_shape, sliding_windows
+from tidaldecode.plan import ModelShape, Selection, TidalPlan
+
+METHODS = ("full", "tidal", "quest", "streaming", "oracle")
+"""Full attention, TidalDecode by a plan, Quest, StreamingLLM, and each layer's own exact top-k."""
+
+BUDGETED = METHODS[1:]
+"""The methods that read a token budget."""
+
+METHOD_KEY = ("method", "plan", "plan_digest", "budget", "selection", "page_size", "full_layers")
+"""Fields of a row of results that tell one method, with its settings, from another: see `Method.key`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with the settings that it has.
+
+    Attributes:
+        name: one of `METHODS`.
+        budget: tokens that a layer reads, or a fraction of the context, which every method rounds up to whole tokens
+            in the same way; `None` for full attention, and for a plan that keeps its own.
+        plan: of `tidal`.
+        selection: of `oracle`: whose scores choose.
+        page_size: of `quest`: tokens of a page, a power of two.
+        full_layers: of `quest`: how many of the first layers read everything.
+
+    Raises:
+        InputError: the name is unknown, or a setting is missing or wrong.
+    """
+
+    name: str
+    budget: int | float | None = None
+    plan: TidalPlan | None = None
+    selection: Selection = "per_head"
+    page_size: int = 16
+    full_layers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise InputError(f"method {self.name!r} is unknown: give one of {', '.join(METHODS)}")
+        if self.name == "tidal" and self.plan is None:
+            raise InputError("method 'tidal' needs a plan")
+        if self.name == "full" and self.budget is not None:
+            raise InputError("method 'full' reads everything: leave out the budget")
+        if self.name in BUDGETED and self.token_budget is None:
+            raise InputError(f"method {self.name!r} needs a budget")
+        if isinstance(self.budget, int) and self.budget < 2:
+            raise InputError(f"budget {self.budget} is too small: the new token and a chosen one make 2")
+        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
+            raise InputError(f"budget {self.budget}: a fraction of the context lies in (0, 1]")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise InputError(f"page size {self.page_size} is no power of two")
+
+    @property
+    def token_budget(self) -> int | float | None:
+        """The budget, or the plan's own where none is given."""
+        return self.plan.token_budget if self.budget is None and self.plan is not None else self.budget
+
+    @property
+    def label(self) -> str:
+        """The method in a few words, for tables and figures."""
+        kind = {"tidal": self.plan and (self.plan.name or "plan"), "oracle": self.selection}.get(self.name)
+        return " ".join(str(word) for word in (self.name, kind, self.token_budget) if word is not None)
+
+    def key(self) -> dict[str, str | int | float | None]:
+        """`METHOD_KEY` of the method's rows of results; `None` where a setting is not the method's.
+
+        `plan_digest` tells plans of one name apart, whatever budget they are given.
+        """
+        quest = self.name == "quest"
+        values = (
+            self.name,
+            None if self.plan is None else self.plan.name or "plan",
+            None if self.plan is None else _digest(self.plan),
+            self.token_budget,
+            self.selection if self.name == "oracle" else None,
+            self.page_size if quest else None,
+            self.full_layers if quest else None,
+        )
+        return dict(zip(METHOD_KEY, values, strict=True))
+
+    def attention(self, shape: ModelShape, context: int) -> Attention:
+        """The attention of the method's decode steps.
+
+        Args:
+            shape: heads and layers of a model that attends to the whole context in all of them.
+            context: tokens that a fraction is one of.
+
+        Raises:
+            InputError: the budget leaves a plan no room beside its sinks and recent tokens.
+        """
+        if self.name == "full":
+            return DecodeAttention(TidalPlan.full(shape.num_layers), shape)
+        if self.plan is not None:
+            budget = self.budget
+            plan = self.plan if budget is None else self.plan.with_budget(tokens_of(budget, context))
+            return DecodeAttention(plan, shape)
+        assert self.budget is not None
+        tokens = tokens_of(self.budget, context)
+        if self.name == "quest":
+            return QuestAttention(shape, tokens, range(self.full_layers), self.page_size)
+        if self.name == "streaming":
+            return StreamingAttention(shape, tokens)
+        return OracleAttention(shape, tokens, self.selection)
+
+
+def every_method(
+    names: Sequence[str],
+    budgets: Sequence[int | float],
+    plans: Sequence[TidalPlan],
+    selections: Sequence[Selection] = ("per_head",),
+    page_size: int = 16,
+    full_layers: int = 2,
+) -> Iterator[Method]:
+    """Each method with each of its settings, in the order given.
+
+    Args:
+        names: of `METHODS`.
+        budgets: of all methods but `full`; none: each plan keeps its own.
+        plans: of `tidal`.
+        selections: of `oracle`.
+        page_size, full_layers: of `quest`.
+
+    Raises:
+        InputError: a name is unknown, or a setting is missing or wrong.
+    """
+    for name in names:
+        for budget in (budgets or (None,)) if name != "full" else (None,):
+            if name == "tidal":
+                yield from (Method(name, budget, plan) for plan in plans)
+            elif name == "oracle":
+                yield from (Method(name, budget, selection=selection) for selection in selections)
+            elif name == "quest":
+                yield Method(name, budget, page_size=page_size, full_layers=full_layers)
+            else:
+                yield Method(name, budget)
+
+
+def check_methods(methods: Sequence[Method], config: PreTrainedConfig, context: int) -> None:
+    """Refuses what would fail on a model only after it was loaded.
+
+    Args:
+        methods: to be compared.
+        config: the model's configuration.
+        context: tokens that a fraction is one of.
+
+    Raises:
+        InputError: the architecture is not supported or has layers with a sliding window, a plan was made for another
+            model, two plans have one name, or a budget is too small for a plan.
+    """
+    check_architecture(config)
+    if any(window is not None for window in sliding_windows(config)):
+        raise InputError(
+            f"{config.model_type!r} has layers with a sliding window, whose cache can't go back to a prompt: "
+            "methods are compared on models without"
+        )
+    for method in methods:
+        if method.plan is not None:
+            check_plan(method.plan, config)
+        method.attention(model_shape(config), context)
+    check_plan_names(method.key() for method in methods)
+
+
+def check_plan_names(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses rows of results, or keys of methods, in which one name stands for two plans.
+
+    Raises:
+        InputError: it does.
+    """
+    digests: dict[str | None, str | None] = {}
+    for row in rows:
+        if digests.setdefault(row["plan"], row["plan_digest"]) != row["plan_digest"]:
+            raise InputError(f"two plans are named {row['plan']!r}, and their results would be mixed: rename one")
+
+
+def tokens_of(budget: int | float, context: int) -> int:
+    """A budget in tokens at a context; of a fraction at least 2, a chosen token beside the new one."""
+    return budget if isinstance(budget, int) else max(2, math.ceil(budget * context))
+
+
+def _digest(plan: TidalPlan) -> str:
+    """Of everything that decides what a plan reads, but its budget."""
+    rules = plan.model_dump_json(exclude={"name", "origin", "model", "token_budget"})
+    return hashlib.sha256(rules.encode()).hexdigest()[:12]

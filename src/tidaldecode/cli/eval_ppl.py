@@ -1,0 +1,120 @@
+"""`tidaldecode eval ppl`: perplexity of a text by each method, beside full attention on the same windows."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Words
+
+from tidaldecode.cli import eval_options, options
+
+if TYPE_CHECKING:
+    from tidaldecode.evaluate.perplexity import PerplexityReport
+
+
+def ppl(
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", metavar="F|DIR", help="A text, or a folder of .txt files. Default: Paul Graham's essays."
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of a window.")] = 8192,
+    decode: Annotated[int, typer.Option("--decode", min=1, help="Last tokens of a window, decoded and scored.")] = 384,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows.")] = 10,
+    offset: Annotated[int, typer.Option("--offset", min=0, help="First token of the first window.")] = 0,
+    stride: Annotated[
+        int, typer.Option("--stride", min=1, help="Tokens from one window's start to the next's.")
+    ] = 15000,
+    method: eval_options.Methods = "tidal",
+    budget: eval_options.Budgets = None,
+    plan: eval_options.Plans = "auto",
+    selection: eval_options.Selections = "per_head",
+    page_size: eval_options.PageSize = 16,
+    full_layers: eval_options.FullLayers = 2,
+    model: options.Model = "smollm2-135m",
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    output: eval_options.Output = None,
+    json_output: options.Json = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Scores the last tokens of windows of a text, decoded by each method, against full attention."""
+    results = eval_options.results_file(output, "ppl.jsonl")
+    console = Console(stderr=True)
+    with console.status("starting"):  # PyTorch and Transformers take seconds to import
+        import torch
+
+        from tidaldecode.baselines.methods import check_methods
+        from tidaldecode.environment import environment
+        from tidaldecode.evaluate.cells import Cells
+        from tidaldecode.evaluate.needle import paul_graham_essays
+        from tidaldecode.evaluate.perplexity import (
+            CELL_KEY,
+            PerplexityReport,
+            PerplexitySettings,
+            cell_identity,
+            perplexity,
+        )
+        from tidaldecode.evaluate.text import Text, text_parts
+        from tidaldecode.hf import apply
+        from tidaldecode.hf.architecture import model_shape
+        from tidaldecode.models import find_model
+
+        eval_options.check_names(method, budget, plan)
+        parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
+        settings = PerplexitySettings(context, decode, windows, offset, stride)
+        target = options.parse_device(device)
+        precision = options.parse_dtype(dtype, target)
+        files = find_model(model, trust_remote_code=trust_remote_code)
+        config = files.config()
+        settings.check(config)
+        methods = eval_options.make_methods(config, method, budget, plan, selection, page_size, full_layers)
+        check_methods(methods, config, context)
+    with console.status("reading the text"):
+        tokens = Text.tokenize(files.tokenizer(), parts)
+        settings.check_text(tokens)
+    name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
+    where = environment(target)
+    identity = cell_identity(settings, name, model_shape(config).describe(), tokens, target, precision)
+    with Cells.open(results, identity, CELL_KEY, where) as cells:
+        with console.status("loading the model"):
+            torch.manual_seed(seed)
+            loaded = apply(files.model(target, precision), "full")
+        began = time.perf_counter()
+        with eval_options.progress_bar(console) as on_progress:
+            rows = perplexity(loaded, tokens, settings, methods, cells, on_progress)
+    report = PerplexityReport(
+        environment=where,
+        model=name,
+        dtype=str(precision).removeprefix("torch."),
+        text="Paul Graham's essays" if text is None else Path(text).name,
+        settings=settings,
+        seconds=round(time.perf_counter() - began, 3),
+        rows=tuple(rows),
+    )
+    _print(console, report)
+    if json_output:
+        print(json.dumps(report.to_json()))
+
+
+def _print(console: Console, report: PerplexityReport) -> None:
+    settings = report.settings
+    title = f"{report.model}, {report.text}: {settings.windows} x {settings.decode} tokens behind {settings.context:,}"
+    table = Table(title=Words(title))
+    table.add_column("method", no_wrap=True)
+    for column in ("budget", "nats per token", "above full", "standard error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in report.rows:
+        budget = "" if row.budget is None else f"{row.budget:,}" if isinstance(row.budget, int) else f"{row.budget:g}"
+        error = "" if row.gap_stderr is None else f"{row.gap_stderr:.4f}"
+        gap, error = ("", "") if row.budget is None else (f"{row.gap:+.4f}", error)
+        table.add_row(Words(row.variant.label), budget, f"{row.nll:.4f}", gap, error)
+    console.print(table)

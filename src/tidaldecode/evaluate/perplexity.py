@@ -1,0 +1,236 @@
+"""Perplexity of a text by each method: the first tokens of a window are read, the last ones decoded, teacher-forced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
+from tidaldecode.errors import InputError
+from tidaldecode.evaluate.summary import PplSummary, ppl_summary
+from tidaldecode.evaluate.text import Text
+from tidaldecode.hf import TidalCache
+from tidaldecode.hf.architecture import model_shape
+from tidaldecode.hf.plans import find_plan
+from tidaldecode.hf.scoring import score_tokens
+
+CELL_KEY = ("window", *METHOD_KEY)
+"""Fields that tell one cell from another; a window goes by its first token's place in the text."""
+
+BIN_TOKENS = 32
+"""Positions that a cell's `nll_by_position` averages over."""
+
+
+class FinishedCells(Protocol):
+    """What has been measured: a `tidaldecode.evaluate.cells.Cells` with `CELL_KEY`."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]: ...
+
+    def find(self, **key: Any) -> dict[str, Any] | None: ...
+
+    def append(self, cell: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class PerplexitySettings:
+    """Which tokens of a text are read, and which are scored.
+
+    Attributes:
+        context: tokens of a window.
+        decode: last tokens of a window, which are scored.
+        windows: how many.
+        offset: place of the first window's first token in the text.
+        stride: tokens from the start of one window to that of the next.
+
+    Raises:
+        InputError: no two tokens of a window are left to be its prompt.
+    """
+
+    context: int = 8192
+    decode: int = 384
+    windows: int = 10
+    offset: int = 0
+    stride: int = 15000
+
+    def __post_init__(self) -> None:
+        if self.decode > self.context - 2:  # one token to read, one that is decoded and not scored
+            raise InputError(
+                f"{self.decode} decoded tokens leave no prompt in a context of {self.context}: "
+                f"decode {max(1, self.context - 2)} at most"
+            )
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Place of each window's first token."""
+        return tuple(self.offset + window * self.stride for window in range(self.windows))
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses a context beyond the model's positions.
+
+        Raises:
+            InputError: it is.
+        """
+        positions = config.max_position_embeddings
+        if self.context > positions:
+            raise InputError(f"a context of {self.context} tokens is beyond the model's {positions} positions")
+
+    def check_text(self, text: Text) -> None:
+        """Refuses a text that ends before the last window.
+
+        Raises:
+            InputError: it does; says how many tokens are missing.
+        """
+        needed, there = self.starts[-1] + self.context - len(text.prefix), len(text.tokens)
+        if there < needed:
+            raise InputError(
+                f"the text has {there} tokens, {needed - there} too few for {self.windows} windows of {self.context} "
+                f"tokens, one every {self.stride} from token {self.offset} on: lower windows, stride or context"
+            )
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """Perplexity by each method, and what it was measured on.
+
+    Attributes:
+        environment: command, versions, device.
+        text: name of the text.
+        seconds: of this run, without loading; of a run that was taken up again only the rest.
+        rows: full attention, then each method at each budget.
+    """
+
+    environment: dict[str, object]
+    model: str
+    dtype: str
+    text: str
+    settings: PerplexitySettings
+    seconds: float
+    rows: tuple[PplSummary, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one flat object with a list of rows; `nll`, `full_nll` and `gap` of a single method on top."""
+        fields = asdict(self)
+        rows = [{**row.pop("variant"), **row} for row in fields.pop("rows")]
+        others = [row for row in rows if row["method"] != "full"] or rows
+        single = {name: others[0][name] for name in ("nll", "full_nll", "gap")} if len(others) == 1 else {}
+        return {**fields.pop("environment"), **fields.pop("settings"), **fields, **single, "rows": rows}
+
+
+def cell_identity(
+    settings: PerplexitySettings, name: str, model_shape: str, text: Text, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What all cells of a file of results have in common.
+
+    Args:
+        name, model_shape: of the model.
+    """
+    return {
+        "kind": "ppl",
+        "model": name,
+        "model_shape": model_shape,
+        "text": text.digest(),
+        "context": settings.context,
+        "decode": settings.decode,
+        "device_type": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def perplexity(
+    model: PreTrainedModel,
+    text: Text,
+    settings: PerplexitySettings,
+    methods: Sequence[Method],
+    cells: FinishedCells,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[PplSummary]:
+    """Negative log-likelihood of the last tokens of windows of a text, by full attention and by each method.
+
+    Of a window `w[0 .. context)`, the tokens `w[0 .. context - decode - 1)` are read with full attention, once for all
+    methods. Then `w[context - decode - 1 .. context - 1)` are decoded, each under the method, with the given tokens as
+    input (teacher-forced): their logits predict `w[context - decode .. context)`, and these `decode` tokens are scored.
+    So the last token of the prompt is decoded under the method too, and every scored token's logits are the method's.
+    `nll` is the mean of `-ln p(token)` over them, in nats. All decode steps of a window go in one pass or a few
+    (`tidaldecode.hf.scoring`).
+
+    Args:
+        model: with a plan applied.
+        text: long enough, see `PerplexitySettings.check_text`.
+        methods: checked, see `check_methods`; `full` is added where it is missing.
+        cells: what was measured before, which is not measured again; each new cell is appended when it is done.
+        on_progress: told how many prefills and cells of how many are done, and in words what comes next.
+
+    Returns:
+        A summary of full attention, then of each method in the order given; each window counts the same.
+
+    Raises:
+        InputError: the text is too short, or one plan's name stands for another in `cells`.
+    """
+    settings.check(model.config)
+    settings.check_text(text)
+    methods = tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
+    check_plan_names([*cells.rows, *(method.key() for method in methods)])
+    total, done = settings.windows * (1 + len(methods)), 0
+    cache = TidalCache(model.config, find_plan("full", model.config), settings.context)
+    for number, start in enumerate(settings.starts, start=1):
+        missing = [method for method in methods if cells.find(window=start, **method.key()) is None]
+        where = f"window {number} of {settings.windows}"
+        if missing:
+            on_progress(done, total, f"{where}: reading")
+            window = _read_prompt(model, cache, text.window(start, settings.context), settings.decode)
+        done += 1 + len(methods) - len(missing)
+        for method in missing:
+            on_progress(done, total, f"{where}: {method.label}")
+            cells.append(_cell(model, cache, window, start, method, cells))
+            done += 1
+    on_progress(done, total, "done")
+    return ppl_summary(_rows(cells, settings, methods))
+
+
+def _rows(cells: FinishedCells, settings: PerplexitySettings, methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
+    """The cells of these methods and windows alone: the file may hold others."""
+    for method in methods:
+        for start in settings.starts:
+            row = cells.find(window=start, **method.key())
+            assert row is not None
+            yield row
+
+
+def _read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decode: int) -> Tensor:
+    """Fills the cache with a window's prompt but for its last token. Returns the rest, [1, decode + 1]."""
+    cache.reset()
+    prompt, rest = window[:, : -decode - 1], window[:, -decode - 1 :]
+    with torch.inference_mode():
+        model(prompt.to(model.device), past_key_values=cache, logits_to_keep=1)
+    return rest
+
+
+def _cell(
+    model: PreTrainedModel, cache: TidalCache, rest: Tensor, start: int, method: Method, cells: FinishedCells
+) -> dict[str, Any]:
+    """Scores the rest of a window under a method, and takes it out of the cache again."""
+    began, prompt = time.perf_counter(), cache.get_seq_length()
+    cache.attention = method.attention(model_shape(model.config), cache.capacity)
+    with torch.inference_mode():
+        nll = -score_tokens(model, cache, rest).log_probs.double().cpu()
+    cache.crop(prompt - cache.get_seq_length())
+    mean = float(nll.mean())
+    full = cells.find(window=start, **Method("full").key())
+    return {
+        "window": start,
+        **method.key(),
+        "nll": mean,
+        "full_nll": mean if full is None else full["nll"],  # full attention goes first
+        "tokens": len(nll),
+        "first_position": prompt + 1,
+        "bin_tokens": BIN_TOKENS,
+        "nll_by_position": [float(part.mean()) for part in torch.split(nll, BIN_TOKENS)],
+        "seconds": round(time.perf_counter() - began, 3),
+    }

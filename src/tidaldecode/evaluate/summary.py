@@ -1,0 +1,182 @@
+"""What the cells of an evaluation say together: one line for each method and budget."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it was run, its budget aside.
+
+    Attributes:
+        method: `full`, `tidal`, `quest`, `streaming` or `oracle`.
+        plan: of `tidal`.
+        selection: of `oracle`.
+        page_size: tokens of a page of `quest`.
+        full_layers: first layers of a baseline that attend to everything.
+    """
+
+    method: str
+    plan: str | None = None
+    selection: str | None = None
+    page_size: int | None = None
+    full_layers: int | None = None
+
+    @property
+    def label(self) -> str:
+        """A name for tables and legends: `tidal, smollm2-135m`."""
+        parts = [self.method]
+        if self.plan is not None:
+            parts.append(self.plan)
+        if self.selection is not None:
+            parts.append(self.selection.replace("_", " "))
+        if self.page_size is not None:
+            parts.append(f"pages of {self.page_size}")
+        if self.full_layers is not None:
+            parts.append(f"{self.full_layers} full layer{'' if self.full_layers == 1 else 's'}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class PplSummary:
+    """Perplexity of a method over all windows; each window counts the same.
+
+    Attributes:
+        budget: tokens, or a fraction of the context; `None` for full attention.
+        windows: how many there were.
+        tokens: decoded tokens of all windows.
+        nll: mean negative log-likelihood, nats per token.
+        full_nll: full attention's, on the same windows.
+        gap: `nll - full_nll`.
+        gap_stderr: standard error of the gap over windows; `None` of one window.
+        nll_by_position: [bins], mean over windows; bin `i` begins at position `first_position + i * bin_tokens`.
+        first_position: tokens before the first decoded one.
+        bin_tokens: positions of a bin (the last may have fewer).
+    """
+
+    variant: Variant
+    budget: int | float | None
+    windows: int
+    tokens: int
+    nll: float
+    full_nll: float
+    gap: float
+    gap_stderr: float | None
+    nll_by_position: tuple[float, ...]
+    first_position: int
+    bin_tokens: int
+
+
+@dataclass(frozen=True)
+class NeedleCell:
+    """Needles of one length and depth.
+
+    Attributes:
+        depth: where the needle lies, 0 (start) to 1 (end).
+    """
+
+    length: int
+    depth: float
+    correct: int
+    total: int
+
+
+@dataclass(frozen=True)
+class NeedleSummary:
+    """Needles found by a method.
+
+    Attributes:
+        budget: tokens, or a fraction of the context; `None` for full attention.
+        cells: one for each length and depth, sorted.
+    """
+
+    variant: Variant
+    budget: int | float | None
+    cells: tuple[NeedleCell, ...]
+
+    @property
+    def correct(self) -> int:
+        """Needles found."""
+        return sum(cell.correct for cell in self.cells)
+
+    @property
+    def total(self) -> int:
+        """Needles hidden."""
+        return sum(cell.total for cell in self.cells)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the needles that were found, 0 to 1."""
+        return self.correct / self.total
+
+    def of_length(self, length: int) -> tuple[int, int]:
+        """Needles found and hidden in prompts of a length."""
+        cells = [cell for cell in self.cells if cell.length == length]
+        return sum(cell.correct for cell in cells), sum(cell.total for cell in cells)
+
+
+def variant_of(row: Row) -> Variant:
+    """The variant that a row is of, whatever its kind."""
+    return Variant(row["method"], row.get("plan"), row.get("selection"), row.get("page_size"), row.get("full_layers"))
+
+
+def ppl_summary(rows: Iterable[Row]) -> list[PplSummary]:
+    """Perplexity for each method and budget, in the order in which they come first.
+
+    Args:
+        rows: the cells of `eval ppl`, one for each window, method and budget, all of one file: windows of one length,
+            decoded from one position.
+    """
+    return [_ppl_of(variant, budget, group) for variant, budget, group in _groups(rows)]
+
+
+def needle_summary(rows: Iterable[Row]) -> list[NeedleSummary]:
+    """Needles found by each method at each budget, in the order in which they come first.
+
+    Args:
+        rows: the cells of `eval needle`; several of one length and depth are added up.
+    """
+    return [NeedleSummary(variant, budget, _needle_cells(group)) for variant, budget, group in _groups(rows)]
+
+
+def _groups(rows: Iterable[Row]) -> list[tuple[Variant, int | float | None, list[Row]]]:
+    """Rows by variant and budget. 1.0 (the whole context) equals 1 (token) in Python, hence the type in the key."""
+    groups: dict[tuple[Variant, int | float | None, type], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((variant_of(row), row["budget"], type(row["budget"])), []).append(row)
+    return [(variant, budget, group) for (variant, budget, _), group in groups.items()]
+
+
+def _ppl_of(variant: Variant, budget: int | float | None, rows: Sequence[Row]) -> PplSummary:
+    gaps = [row["nll"] - row["full_nll"] for row in rows]
+    return PplSummary(
+        variant=variant,
+        budget=budget,
+        windows=len(rows),
+        tokens=sum(row["tokens"] for row in rows),
+        nll=statistics.fmean(row["nll"] for row in rows),
+        full_nll=statistics.fmean(row["full_nll"] for row in rows),
+        gap=statistics.fmean(gaps),
+        gap_stderr=statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None,
+        nll_by_position=tuple(
+            statistics.fmean(values) for values in zip(*(row["nll_by_position"] for row in rows), strict=True)
+        ),
+        first_position=rows[0]["first_position"],
+        bin_tokens=rows[0]["bin_tokens"],
+    )
+
+
+def _needle_cells(rows: Iterable[Row]) -> tuple[NeedleCell, ...]:
+    found: dict[tuple[int, float], list[int]] = {}
+    for row in rows:
+        counts = found.setdefault((row["length"], row["depth"]), [0, 0])
+        counts[0] += row["correct"]
+        counts[1] += row["total"]
+    return tuple(NeedleCell(length, depth, *counts) for (length, depth), counts in sorted(found.items()))

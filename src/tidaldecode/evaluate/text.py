@@ -1,0 +1,81 @@
+"""A long text as tokens: read once, and cut into windows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tidaldecode.errors import InputError
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in tokens.
+
+    Attributes:
+        tokens: [T], int32.
+        prefix: tokens that the tokenizer puts in front of every text: the beginning of the sequence, or none.
+    """
+
+    tokens: Tensor
+    prefix: tuple[int, ...] = ()
+
+    @classmethod
+    def tokenize(cls, tokenizer: Tokenizer, parts: Iterable[str]) -> Text:
+        """Tokenizes the parts of a text one after the other; only one of them is held at a time.
+
+        Raises:
+            InputError: there is nothing in them.
+        """
+        tokens = [_tokens(tokenizer, part) for part in parts]
+        if not sum(map(len, tokens)):
+            raise InputError("the text is empty")
+        prefix = tuple(token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id)
+        return cls(torch.cat(tokens), prefix)
+
+    def window(self, start: int, length: int) -> Tensor:
+        """`length` tokens from token `start` on, the prefix counted and in front: [1, length], int64."""
+        rest = self.tokens[start : start + length - len(self.prefix)]
+        return torch.cat([torch.tensor(self.prefix, dtype=torch.int64), rest.long()])[None]
+
+    def digest(self) -> str:
+        """Tells the text, and its tokenizer, from others."""
+        digest = hashlib.sha256(self.tokens.numpy().tobytes())
+        digest.update(repr(self.prefix).encode())
+        return digest.hexdigest()[:16]
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def text_parts(path: Path) -> Iterator[str]:
+    """The text of a file, or of each .txt file in a folder (as PG-19 comes), in the order of their names.
+
+    Raises:
+        InputError: there is none; and, when it is read, if it can't be or is not UTF-8.
+    """
+    if not path.exists():
+        raise InputError(f"text file {path} does not exist")
+    if not path.is_dir():
+        return map(_read, [path])
+    files = sorted(file for file in path.iterdir() if file.suffix == ".txt")
+    if not files:
+        raise InputError(f"text folder {path} holds no .txt file")
+    return (_read(file) + "\n" for file in files)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"text file {path} is not UTF-8 (byte {error.start}): convert it") from None
+    except OSError as error:
+        raise InputError(f"text file {path} can't be read: {error.strerror}") from None
