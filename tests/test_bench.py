@@ -689,7 +689,7 @@ def test_plots_show_every_line(tmp_path):
     steps, layer = kept[0].axes
     assert [line.get_label() for line in steps.lines] == ["step full (sdpa)"]
     assert [line.get_label() for line in layer.lines] == [
-        "flashinfer", "sparse unified, 8", "sparse unified, 50 %"
+        "flashinfer", "sparse unified, 8", "sparse unified, 50\N{NO-BREAK SPACE}%"
     ]  # fmt: skip
     assert layer.lines[1].get_xydata().tolist() == [[64, 2], [128, 2]]
     assert math.isclose(layer.get_xticks()[0], 64)

@@ -142,6 +142,12 @@ class TaskScore:
     samples: int
 
 
+def budgets_of(summaries: Iterable[PplSummary | NeedleSummary]) -> list[int | float]:
+    """The budgets of summaries, from the smallest to the largest, tokens before fractions."""
+    budgets = {(isinstance(s.budget, float), s.budget) for s in summaries if s.budget is not None}
+    return [budget for _, budget in sorted(budgets)]
+
+
 def variant_of(row: Row) -> Variant:
     """The variant that a row is of, whatever its kind."""
     return Variant(row["method"], row.get("plan"), row.get("selection"), row.get("page_size"), row.get("full_layers"))

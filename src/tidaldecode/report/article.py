@@ -63,9 +63,9 @@ class Table:
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """For each column, whether it holds numbers, which are set flush right."""
-        columns = zip(*self.rows, strict=True)
-        return tuple(all(re.match(r"[+−-]?[\d.]|–?$", cell) for cell in column) for column in columns)
+        """For each column but the first, whether it holds numbers, which are set flush right."""
+        columns = list(zip(*self.rows, strict=True))[1:]
+        return (False, *(all(re.match(r"[+−-]?[\d.]|–?$", cell) for cell in column) for column in columns))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def page_figure(name: str, title: str, description: str, draw: Drawing) -> PageF
 
 def model_of(result: Result) -> str:
     """The model's name, or the file's where it names none."""
-    return str(result.fields.get("model") or result.file)
+    return written(result.fields.get("model") or result.file)
 
 
 def devices_of(result: Result) -> str:
@@ -114,7 +114,14 @@ def facts_of(result: Result, *leave_out: str) -> tuple[tuple[str, str], ...]:
 
 def environments_of(result: Result) -> tuple[tuple[tuple[str, str], ...], ...]:
     """Every run that wrote the file."""
-    return tuple(tuple(flattened(made)) for made in result.environments)
+    return tuple(
+        tuple((name, _versions(value) if isinstance(value, dict) else str(value)) for name, value in made.items())
+        for made in result.environments
+    )
+
+
+def _versions(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
 
 
 def flattened(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -112,7 +113,8 @@ def to_svg(draw: Drawing, width: float, name: str) -> str:
 
     Colours become the CSS variables of `palette`, text takes the page's font, and all ids begin with the name.
     """
-    with _style():
+    with _style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts have more than those that measure here
         buffer = io.StringIO()
         draw(width).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

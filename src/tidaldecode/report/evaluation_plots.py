@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.evaluate.summary import NeedleSummary, PplSummary, TaskScore, Variant
+from tidaldecode.evaluate.summary import NeedleSummary, PplSummary, TaskScore, Variant, budgets_of
 from tidaldecode.report.drawing import (
     INK,
     MUTED,
@@ -82,8 +82,8 @@ def perplexity_over_position(summaries: Sequence[PplSummary], width: float) -> F
     """
     styles = _styles(summaries)
     full = [summary for summary in summaries if summary.budget is None]
-    budgets = sorted({(type(s.budget).__name__, s.budget) for s in summaries if s.budget is not None}, reverse=True)
-    shown = [[s for s in summaries if s.budget == b and type(s.budget).__name__ == kind] for kind, b in budgets[::-1]]
+    budgets = [budget_label(budget) for budget in budgets_of(summaries)]
+    shown = [[s for s in summaries if budget_label(s.budget) == budget] for budget in budgets]
     columns = min(len(shown) or 1, 3 if width > 5 else 1)
     rows = math.ceil(len(shown) / columns) or 1
     figure = new_figure(width, 0.6 + (2.0 if width > 5 else 1.6) * rows + 0.17 * len(styles))

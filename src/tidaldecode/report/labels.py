@@ -7,7 +7,7 @@ def budget_label(budget: int | float | None) -> str:
     """`1,024`, `10 %` of the context, or nothing."""
     if budget is None:
         return ""
-    return f"{budget * 100:g} %" if isinstance(budget, float) else f"{budget:,}"
+    return percent(budget) if isinstance(budget, float) else f"{budget:,}"
 
 
 def budget_words(budget: int | float | None) -> str:
@@ -15,6 +15,11 @@ def budget_words(budget: int | float | None) -> str:
     if budget is None:
         return "all tokens"
     return f"{budget_label(budget)} {'of the context' if isinstance(budget, float) else 'tokens'}"
+
+
+def percent(share: float, digits: int = 3) -> str:
+    """`10 %`, which no line break parts."""
+    return f"{share * 100:.{digits}g}\N{NO-BREAK SPACE}%"
 
 
 def signed(value: float) -> str:

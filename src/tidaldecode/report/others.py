@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,22 +63,26 @@ def calibration_article(result: Result, name: str) -> Article:
 
 
 def other_article(result: Result, name: str) -> Article:
-    """Values as they are, and rows as a table."""
-    rows = result.fields.get("rows")
-    fields = {key: value for key, value in result.fields.items() if key != "rows"}
+    """Values as they are; rows, and objects of objects, as tables."""
+    tables = []
+    facts = {}
+    for key, value in result.fields.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            tables.append(_table(key, value))
+        elif isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
+            tables.append(_table(key, [{"": row_name} | row for row_name, row in value.items()]))
+        else:
+            facts[key] = value
     return Article(
         title=result.file.rpartition("/")[2].removesuffix(".json").replace("_", " "),
         file=result.file,
-        facts=tuple(flattened(fields)),
-        tables=_table(rows) if isinstance(rows, list) else (),
+        facts=tuple(flattened(facts)),
+        tables=tuple(tables),
         environments=environments_of(result),
     )
 
 
-def _table(rows: list[Any]) -> tuple[Table, ...]:
-    objects = [row for row in rows if isinstance(row, dict)]
-    columns = tuple(dict.fromkeys(name for row in objects for name in row))
-    if not columns:
-        return ()
-    body = tuple(tuple(written(row.get(name)) for name in columns) for row in objects)
-    return (Table("Rows", tuple(name.replace("_", " ") for name in columns), body),)
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    body = tuple(tuple(written(row.get(name)) for name in columns) for row in rows)
+    return Table(title.capitalize(), tuple(name.replace("_", " ") for name in columns), body)

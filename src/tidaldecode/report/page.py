@@ -141,7 +141,7 @@ def _page(folder: Path, results: Sequence[Result], sections: list[Section], skip
 def _summary(results: Sequence[Result]) -> str:
     """What was measured, of which models and on which devices."""
     kinds = [words for kind, words in _MEASURED.items() if any(result.kind == kind for result in results)]
-    models = dict.fromkeys(str(result.fields["model"]) for result in results if result.fields.get("model"))
+    models = dict.fromkeys(result.fields["model"] for result in results if isinstance(result.fields.get("model"), str))
     devices = dict.fromkeys(device for device in map(devices_of, results) if device)
     text = _joined(kinds) or f"{len(results)} files of results"
     text = text[0].upper() + text[1:]

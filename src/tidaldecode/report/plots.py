@@ -121,8 +121,8 @@ def _bars(axis: Axes, rows: Sequence[Row]) -> None:
     axis.barh(range(len(rows)), times, color=[colors[name] for name in names], height=0.7)
     for index, (row, time) in enumerate(zip(rows, times, strict=True)):
         speed_up = row["speedup_vs_full"]
-        text = f" {time:,.2f} ms" + ("" if speed_up is None else f"  {ratio(speed_up)}")
-        axis.text(time, index, text, va="center", fontsize=7.5, color=INK)
+        text = f"{time:,.2f} ms" + ("" if speed_up is None else f" · {ratio(speed_up)}")
+        axis.annotate(text, (time, index), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=INK)
     axis.set_yticks(range(len(rows)), labels, fontsize=7.5, color=INK)
     axis.set_xlim(0, max(times) * 1.45)
     axis.invert_yaxis()

@@ -12,6 +12,7 @@ from tidaldecode.evaluate.summary import (
     PplSummary,
     TaskScore,
     Variant,
+    budgets_of,
     lm_eval_summary,
     needle_summary,
     ppl_summary,
@@ -31,7 +32,7 @@ from tidaldecode.report.evaluation_plots import (
     perplexity_over_position,
     task_scores,
 )
-from tidaldecode.report.labels import budget_label, signed
+from tidaldecode.report.labels import budget_label, percent, signed
 from tidaldecode.report.results import Result
 
 Summary = TypeVar("Summary", PplSummary, NeedleSummary)
@@ -137,11 +138,11 @@ def _gap_card(result: Result, summaries: Sequence[PplSummary]) -> Card:
 
 def _needle_card(result: Result, own: Sequence[NeedleSummary], summaries: Sequence[NeedleSummary]) -> Card:
     full = next((summary for summary in summaries if summary.variant.method == "full"), None)
-    beside = f"; full attention finds {full.accuracy * 100:.0f} % of {full.total}" if full is not None else ""
+    beside = f"; full attention finds {percent(full.accuracy)} of {full.total}" if full is not None else ""
     return Card(
         heading="Needles found",
         subject=_subject(result, own[0].variant),
-        values=tuple((f"{summary.accuracy * 100:.0f} %", budget_label(summary.budget)) for summary in own),
+        values=tuple((percent(summary.accuracy), budget_label(summary.budget)) for summary in own),
         at="token budget",
         note=f"Of {_counted(own[0].total, 'needle')}{beside}.",
     )
@@ -158,7 +159,7 @@ def _counted(count: int, what: str) -> str:
 def _gap_table(summaries: Sequence[PplSummary]) -> Table:
     """Methods by budgets."""
     gaps = {(s.variant, budget_label(s.budget)): s for s in summaries if s.budget is not None}
-    budgets = _budget_labels(summaries)
+    budgets = [budget_label(budget) for budget in budgets_of(summaries)]
     rows = [
         (variant.label, *(_gap(gaps.get((variant, budget))) for budget in budgets))
         for variant in dict.fromkeys(variant for variant, _ in gaps)
@@ -170,12 +171,6 @@ def _gap(summary: PplSummary | None) -> str:
     if summary is None:
         return "–"
     return signed(summary.gap) + ("" if summary.gap_stderr is None else f" ± {summary.gap_stderr:.3f}")
-
-
-def _budget_labels(summaries: Sequence[PplSummary] | Sequence[NeedleSummary]) -> list[str]:
-    """From the smallest budget to the largest, tokens before fractions."""
-    budgets = {(isinstance(s.budget, float), s.budget) for s in summaries if s.budget is not None}
-    return [budget_label(budget) for _, budget in sorted(budgets)]
 
 
 def _ppl_table(summaries: Sequence[PplSummary]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +17,10 @@ _LARGEST = 2**26  # bytes of a file
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(gt=0, le=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
-Time = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e15)]
+Time = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e15)]
 Nll = Annotated[float, Field(allow_inf_nan=False, ge=0, le=500)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(max_length=120)]
 Budget = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=1)] | None
 
 Kind = Literal["ppl", "needle", "lm-eval", "decode", "ops", "recall", "calibration", "other"]
@@ -32,10 +33,10 @@ class _Row(BaseModel):
 
 
 class _MethodRow(_Row):
-    method: str
-    plan: str | None = None
+    method: Name
+    plan: Name | None = None
     budget: Budget
-    selection: str | None = None
+    selection: Name | None = None
     page_size: int | None = None
     full_layers: int | None = None
 
@@ -57,13 +58,13 @@ class _NeedleRow(_MethodRow):
 
 
 class _LmEvalRow(_MethodRow):
-    task: str
-    metrics: dict[str, Number | str | None]
+    task: Name
+    metrics: dict[Name, Number | str | None]
     samples: Count
 
 
 class _DecodeRow(_Row):
-    method: str
+    method: Name
     context: Positive
     budget: Budget
     step_ms: Time
@@ -73,7 +74,7 @@ class _DecodeRow(_Row):
 
 
 class _OperationRow(_Row):
-    operation: str
+    operation: Name
     kv_heads: Positive
     batch: Positive
     context: Positive
@@ -158,7 +159,9 @@ def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
 def _read(path: Path, name: str) -> Result:
     if path.stat().st_size > _LARGEST:
         raise InputError(f"larger than {_LARGEST >> 20} MiB")
-    return _read_cells(path, name) if path.suffix == ".jsonl" else _read_json(path, name)
+    result = _read_cells(path, name) if path.suffix == ".jsonl" else _read_json(path, name)
+    json.dumps(asdict(result), ensure_ascii=False).encode()  # half a surrogate pair can't be written on a page
+    return result
 
 
 def _read_cells(path: Path, name: str) -> Result:

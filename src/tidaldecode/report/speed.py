@@ -17,7 +17,7 @@ from tidaldecode.report.article import (
     model_of,
     page_figure,
 )
-from tidaldecode.report.labels import budget_label, budget_words, ratio
+from tidaldecode.report.labels import budget_label, budget_words, percent, ratio
 from tidaldecode.report.plots import decode_steps, step_bars
 from tidaldecode.report.results import Result
 
@@ -110,7 +110,7 @@ def _decode_table(rows: Sequence[Row]) -> Table:
             f"{row['step_ms']:,.3f}",
             f"{row['floor_ms']:,.3f}",
             ratio(row["speedup_vs_full"]) or "–",
-            f"{row['kv_read_fraction'] * 100:.1f} %",
+            percent(row["kv_read_fraction"]),
         )
         for row in sorted(rows, key=lambda row: row["context"])
     ]
