@@ -155,9 +155,11 @@ def fill(folder: Path, model: str = "smollm2") -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "results").mkdir()
-    return fill(tmp_path / "results")
+def bare(tmp_path):
+    """A folder with values alone, which are quickly on a page."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "found.json").write_text(json.dumps({"cases": 50, **ENVIRONMENT}))
+    return tmp_path / "bare"
 
 
 @pytest.fixture(scope="module")
@@ -251,14 +253,14 @@ def test_names_are_text_and_never_markup(tmp_path):
     assert "<script>.json" in [skipped.file for skipped in report.skipped]
 
 
-def test_foreign_files_are_left_out_and_said(run, folder, tmp_path):
+def test_foreign_files_are_left_out_and_said(run, bare, tmp_path):
     deep = "[" * 100_000
     broken_row = DECODE | {"rows": [*DECODE["rows"], {"method": "tidal"}]}
     infinite = DECODE | {"rows": [DECODE["rows"][0] | {"step_ms": float("inf")}]}
     uneven = [PPL[0], PPL[1] | {"nll_by_position": [1.0]}]
-    write_cells(folder / "other-windows.jsonl", "ppl", ("window", "method", "plan", "budget"), uneven)
-    write_cells(folder / "none-yet.jsonl", "ppl", ("window",), [])
-    write_cells(folder / "another-kind.jsonl", "magic", ("window",), [{"window": 1}])
+    write_cells(bare / "other-windows.jsonl", "ppl", ("window", "method", "plan", "budget"), uneven)
+    write_cells(bare / "none-yet.jsonl", "ppl", ("window",), [])
+    write_cells(bare / "another-kind.jsonl", "magic", ("window",), [{"window": 1}])
     foreign = {
         "list.json": ("[1, 2]", "no JSON object"),
         "text.json": ("no", "no JSON"),
@@ -272,11 +274,11 @@ def test_foreign_files_are_left_out_and_said(run, folder, tmp_path):
         "samples.jsonl": ('{"doc_id": 0}\n', "no cells"),
     }
     for name, (content, _) in foreign.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, out, err = run("report", str(folder), "--output", str(tmp_path / "report.html"), "--json")
+        (bare / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, out, err = run("report", str(bare), "--output", str(tmp_path / "report.html"), "--json")
     answer = json.loads(out)
     assert status == 0 and out.count("\n") == 1
-    assert len(answer["figures"]) == 7 and answer["output"] == str(tmp_path / "report.html")
+    assert answer["figures"] == [] and answer["output"] == str(tmp_path / "report.html")
     reasons = {skipped["file"]: skipped["reason"] for skipped in answer["skipped"]}
     assert reasons.keys() == foreign.keys() | {"other-windows.jsonl", "none-yet.jsonl", "another-kind.jsonl"}
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
@@ -291,10 +293,11 @@ def test_foreign_files_are_left_out_and_said(run, folder, tmp_path):
     assert "magic" in reasons["another-kind.jsonl"]
 
 
-def test_what_a_stopped_run_left_is_shown(folder, tmp_path, caplog):
-    path = folder / "evaluation" / "needle.jsonl"
+def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
+    path = bare / "needle.jsonl"
+    write_cells(path, "needle", ("length", "depth", "method"), NEEDLES)
     path.write_text(path.read_text()[:-20])
-    report = write_report(folder, tmp_path / "report.html")
+    report = write_report(bare, tmp_path / "report.html")
     assert report.skipped == () and "is damaged and skipped" in caplog.text
     assert "Of 24 needles" in Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
 
@@ -318,12 +321,12 @@ def test_a_folder_of_one_file(tmp_path):
         (["missing"], ["missing is no folder", "give the folder of results"]),
         (["empty"], ["empty has no results (.json, .jsonl)"]),
         (["foreign"], ["foreign has nothing that is understood", "x.json: no JSON"]),
-        (["results", "--output", "nowhere/report.html"], ["--output nowhere/report.html", "nowhere does not exist"]),
-        (["results", "--output", "empty"], ["--output empty is a folder", "report.html"]),
+        (["bare", "--output", "nowhere/report.html"], ["--output nowhere/report.html", "nowhere does not exist"]),
+        (["bare", "--output", "empty"], ["--output empty is a folder", "report.html"]),
         ([], ["RESULTS_DIR"]),
     ],
 )
-def test_bad_input(run, folder, tmp_path, monkeypatch, arguments, words):
+def test_bad_input(run, bare, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
@@ -333,12 +336,12 @@ def test_bad_input(run, folder, tmp_path, monkeypatch, arguments, words):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_no_matplotlib(run, folder, monkeypatch):
+def test_no_matplotlib(run, bare, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert_one_line(run("report", str(folder)), "plots need matplotlib: pip install 'tidaldecode[plot]'")
+    assert_one_line(run("report", str(bare)), "plots need matplotlib: pip install 'tidaldecode[plot]'")
 
 
-def test_an_older_page_stays_whole(folder, tmp_path, monkeypatch):
+def test_an_older_page_stays_whole(bare, tmp_path, monkeypatch):
     output = tmp_path / "report.html"
     output.write_text("older")
 
@@ -347,7 +350,7 @@ def test_an_older_page_stays_whole(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tidaldecode.report.page.os.replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        write_report(folder, output)
+        write_report(bare, output)
     assert output.read_text() == "older"
 
 
@@ -359,10 +362,10 @@ def test_results_of_this_repository_are_understood():
     assert kinds["decode_llama-2-7b_h200.json"] == "decode" and kinds["ops_h200.json"] == "ops"
 
 
-def test_large_files_are_left_out(folder, monkeypatch):
+def test_large_files_are_left_out(bare, monkeypatch):
     monkeypatch.setattr("tidaldecode.report.results._LARGEST", 10)
     with pytest.raises(InputError, match="nothing that is understood"):
-        read_results(folder)
+        read_results(bare)
 
 
 def test_the_sweep_shows_gaps_errors_and_full_attention():

@@ -163,10 +163,10 @@ def matrix_heatmap(values: Sequence[Sequence[float]], width: float) -> Figure:
         values: [layers, layers].
         width: inches.
     """
-    side = min(width, 5.2)
-    figure = new_figure(width, side * 0.86)
+    figure = new_figure(width, min(width, 5.2) * 0.86)
     axis = figure.subplots()
-    shown = axis.pcolormesh(values, vmin=0, vmax=1, cmap=_COLOR_MAP, rasterized=len(values) > 40)
+    layers = range(len(values))
+    shown = axis.pcolormesh(layers, layers, values, vmin=0, vmax=1, cmap=_COLOR_MAP, rasterized=len(values) > 40)
     axis.set(aspect="equal", xlabel="layer that attends", ylabel="layer that chooses")
     axis.invert_yaxis()
     axis.grid(visible=False)
