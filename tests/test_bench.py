@@ -690,7 +690,7 @@ def test_plots_show_every_line(tmp_path):
     steps, layer = kept[0].axes
     assert [line.get_label() for line in steps.lines] == ["step full (sdpa)"]
     assert [line.get_label() for line in layer.lines] == [
-        "flashinfer", "sparse unified, 8 tokens", "sparse unified, 50% of the context"
+        "flashinfer", "sparse unified, 8", "sparse unified, 50\N{NO-BREAK SPACE}%"
     ]  # fmt: skip
     assert layer.lines[1].get_xydata().tolist() == [[64, 2], [128, 2]]
     assert math.isclose(layer.get_xticks()[0], 64)
@@ -746,9 +746,9 @@ def test_no_gpu(run, command, monkeypatch):
 
 
 def test_no_matplotlib(run, tmp_path, monkeypatch):
-    from tidaldecode.report import plots
+    from tidaldecode.report import drawing
 
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
     result = run(*OPS, "--output", str(tmp_path / "x.png"))
     assert_one_line(result, "plots need matplotlib: pip install 'tidaldecode[plot]'")
     assert not list(tmp_path.iterdir())

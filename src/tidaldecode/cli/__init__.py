@@ -10,6 +10,7 @@ import typer
 from tidaldecode.cli.bench import bench
 from tidaldecode.cli.eval import evaluate
 from tidaldecode.cli.generate import generate
+from tidaldecode.cli.report import report
 from tidaldecode.errors import InputError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(generate)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
+app.command()(report)
 
 _STOPPED = 130  # exit status after Ctrl-C
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it

@@ -159,7 +159,7 @@ def _figure_file(name: str | None, default: str) -> Path | None:
     """The PNG file of `--output`: itself, or a file of that name in the folder."""
     if name is None:
         return None
-    from tidaldecode.report.plots import check_matplotlib
+    from tidaldecode.report.drawing import check_matplotlib
 
     check_matplotlib()
     path = Path(name) if name.lower().endswith(".png") else Path(name) / default

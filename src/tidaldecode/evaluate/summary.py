@@ -122,6 +122,32 @@ class NeedleSummary:
         return sum(cell.correct for cell in cells), sum(cell.total for cell in cells)
 
 
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of an lm-eval task, by one method.
+
+    Attributes:
+        budget: tokens, or a fraction of the context; `None` for full attention.
+        metric: lm-eval's name of it, such as `acc,none`.
+        stderr: standard error, `None` where lm-eval gives none.
+        samples: documents of the task.
+    """
+
+    variant: Variant
+    budget: int | float | None
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+
+def budgets_of(summaries: Iterable[PplSummary | NeedleSummary]) -> list[int | float]:
+    """The budgets of summaries, from the smallest to the largest, tokens before fractions."""
+    budgets = {(isinstance(s.budget, float), s.budget) for s in summaries if s.budget is not None}
+    return [budget for _, budget in sorted(budgets)]
+
+
 def variant_of(row: Row) -> Variant:
     """The variant that a row is of, whatever its kind."""
     return Variant(row["method"], row.get("plan"), row.get("selection"), row.get("page_size"), row.get("full_layers"))
@@ -144,6 +170,27 @@ def needle_summary(rows: Iterable[Row]) -> list[NeedleSummary]:
         rows: the cells of `eval needle`; several of one length and depth are added up.
     """
     return [NeedleSummary(variant, budget, _needle_cells(group)) for variant, budget, group in _groups(rows)]
+
+
+def lm_eval_summary(rows: Iterable[Row]) -> list[TaskScore]:
+    """Every metric of every task, method and budget, standard errors beside what they are of.
+
+    Args:
+        rows: the cells of `eval lm-eval`, one for each task, method and budget.
+    """
+    return [
+        TaskScore(variant_of(row), row["budget"], row["task"], metric, value, _stderr_of(metric, row), row["samples"])
+        for row in rows
+        for metric, value in row["metrics"].items()
+        if isinstance(value, int | float) and "_stderr" not in metric
+    ]
+
+
+def _stderr_of(metric: str, row: Row) -> float | None:
+    """`acc,none` has its standard error in `acc_stderr,none`; where lm-eval has none it says "N/A"."""
+    name, comma, filter_name = metric.partition(",")
+    value = row["metrics"].get(f"{name}_stderr{comma}{filter_name}")
+    return value if isinstance(value, int | float) else None
 
 
 def _groups(rows: Iterable[Row]) -> list[tuple[Variant, int | float | None, list[Row]]]:

@@ -1,0 +1,135 @@
+"""How figures look: a colour for each method, and one drawing for PNG files and for pages in light and dark."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tidaldecode.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDE, NARROW = 7.6, 3.7  # inches: a page on a desk, and on a phone
+
+_COLORS = {
+    "ink": "#1c2430", "muted": "#5a6675", "grid": "#d6dce3", "paper": "#fefefe",
+    "slate": "#5f6b7a", "silver": "#8893a2", "blue": "#0a6cc4", "teal": "#00857a", "orange": "#cc5500",
+    "magenta": "#b0267e", "gold": "#8a6a00", "violet": "#7048d6", "green": "#4c8a1f", "red": "#b3372f",
+}  # fmt: skip
+INK, MUTED, GRID, PAPER = (_COLORS[name] for name in ("ink", "muted", "grid", "paper"))
+_METHODS = {
+    "full": "slate", "sdpa": "silver", "tidal": "blue", "tidal unified": "teal", "quest": "orange",
+    "streaming": "magenta", "oracle": "gold",
+}  # fmt: skip
+_SPARE = ("teal", "violet", "green", "red")
+_MARKERS = "os^DvPX*"
+
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": MUTED, "axes.grid": True, "axes.grid.axis": "y", "axes.labelcolor": MUTED, "axes.labelsize": 8.5,
+    "axes.spines.right": False, "axes.spines.top": False, "axes.titlecolor": INK, "axes.titlelocation": "left",
+    "axes.titlesize": 9, "axes.axisbelow": True, "axes.linewidth": 0.7, "font.size": 9, "grid.color": GRID,
+    "grid.linewidth": 0.7, "legend.fontsize": 8.5, "legend.frameon": False, "lines.linewidth": 1.6,
+    "lines.markersize": 4.5, "svg.fonttype": "none", "svg.hashsalt": "tidaldecode", "text.color": INK,
+    "text.parse_math": False, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5, "xtick.major.width": 0.7, "ytick.major.width": 0.0,
+}  # fmt: skip
+
+Drawing = Callable[[float], "Figure"]
+"""Draws a figure so many inches wide."""
+
+
+class LineStyle(NamedTuple):
+    """Of one method: colour and marker, so that neither is needed to tell it from the others."""
+
+    color: str
+    marker: str
+
+
+def check_matplotlib() -> None:
+    """Refuses to plot where there is nothing to plot with.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib: pip install 'tidaldecode[plot]'")
+
+
+def line_styles(methods: Sequence[str]) -> list[LineStyle]:
+    """A style for each line by its method; the second line of a method takes a spare colour."""
+    spare = [name for name in _SPARE if name not in {_METHODS.get(method) for method in methods}]
+    names: list[str] = []
+    for index, method in enumerate(methods):
+        name = _METHODS.get(method)
+        if name is None or name in names:
+            name = spare.pop(0) if spare else _SPARE[index % len(_SPARE)]
+        names.append(name)
+    return [LineStyle(_COLORS[name], _MARKERS[index % len(_MARKERS)]) for index, name in enumerate(names)]
+
+
+def palette() -> dict[str, str]:
+    """The colours of figures on a light page, by the names of their CSS variables."""
+    return dict(_COLORS)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def add_legend(figure: Figure, width: float) -> None:
+    """A legend of all lines below the axes, in as many columns as fit, each line once."""
+    entries: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    widest = max((len(label) for label in entries), default=0) * 0.075 + 0.55  # inches, about
+    columns = max(1, min(4, int(width / widest)))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
+
+
+def save_png(draw: Drawing, path: Path, title: str) -> None:
+    """Writes a PNG file; an existing file stays whole until the new one is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _style():
+        figure = draw(WIDE)
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(temporary, format="png", dpi=160)
+    os.replace(temporary, path)
+
+
+def to_svg(draw: Drawing, width: float, name: str) -> str:
+    """The figure as an `<svg>` element to put into a page, which says what the colours are.
+
+    Colours become the CSS variables of `palette`, text takes the page's font, and all ids begin with the name.
+    """
+    with _style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts have more than those that measure here
+        buffer = io.StringIO()
+        draw(width).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for variable, color in _COLORS.items():
+        svg = re.sub(rf"(?<=[:\s]){color}\b", f"var(--{variable})", svg)
+    return svg.strip()
+
+
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)

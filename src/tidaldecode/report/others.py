@@ -1,0 +1,88 @@
+"""Articles on what has no page of its own design: coherence, calibration, and files with rows or plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from tidaldecode.report.article import (
+    Article,
+    Card,
+    Table,
+    environments_of,
+    flattened,
+    model_of,
+    page_figure,
+    written,
+)
+from tidaldecode.report.evaluation_plots import matrix_heatmap
+from tidaldecode.report.labels import signed
+from tidaldecode.report.results import Result
+
+
+def recall_article(result: Result, name: str) -> Article:
+    """How much of what one layer attends to another layer's choice covers."""
+    figure = page_figure(
+        f"{name}-recall",
+        "Recall between layers",
+        "Share of the column layer’s attention that the row layer’s choice of tokens covers, 0 to 1.",
+        partial(matrix_heatmap, result.fields["recall"]),
+    )
+    fields = {key: value for key, value in result.fields.items() if key != "recall"}
+    return Article(
+        title=f"Coherence of {model_of(result)}",
+        file=result.file,
+        facts=tuple(flattened(fields)),
+        figures=(figure,),
+        environments=environments_of(result),
+    )
+
+
+def calibration_article(result: Result, name: str) -> Article:
+    """What the search for a plan found."""
+    gaps = [
+        (signed(result.fields[f"{on}_gap"]), words)
+        for on, words in (("calibration", "searched"), ("heldout", "held out"))
+    ]
+    return Article(
+        title=f"Calibration: {model_of(result)}",
+        file=result.file,
+        facts=tuple(flattened(result.fields)),
+        cards=(
+            Card(
+                "Gap of the calibrated plan",
+                model_of(result),
+                tuple(gaps),
+                "text",
+                "Nats per token above full attention.",
+            ),
+        ),
+        environments=environments_of(result),
+    )
+
+
+def other_article(result: Result, name: str) -> Article:
+    """Values as they are; rows, and objects of objects, as tables."""
+    tables = []
+    facts = {}
+    for key, value in result.fields.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            tables.append(_table(key, value))
+        elif isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
+            tables.append(_table(key, [{"": row_name} | row for row_name, row in value.items()]))
+        else:
+            facts[key] = value
+    return Article(
+        title=result.file.rpartition("/")[2].removesuffix(".json").replace("_", " "),
+        file=result.file,
+        facts=tuple(flattened(facts)),
+        tables=tuple(tables),
+        environments=environments_of(result),
+    )
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    body = tuple(tuple(written(row.get(name)) for name in columns) for row in rows)
+    return Table(title.capitalize(), tuple(name.replace("_", " ") for name in columns), body)

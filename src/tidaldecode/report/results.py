@@ -1,0 +1,229 @@
+"""A folder of results as it is read: what is understood, and what is not and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tidaldecode.errors import InputError
+from tidaldecode.evaluate.cells import read_cells
+
+_LARGEST = 2**26  # bytes of a file
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Positive = Annotated[int, Field(gt=0, le=2**53)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
+Time = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e15)]
+Nll = Annotated[float, Field(allow_inf_nan=False, ge=0, le=500)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(max_length=120)]
+Budget = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=1)] | None
+
+Kind = Literal["ppl", "needle", "lm-eval", "decode", "ops", "recall", "calibration", "other"]
+
+
+class _Row(BaseModel):
+    """Rows may have more fields than these; the wrong type of one makes the file foreign."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _MethodRow(_Row):
+    method: Name
+    plan: Name | None = None
+    budget: Budget
+    selection: Name | None = None
+    page_size: int | None = None
+    full_layers: int | None = None
+
+
+class _PplRow(_MethodRow):
+    nll: Nll
+    full_nll: Nll
+    tokens: Positive
+    nll_by_position: list[Nll] = Field(min_length=1)
+    first_position: Count
+    bin_tokens: Positive
+
+
+class _NeedleRow(_MethodRow):
+    length: Positive
+    depth: Share
+    correct: Count
+    total: Positive
+
+
+class _LmEvalRow(_MethodRow):
+    task: Name
+    metrics: dict[Name, Number | str | None]
+    samples: Count
+
+
+class _DecodeRow(_Row):
+    method: Name
+    context: Positive
+    budget: Budget
+    step_ms: Time
+    floor_ms: Time
+    speedup_vs_full: Number | None
+    kv_read_fraction: Share
+
+
+class _OperationRow(_Row):
+    operation: Name
+    kv_heads: Positive
+    batch: Positive
+    context: Positive
+    budget: Budget
+    us: Time
+    floor_us: Time
+    over_sdpa: Number | None
+    speedup_vs_full: Number | None
+
+
+class _Recall(_Row):
+    recall: list[list[Share]] = Field(min_length=1, max_length=512)
+
+
+class _Calibration(_Row):
+    calibration_gap: Number
+    heldout_gap: Number
+    seconds: Time | None = None
+
+
+_ROWS: dict[str, TypeAdapter[Any]] = {
+    "ppl": TypeAdapter(list[_PplRow]),
+    "needle": TypeAdapter(list[_NeedleRow]),
+    "lm-eval": TypeAdapter(list[_LmEvalRow]),
+    "decode": TypeAdapter(list[_DecodeRow]),
+    "ops": TypeAdapter(list[_OperationRow]),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file that is understood.
+
+    Attributes:
+        file: its path in the folder, with `/`.
+        fields: everything beside the rows and the environments.
+        rows: checked for the kind.
+        environments: command, versions and device of each run that wrote it.
+    """
+
+    file: str
+    kind: Kind
+    fields: dict[str, Any]
+    rows: list[dict[str, Any]]
+    environments: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that is not, and why."""
+
+    file: str
+    reason: str
+
+
+def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
+    """Reads the `.json` and `.jsonl` files of a folder and the folders in it, in the order of their names.
+
+    Raises:
+        InputError: there is no such folder, nothing in it, or nothing that is understood.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give the folder of results")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl") and path.is_file())
+    if not paths:
+        raise InputError(f"{folder} has no results (.json, .jsonl): name it as --output of an evaluation or benchmark")
+    results: list[Result] = []
+    skipped: list[Skipped] = []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        try:
+            results.append(_read(path, name))
+        except ValidationError as error:
+            skipped.append(Skipped(name, _reason(error)))
+        except (InputError, ValueError, RecursionError, OSError) as error:
+            skipped.append(Skipped(name, _first_line(error)))
+    if not results:
+        raise InputError(f"{folder} has nothing that is understood; {skipped[0].file}: {skipped[0].reason}")
+    return results, skipped
+
+
+def _read(path: Path, name: str) -> Result:
+    if path.stat().st_size > _LARGEST:
+        raise InputError(f"larger than {_LARGEST >> 20} MiB")
+    result = _read_cells(path, name) if path.suffix == ".jsonl" else _read_json(path, name)
+    json.dumps(asdict(result), ensure_ascii=False).encode()  # half a surrogate pair can't be written on a page
+    return result
+
+
+def _read_cells(path: Path, name: str) -> Result:
+    try:
+        header, rows = read_cells(path)
+    except InputError:
+        raise InputError("no cells of an evaluation, or the first line is damaged") from None
+    kind = header.pop("kind")
+    if kind not in ("ppl", "needle", "lm-eval"):
+        raise InputError(f"cells of an unknown kind, {kind!r}")
+    if not rows:
+        raise InputError("no cells yet")
+    header.pop("key")
+    environments = [environment for environment in header.pop("environments") if isinstance(environment, dict)]
+    return Result(name, kind, header, _checked(kind, rows), environments)
+
+
+def _read_json(path: Path, name: str) -> Result:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError("no JSON") from None
+    if not isinstance(content, dict):
+        raise InputError("no JSON object")
+    kind = _kind(content)
+    environment = {key: content.pop(key) for key in ("command", "versions", "device") if key in content}
+    rows = _checked(kind, content.pop("rows")) if kind in ("decode", "ops") else []
+    return Result(name, kind, content, rows, [environment] if environment else [])
+
+
+def _kind(content: dict[str, Any]) -> Kind:
+    """What an object is by what it holds; it is ours if it says how it was made, or holds rows or a measure of ours."""
+    first = content["rows"][0] if isinstance(content.get("rows"), list) and content["rows"] else None
+    if isinstance(first, dict) and "step_ms" in first:
+        return "decode"
+    if isinstance(first, dict) and {"operation", "us"} <= first.keys():
+        return "ops"
+    if "recall" in content:
+        TypeAdapter(_Recall).validate_python(content)
+        if {len(row) for row in content["recall"]} != {len(content["recall"])}:
+            raise InputError("recall is no square matrix")
+        return "recall"
+    if "calibration_gap" in content:
+        TypeAdapter(_Calibration).validate_python(content)
+        return "calibration"
+    if isinstance(first, dict) or "versions" in content:
+        return "other"
+    raise InputError("no results of tidaldecode")
+
+
+def _checked(kind: str, rows: Any) -> list[dict[str, Any]]:
+    _ROWS[kind].validate_python(rows)
+    if kind == "ppl" and len({(len(row["nll_by_position"]), row["bin_tokens"]) for row in rows}) > 1:
+        raise InputError("windows of different lengths")
+    return rows
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"not as expected at {place}: {first['msg']}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,445 @@
+"""The page of `report`: what is on it, what is left out and said, and that nothing in a file can break it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from command_line import assert_one_line
+from tidaldecode.errors import InputError
+from tidaldecode.evaluate.cells import Cells
+from tidaldecode.evaluate.summary import lm_eval_summary, needle_summary, ppl_summary
+from tidaldecode.report import drawing, evaluation_plots, plots
+from tidaldecode.report.article import Table
+from tidaldecode.report.drawing import NARROW, WIDE
+from tidaldecode.report.page import write_report
+from tidaldecode.report.results import read_results
+
+HOSTILE = "</title><script>alert('$x_1$')</script>&\"'"
+ENVIRONMENT = {"command": "tidaldecode eval ppl --seed 7", "versions": {"torch": "2.11.0"}, "device": "NVIDIA H200"}
+VOID = {"meta", "br", "path", "use", "link"}
+
+
+class Page(HTMLParser):
+    """Follows the tags of a page: what is open, all ids, all attributes that load something."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "action", "srcset", "data"):
+                self.loads.append(value)
+            assert not name.startswith("on")
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def ppl_cell(window: int, method: str, budget: float | None, gap: float, plan: str | None = None):
+    nll = 3 + 0.1 * window + gap
+    return {
+        "window": window, "method": method, "plan": plan, "budget": budget, "nll": nll, "full_nll": 3 + 0.1 * window,
+        "tokens": 32, "nll_by_position": [nll, nll + 0.5], "first_position": 96, "bin_tokens": 16,
+    }  # fmt: skip
+
+
+def needle_cell(length: int, depth: float, method: str, budget: int | None, correct: int, plan: str | None = None):
+    return {
+        "length": length, "depth": depth, "method": method, "plan": plan, "budget": budget, "correct": correct,
+        "total": 4,
+    }  # fmt: skip
+
+
+PPL = [
+    ppl_cell(window, method, budget, gap * (1 + 0.1 * window), plan)
+    for window in (0, 1, 2)
+    for method, budget, gap, plan in [
+        ("full", None, 0.0, None), ("tidal", 64, 0.2, "shipped"), ("tidal", 256, 0.05, "shipped"),
+        ("tidal", 64, 0.9, "paper"), ("streaming", 0.5, 0.3, None),
+    ]
+]  # fmt: skip
+NEEDLES = [
+    needle_cell(length, depth, method, budget, correct, plan)
+    for length in (200, 400)
+    for depth in (0.0, 0.5, 1.0)
+    for method, budget, correct, plan in [("full", None, 4, None), ("tidal", 64, 3, "shipped"), ("quest", 64, 1, None)]
+]
+TASKS = [
+    {
+        "task": task, "method": method, "plan": None, "budget": budget, "samples": 20,
+        "metrics": {
+            "alias": task, f"{metric},none": 0.5, f"{metric}_stderr,none": 0.1, "loss": 3, "loss_stderr": "N/A",
+        },
+    }
+    for task, metric in (("qa", "f1"), ("lists", "acc"))
+    for method, budget in (("full", None), ("streaming", 64))
+]  # fmt: skip
+DECODE = {
+    "model": "llama-tiny", "dtype": "bfloat16", "batch": 1, **ENVIRONMENT,
+    "rows": [
+        {
+            "method": method, "context": context, "budget": budget, "step_ms": ms, "floor_ms": 1.0,
+            "speedup_vs_full": 8 / ms, "kv_read_fraction": 0.1, "captured": True,
+        }
+        for context in (1024, 4096)
+        for method, budget, ms in (("full", None, 8.0), ("tidal", 64, 4.0), ("tidal", 128, 3.2))
+    ],
+}  # fmt: skip
+OPERATIONS = {
+    "dtype": "bfloat16", "layers": 4, **ENVIRONMENT,
+    "rows": [
+        {
+            "operation": operation, "heads": 4, "kv_heads": 2, "batch": 1, "context": 1024, "budget": budget, "us": us,
+            "floor_us": 1.0, "over_sdpa": us / 10, "speedup_vs_full": speed_up,
+        }
+        for operation, budget, us, speed_up in [
+            ("sdpa", None, 10.0, None), ("step full (sdpa)", None, 40.0, 1.0), ("step tidal", 64, 16.0, 2.5),
+        ]
+    ],
+}  # fmt: skip
+
+
+def write_cells(path: Path, kind: str, key: tuple[str, ...], rows: list[dict], model: str = "smollm2"):
+    with Cells.open(path, {"kind": kind, "model": model, "context": 128}, key, ENVIRONMENT) as cells:
+        for row in rows:
+            cells.append(row)
+
+
+def fill(folder: Path, model: str = "smollm2") -> Path:
+    """A folder with one file of each kind."""
+    write_cells(folder / "evaluation" / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), PPL, model)
+    key = ("length", "depth", "method", "plan", "budget")
+    write_cells(folder / "evaluation" / "needle.jsonl", "needle", key, NEEDLES, model)
+    write_cells(folder / "evaluation" / "tasks.jsonl", "lm-eval", ("task", "method", "budget"), TASKS, model)
+    objects = {
+        "decode": DECODE | {"model": model},
+        "ops": OPERATIONS,
+        "coherence": {"model": model, "recall": [[1.0, 0.5], [0.25, 1.0]]},
+        "plan": {"model": model, "calibration_gap": 0.03, "heldout_gap": 0.04, "seconds": 12.5},
+        "found": {"found": {"full": {"generate": 48}, "paper": {"generate": 1}}, **ENVIRONMENT},
+        "profile": {"rows": [{"kernel": "_attend_kernel", "grid": [8, 16], "us": 1.5}, {"kernel": model}]},
+    }
+    for name, content in objects.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder with values alone, which are quickly on a page."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "found.json").write_text(json.dumps({"cases": 50, **ENVIRONMENT}))
+    return tmp_path / "bare"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """The page of one file of each kind."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "results").mkdir()
+    return write_report(fill(folder / "results"), folder / "report.html").output.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def page(text):
+    return Page(text)
+
+
+def test_every_kind_has_its_place(page):
+    assert page.open == []
+    for words in (
+        "Quality",
+        "Tasks",
+        "Speed",
+        "Calibration",
+        "Other results",
+        "Perplexity of smollm2",
+        "Needles found",
+    ):
+        assert words in page.text
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") == 1 + 2 * 7  # each figure for wide and for narrow windows, and the brand
+
+
+def test_headlines_are_computed_from_the_rows(page):
+    for heading, subject, *numbers in [
+        ("Gap to full attention", "smollm2, plan shipped", "64", "+0.220", "256", "+0.055"),
+        ("Needles found", "smollm2, plan shipped", "64", "75\N{NO-BREAK SPACE}%".replace("\N{NO-BREAK SPACE}", " ")),
+        ("Speed-up of a decode step", "smollm2", "1,024", "2.50×", "4,096", "2.50×"),
+        ("Speed-up of attention", "2 KV heads, batch 1", "1,024", "2.50×"),
+        ("Gap of the calibrated plan", "smollm2", "searched", "+0.030", "held out", "+0.040"),
+    ]:
+        assert " ".join((heading, subject, *numbers)) in page.text
+    assert "above full attention’s 3.100, over 3 windows; standard errors up to" in page.text
+    assert "Of 24 needles; full attention finds 100 % of 24." in page.text
+    assert "on NVIDIA H200; budget 128 tokens." in page.text
+    assert "measured on NVIDIA H200." in page.text
+
+
+def test_tables_hold_the_numbers(page):
+    assert "method 64 256 50 % tidal, shipped +0.220 ± 0.012 +0.055 ± 0.003 –" in page.text
+    assert "full – 12/12 12/12 24/24" in page.text
+    assert "qa f1 20 0.5 ± 0.1 0.5 ± 0.1 qa loss 20 3 3" in page.text
+    assert "tidal 128 3.200 1.000 2.50× 10 %" in page.text
+    assert "tidaldecode eval ppl --seed 7" in page.text and "torch 2.11.0" in page.text
+    assert "generate full 48 paper 1" in page.text
+
+
+def test_nothing_is_loaded(text, page):
+    links = [value for value in page.loads if not value.startswith("data:")]
+    assert links and all(value.startswith("#") for value in links)
+    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
+    assert "@import" not in text and "@font-face" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", text))
+    ids = set(page.ids)
+    assert {value[1:] for value in links} | set(re.findall(r"url\(#(.*?)\)", text)) <= ids
+
+
+def test_figures_follow_the_theme(text):
+    assert "prefers-color-scheme: dark" in text
+    dark = resources.files("tidaldecode.report").joinpath("page.css").read_text().split("prefers-color-scheme: dark")[1]
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    for name, color in drawing.palette().items():
+        assert re.search(rf"--{name}: #\w{{6}};", dark), name
+        assert color not in figures
+    for name in ("ink", "muted", "grid", "paper", "blue", "teal", "magenta"):
+        assert f"var(--{name})" in figures
+    assert not re.search(r"fill: #000000|font-family: 'DejaVu", figures)
+
+
+def test_names_are_text_and_never_markup(tmp_path):
+    (tmp_path / "results").mkdir()
+    folder = fill(tmp_path / "results", HOSTILE)
+    rows = [row | {"plan": row["plan"] and HOSTILE} for row in PPL]
+    write_cells(folder / "a.jsonl", "ppl", ("window", "method", "plan", "budget"), rows, HOSTILE)
+    (folder / "<b>&.json").write_text(json.dumps({"versions": {HOSTILE: HOSTILE}, HOSTILE: HOSTILE, "device": HOSTILE}))
+    (folder / "<script>.json").write_text("no")
+    report = write_report(folder, tmp_path / "report.html")
+    text = report.output.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and "script" not in page.tags and "b" not in page.tags
+    assert "<script" not in text.lower()
+    assert HOSTILE in page.text
+    assert "<script>.json" in [skipped.file for skipped in report.skipped]
+
+
+def test_foreign_files_are_left_out_and_said(run, bare, tmp_path):
+    deep = "[" * 100_000
+    broken_row = DECODE | {"rows": [*DECODE["rows"], {"method": "tidal"}]}
+    infinite = DECODE | {"rows": [DECODE["rows"][0] | {"step_ms": float("inf")}]}
+    uneven = [PPL[0], PPL[1] | {"nll_by_position": [1.0]}]
+    write_cells(bare / "other-windows.jsonl", "ppl", ("window", "method", "plan", "budget"), uneven)
+    write_cells(bare / "none-yet.jsonl", "ppl", ("window",), [])
+    write_cells(bare / "another-kind.jsonl", "magic", ("window",), [{"window": 1}])
+    foreign = {
+        "list.json": ("[1, 2]", "no JSON object"),
+        "text.json": ("no", "no JSON"),
+        "bytes.json": (b"\xff\xfe{}", "no JSON"),
+        "deep.json": (deep, "recursion"),
+        "half.json": ('{"versions": {}, "text": "\\ud800"}', "surrogates"),
+        "package.json": ('{"name": "x"}', "no results of tidaldecode"),
+        "broken.json": (json.dumps(broken_row), "rows lack"),
+        "infinite.json": (json.dumps(infinite), "finite"),
+        "matrix.json": ('{"recall": [[1, 0], [1]]}', "square"),
+        "samples.jsonl": ('{"doc_id": 0}\n', "no cells"),
+    }
+    for name, (content, _) in foreign.items():
+        (bare / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, out, err = run("report", str(bare), "--output", str(tmp_path / "report.html"), "--json")
+    answer = json.loads(out)
+    assert status == 0 and out.count("\n") == 1
+    assert answer["figures"] == [] and answer["output"] == str(tmp_path / "report.html")
+    reasons = {skipped["file"]: skipped["reason"] for skipped in answer["skipped"]}
+    assert reasons.keys() == foreign.keys() | {"other-windows.jsonl", "none-yet.jsonl", "another-kind.jsonl"}
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    for file, reason in reasons.items():
+        assert f"left out {file}: {reason}\n" in err
+        assert file in text and "\n" not in reason
+    for file, (_, words) in foreign.items():
+        if file != "broken.json":
+            assert words in reasons[file], file
+    assert "6.context" in reasons["broken.json"]
+    assert "different lengths" in reasons["other-windows.jsonl"]
+    assert "magic" in reasons["another-kind.jsonl"]
+
+
+def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
+    path = bare / "needle.jsonl"
+    write_cells(path, "needle", ("length", "depth", "method"), NEEDLES)
+    path.write_text(path.read_text()[:-20])
+    report = write_report(bare, tmp_path / "report.html")
+    assert report.skipped == () and "is damaged and skipped" in caplog.text
+    assert "Of 24 needles" in Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
+
+
+def test_a_folder_of_one_file(tmp_path):
+    """Full attention alone, and one window: no gap, no standard error, no speed-up."""
+    (tmp_path / "results").mkdir()
+    write_cells(tmp_path / "results" / "ppl.jsonl", "ppl", ("window", "method"), PPL[:1])
+    (tmp_path / "results" / "decode.json").write_text(
+        json.dumps(DECODE | {"rows": [DECODE["rows"][1] | {"speedup_vs_full": None}]})
+    )
+    report = write_report(tmp_path / "results", tmp_path / "report.html")
+    assert [name for name, _ in report.figures] == ["r2-position", "r1-steps"]
+    page = Page(report.output.read_text(encoding="utf-8"))
+    assert page.open == [] and "At a glance" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing"], ["missing is no folder", "give the folder of results"]),
+        (["empty"], ["empty has no results (.json, .jsonl)"]),
+        (["foreign"], ["foreign has nothing that is understood", "x.json: no JSON"]),
+        (["bare", "--output", "nowhere/report.html"], ["--output nowhere/report.html", "nowhere does not exist"]),
+        (["bare", "--output", "empty"], ["--output empty is a folder", "report.html"]),
+        ([], ["RESULTS_DIR"]),
+    ],
+)
+def test_bad_input(run, bare, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "x.json").write_text("no")
+    before = sorted(tmp_path.rglob("*"))
+    assert_one_line(run("report", *arguments), *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_matplotlib(run, bare, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_one_line(run("report", str(bare)), "plots need matplotlib: pip install 'tidaldecode[plot]'")
+
+
+def test_an_older_page_stays_whole(bare, tmp_path, monkeypatch):
+    output = tmp_path / "report.html"
+    output.write_text("older")
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tidaldecode.report.page.os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(bare, output)
+    assert output.read_text() == "older"
+
+
+def test_results_of_this_repository_are_understood():
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    results, skipped = read_results(folder)
+    assert skipped == []
+    kinds = {result.file: result.kind for result in results}
+    assert kinds["decode_llama-2-7b_h200.json"] == "decode" and kinds["ops_h200.json"] == "ops"
+
+
+def test_large_files_are_left_out(bare, monkeypatch):
+    monkeypatch.setattr("tidaldecode.report.results._LARGEST", 10)
+    with pytest.raises(InputError, match="nothing that is understood"):
+        read_results(bare)
+
+
+def test_the_sweep_shows_gaps_errors_and_full_attention():
+    summaries = ppl_summary(PPL)
+    axis = evaluation_plots.budget_sweep(summaries, WIDE).axes[0]
+    lines = {container.get_label(): container for container in axis.containers}
+    assert list(lines) == ["tidal, shipped", "tidal, paper", "streaming"]
+    points, caps, (bars,) = lines["tidal, shipped"]
+    assert points.get_xdata().tolist() == [64, 256]
+    assert points.get_ydata() == pytest.approx([0.22, 0.055])
+    low, high = bars.get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * summaries[1].gap_stderr) and len(caps) == 2
+    assert lines["streaming"][0].get_xdata().tolist() == [64]  # half of 128 tokens
+    assert axis.get_xscale() == "log" and axis.get_ylim()[0] <= 0
+    assert axis.lines[0].get_label() == "full attention" and set(axis.lines[0].get_ydata()) == {0}
+
+
+def test_perplexity_over_position_has_a_panel_for_each_budget():
+    figure = evaluation_plots.perplexity_over_position(ppl_summary(PPL), NARROW)
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in shown] == [
+        "budget 64 tokens", "budget 256 tokens", "budget 50\N{NO-BREAK SPACE}% of the context"
+    ]  # fmt: skip
+    assert [line.get_label() for line in shown[1].lines] == ["full", "tidal, shipped"]
+    full = shown[1].lines[0].get_xydata()
+    assert full[:, 0].tolist() == [104, 120]
+    assert full[:, 1] == pytest.approx([2.718281828**3.1, 2.718281828**3.6])
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_heatmaps_have_a_panel_for_each_method_and_full_attention_beside(width):
+    figure = evaluation_plots.needle_heatmaps(needle_summary(NEEDLES), width)
+    titles = [axis.get_title(loc="left") or axis.get_title() for axis in figure.axes if axis.get_visible()]
+    assert titles[:2] == ["full\nall tokens", "tidal\nshipped\n64 tokens"]
+    assert "quest\n64 tokens" in titles
+    tidal = figure.axes[1]
+    assert tidal.collections[0].get_array().reshape(3, 2).tolist() == [[0.75, 0.75]] * 3
+    assert [text.get_text() for text in tidal.texts] == [".75"] * 6
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["200", "400"]
+
+
+def test_a_needle_cell_still_to_be_measured_is_empty():
+    figure = evaluation_plots.needle_heatmaps(needle_summary(NEEDLES[:-3]), WIDE)
+    assert len(figure.axes[0].texts) == 5
+
+
+def test_task_scores_have_a_panel_for_each_metric():
+    scores = [score for score in lm_eval_summary(TASKS) if score.metric != "loss"]
+    assert [(score.value, score.stderr) for score in lm_eval_summary(TASKS)][:2] == [(0.5, 0.1), (3, None)]
+    figure = evaluation_plots.task_scores(scores, WIDE)
+    assert [axis.get_xlabel() for axis in figure.axes] == ["f1", "acc"]
+    assert [container.get_label() for container in figure.axes[0].containers] == ["full", "streaming, 64"]
+
+
+def test_bars_are_as_long_as_a_step_takes():
+    axis = plots.step_bars(OPERATIONS["rows"], WIDE).axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [0.04, 0.016]
+    assert [text.get_text() for text in axis.texts] == ["0.04 ms · 1.00×", "0.02 ms · 2.50×"]
+
+
+def test_png_files(tmp_path):
+    evaluation_plots.plot_budget_sweep(ppl_summary(PPL), tmp_path / "a.png", HOSTILE)
+    evaluation_plots.plot_perplexity_over_position(ppl_summary(PPL), tmp_path / "b.png", "b")
+    evaluation_plots.plot_needle_heatmaps(needle_summary(NEEDLES), tmp_path / "c.png", "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in tmp_path.iterdir())
+
+
+def test_methods_keep_their_colours_and_plans_differ():
+    alone, beside = drawing.line_styles(["tidal"]), drawing.line_styles(["full", "tidal", "tidal", "tidal", "new"])
+    assert alone[0].color == beside[1].color
+    assert len({style.color for style in beside}) == len({style.marker for style in beside}) == 5
+
+
+def test_numbers_are_set_flush_right():
+    rows = (("1", "1,024", "+0.1 ± 0.2", "–", "text", "3 of"), ("2", "−0.5", ".5", "2.50×", "1", "x"))
+    assert Table("", ("",) * 6, rows).numeric == (False, True, True, True, False, False)
