@@ -113,7 +113,7 @@ def _print(console: Console, report: NeedleReport) -> None:
     settings = report.settings
     cases = settings.depths * settings.repeats
     table = Table(title=Words(f"{report.model}, {report.haystack}: needles found of {cases} at each length"))
-    table.add_column("method", no_wrap=True)
+    table.add_column("method")
     for column in ("budget", *(f"{length:,} tokens" for length in settings.lengths), "share"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
@@ -121,6 +121,6 @@ def _print(console: Console, report: NeedleReport) -> None:
             Words(row.variant.label),
             budget_label(row.budget),
             *(str(row.of_length(length)[0]) for length in settings.lengths),
-            f"{row.accuracy:.1%}",
+            f"{row.accuracy:.0%}",
         )
     console.print(table)
