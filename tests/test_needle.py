@@ -1,0 +1,243 @@
+"""`eval needle`: the prompts, who counts as having found a needle, what is kept and taken up again, and bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from command_line import assert_one_line
+from families import plan_for
+from tidaldecode import InputError, TidalCache, apply
+from tidaldecode.baselines.methods import Method, every_method
+from tidaldecode.evaluate import needle as module
+from tidaldecode.evaluate.cells import Cells, read_cells
+from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
+from tidaldecode.evaluate.text import Text
+from tidaldecode.hf.architecture import model_shape
+
+SETTINGS = NeedleSettings(lengths=(120, 160), depths=3, repeats=2)
+WORDS = "All work and no play makes Jack a dull boy. " * 20
+
+
+@pytest.fixture
+def llama(tiny):
+    return apply(tiny("llama"), "full")
+
+
+@pytest.fixture
+def haystack(byte_tokenizer):
+    return Text.tokenize(byte_tokenizer, [WORDS])
+
+
+@pytest.fixture
+def cases(byte_tokenizer, haystack, llama):
+    return needle_cases(byte_tokenizer, haystack, SETTINGS, llama.config)
+
+
+def in_memory():
+    return Cells.open(None, {}, CELL_KEY)
+
+
+def methods_for(model, *budgets):
+    plan = plan_for(model.config, "unified").model_copy(update={"name": "p"})
+    return tuple(every_method(("tidal", "quest", "streaming", "oracle"), budgets, [plan], page_size=4))
+
+
+def generated(model, prompt, method, tokens):
+    """What `generate` says when the prompt's last token is decoded under the method too."""
+    length = prompt.shape[1]
+    cache = TidalCache(model.config, model._tidaldecode.plan, length + tokens)
+    model(prompt[:, :-1], past_key_values=cache, logits_to_keep=1)
+    cache.attention = method.attention(model_shape(model.config), length)
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    return tuple(model.generate(prompt, past_key_values=cache, **options)[0, length:].tolist())
+
+
+# ---- prompts
+
+
+def test_prompts(byte_tokenizer, cases, haystack):
+    assert [(case.length, case.depth, case.repeat) for case in cases] == [
+        (length, depth, repeat) for length in (120, 160) for depth in (0, 0.5, 1) for repeat in (0, 1)
+    ]
+    for case in cases:
+        prompt = case.prompt(haystack)
+        assert prompt.shape == (1, case.length) and prompt.dtype == torch.int64
+        said, answer = byte_tokenizer.decode(prompt[0]), byte_tokenizer.decode(list(case.answer))
+        before, found, after = said.partition(f" number is:{answer}.")
+        assert found and len(answer) == len(" 1234567") and answer[1:].isdigit()
+        before, magic, city = before.rpartition(" The special magic ")
+        assert magic
+        hay = after.removesuffix(f"\n\nThe special magic {city} number is:")
+        assert hay != after and before + hay in WORDS
+        assert len(before) == round(case.depth * len(before + hay))
+    assert len({(case.needle, case.start) for case in cases}) == len(cases)
+
+
+def test_more_repeats_and_lengths_keep_the_cases(byte_tokenizer, cases, haystack, llama):
+    more = replace(SETTINGS, lengths=(140, 120, 160), repeats=3)
+    assert set(cases) < set(needle_cases(byte_tokenizer, haystack, more, llama.config))
+    other = needle_cases(byte_tokenizer, haystack, replace(SETTINGS, seed=1), llama.config)
+    assert not set(cases) & set(other)
+
+
+def test_prompts_begin_as_the_tokenizer_begins(byte_tokenizer, haystack, llama):
+    text = Text(haystack.tokens, prefix=(1,))
+    first, _, last = needle_cases(byte_tokenizer, text, NeedleSettings((120,), 3), llama.config)
+    for case in (first, last):
+        assert case.prompt(text).shape == (1, 120)
+        assert case.prompt(text)[0, 0] == 1
+    assert first.prompt(text)[0, 1 : 1 + len(first.needle)].tolist() == list(first.needle)
+
+
+def test_an_answer_that_the_tokenizer_merges_with_the_question(haystack, llama):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index + 2 for index, letter in enumerate(alphabet)} | {":Ġ": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "Ġ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    merging = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    (case,) = needle_cases(merging, haystack, NeedleSettings((120,), 1), llama.config)
+    assert merging.decode(case.question).endswith("number is:")
+    assert merging.decode(case.answer)[:1] == " " and len(case.answer) == 8
+
+
+# ---- who has found it
+
+
+def test_found_is_what_generate_says(llama, cases, haystack):
+    methods = (Method("full"), *methods_for(llama, 8, 0.2))
+    asked = []
+    for case in (cases[0], cases[-1]):
+        said = [generated(llama, case.prompt(haystack), method, 8) for method in methods]
+        assert len(set(said)) > 2
+        for answer in set(said):  # of some methods it is what they say
+            asked.append((replace(case, repeat=len(asked), answer=answer), [other == answer for other in said]))
+    found = []
+    cells = in_memory()
+    find_needles(llama, haystack, [case for case, _ in asked], methods, cells)
+    for case, expected in asked:
+        keys = ({"length": case.length, "depth": case.depth, "repeat": case.repeat, **m.key()} for m in methods)
+        found = [cells.find(**key)["correct"] for key in keys]
+        assert found == expected
+
+
+def test_summaries(llama, cases, haystack):
+    rows = find_needles(llama, haystack, cases, methods_for(llama, 8), in_memory())
+    assert [row.variant.method for row in rows] == ["full", "tidal", "quest", "streaming", "oracle"]
+    for row in rows:
+        assert row.total == 12 and row.of_length(120)[1] == 6
+        assert [(cell.length, cell.depth, cell.total) for cell in row.cells] == [
+            (length, depth, 2) for length in (120, 160) for depth in (0, 0.5, 1)
+        ]
+
+
+def test_a_stopped_run_goes_on(llama, cases, haystack, tmp_path, monkeypatch):
+    methods, path, cases = methods_for(llama, 8)[:2], tmp_path / "needle.jsonl", cases[:3]
+    read, decoded = [], []
+    read_prompt, says_answer = module._read_prompt, module._says_answer
+
+    def counted_read(model, cache, prompt):
+        read.append(prompt)
+        return read_prompt(model, cache, prompt)
+
+    def counted_says(model, cache, last, case, method):
+        if len(decoded) == 4:
+            raise KeyboardInterrupt
+        decoded.append((case, method.name))
+        return says_answer(model, cache, last, case, method)
+
+    monkeypatch.setattr(module, "_read_prompt", counted_read)
+    monkeypatch.setattr(module, "_says_answer", counted_says)
+    with Cells.open(path, {"kind": "needle"}, CELL_KEY) as cells, pytest.raises(KeyboardInterrupt):
+        find_needles(llama, haystack, cases, methods, cells)
+    assert len(read_cells(path).rows) == 4
+    monkeypatch.setattr(module, "_says_answer", lambda *arguments: decoded.append(arguments[3:]) or False)
+    progress = []
+    with Cells.open(path, {"kind": "needle"}, CELL_KEY) as cells:
+        find_needles(llama, haystack, cases, methods, cells, lambda *what: progress.append(what))
+        assert len(decoded) == 9 and len(read) == 2 + 2  # the second case was read, and is read again
+        find_needles(llama, haystack, cases, methods, cells)
+    assert len(decoded) == 9 and len(read) == 4
+    assert {total for _, total, _ in progress} == {12}
+    assert progress[-1] == (12, 12, "done")
+
+
+def test_plans_of_one_name_are_never_mixed(llama, cases, haystack):
+    plan = plan_for(llama.config).model_copy(update={"name": "p"})
+    methods = [Method("tidal", 16, plan), Method("tidal", 16, plan.model_copy(update={"sink_tokens": 2}))]
+    with pytest.raises(InputError, match="two plans are named 'p'"):
+        find_needles(llama, haystack, cases, methods, in_memory())
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(tiny_folder, tmp_path):
+    """A run that takes a second."""
+    (tmp_path / "hay").mkdir()
+    (tmp_path / "hay" / "text.txt").write_text(WORDS)
+    return [
+        "eval", "needle", "--model", str(tiny_folder), "--haystack", str(tmp_path / "hay"), "--lengths", "120,160",
+        "--depths", "2", "--plan", "paper",
+    ]  # fmt: skip
+
+
+def test_eval_needle(run, command, tmp_path):
+    status, out, err = run(*command, "--budget", "16", "--json")
+    assert status == 0, err
+    answer = json.loads(out)
+    assert answer["figure"] is None and answer["haystack"] == "hay" and answer["lengths"] == [120, 160]
+    assert 0 <= answer["accuracy"] <= 1 and 0 <= answer["full_accuracy"] <= 1
+    assert len(answer["rows"]) == 2 and len(answer["cells"]) == 2 * 4
+    cell = answer["cells"][-1]
+    assert (cell["method"], cell["plan"], cell["budget"], cell["length"], cell["depth"], cell["total"]) == (
+        "tidal", "paper", 16, 160, 1, 1
+    )  # fmt: skip
+    output = tmp_path / "results"
+    more = ["--method", "tidal,streaming", "--budget", "16,0.5", "--output", str(output), "--json"]
+    status, out, err = run(*command, *more)
+    assert status == 0, err
+    answer = json.loads(out)
+    assert len(answer["rows"]) == 5 and answer["accuracy"] is None
+    assert answer["figure"] == str(output / "needle.png")
+    assert (output / "needle.png").read_bytes().startswith(b"\x89PNG")
+    file = read_cells(output / "needle.jsonl")
+    assert len(file.rows) == 5 * 4 and file.header["kind"] == "needle"
+    assert str(tmp_path) not in json.dumps(file.header)
+    assert run(*command, *more, "--repeats", "2")[0] == 0
+    rows = read_cells(output / "needle.jsonl").rows
+    assert len(rows) == 5 * 8 and rows[:20] == file.rows
+    assert_one_line(run(*command, *more, "--seed", "1"), "needle.jsonl", "seed 0", "seed 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "magic"], ["--method 'magic' is unknown"]),
+        (["--lengths", "many"], ["--lengths 'many'"]),
+        (["--lengths", "80"], ["prompts of 80 tokens have no room for a haystack", "needle and question are"]),
+        (["--lengths", "120,506"], ["506 tokens and answers of 8", "512 positions", "504 at most"]),
+        (["--budget", "1"], ["budget 1 is too small"]),
+        (["--plan", "nowhere.json"], ["nowhere.json does not exist"]),
+        (["--haystack", "nowhere"], ["nowhere does not exist"]),
+    ],
+)
+def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    assert_one_line(run(*command, *options), *words)
+
+
+def test_a_haystack_that_is_too_short(run, command, tmp_path):
+    (tmp_path / "hay" / "text.txt").write_text("x" * 40)
+    status, out, err = result = run(*command, "--lengths", "200")
+    assert_one_line(result, "the haystack has 41 tokens", "too few for prompts of 200")
+    missing = int(err.split("41 tokens, ")[1].split()[0])
+    (tmp_path / "hay" / "text.txt").write_text("x" * (40 + missing))
+    assert run(*command, "--lengths", "200", "--depths", "1", "--budget", "16")[0] == 0
