@@ -234,8 +234,8 @@ def test_bad_input_before_the_model_is_loaded(run, command, options, words, monk
 
 def test_a_haystack_that_is_too_short(run, command, tmp_path):
     (tmp_path / "hay" / "text.txt").write_text("x" * 40)
-    status, out, err = result = run(*command, "--lengths", "200")
+    result = run(*command, "--lengths", "200")
     assert_one_line(result, "the haystack has 41 tokens", "too few for prompts of 200")
-    missing = int(err.split("41 tokens, ")[1].split()[0])
+    missing = int(result[2].split("41 tokens, ")[1].split()[0])
     (tmp_path / "hay" / "text.txt").write_text("x" * (40 + missing))
     assert run(*command, "--lengths", "200", "--depths", "1", "--budget", "16")[0] == 0
