@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from families import plan_for
-from tidaldecode import InputError, TidalCache, TidalPlan, apply
-from tidaldecode.baselines.methods import Method
+from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan, apply
+from tidaldecode.baselines import Method, OracleAttention
 from tidaldecode.hf import scoring
 from tidaldecode.hf.architecture import model_shape
 from tidaldecode.hf.scoring import score_tokens, step_logits, steps_at_once
@@ -197,3 +197,29 @@ def test_wrong_methods(llama):
     ):
         with pytest.raises(InputError, match=message):
             Method(**arguments).attention(model_shape(llama.config), 64)
+
+
+@pytest.mark.parametrize("selection", ["per_head", "per_group", "unified"])
+def test_the_oracle_reads_its_own_largest_scores(selection):
+    """By float64 formulas: the new token, and of the others those that the scores of the query choose."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, heads, 40, 8, generator=generator).double() for heads in (6, 2, 2))
+    query, lengths = query[:, :, 0], torch.tensor([40, 23], dtype=torch.int32)
+    oracle = OracleAttention(ModelShape(num_layers=1, num_query_heads=6, num_kv_heads=2, head_dim=8), 7, selection)
+    oracle.begin(lengths, 40)
+    table = torch.arange(2, dtype=torch.int32)[:, None]
+    output = oracle.attend(0, query, keys.transpose(1, 2), values.transpose(1, 2), table, lengths, 0.3)
+    for b, length in enumerate(lengths.tolist()):
+        scores = torch.einsum("hd,htd->ht", query[b], keys[b, :, :length].repeat_interleave(3, 0)) * 0.3
+        means = scores.softmax(-1).view(2, 3, length).mean(1)
+        importance = {
+            "per_head": scores,
+            "per_group": means.repeat_interleave(3, 0),
+            "unified": means.mean(0).expand(6, -1),
+        }[selection]
+        for head in range(6):
+            chosen = [*importance[head, : length - 1].topk(6).indices.tolist(), length - 1]
+            expected = scores[head, chosen].softmax(0) @ values[b, head // 3, chosen]
+            torch.testing.assert_close(output[b, head], expected)
+    assert oracle.tokens_read(40) == {0: 21 if selection == "per_head" else 7}
+    assert oracle.tokens_read(5) == {0: 5}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tidaldecode.baselines.methods import Method
+    from tidaldecode.plan import TidalPlan
 
 Methods = Annotated[
     str, typer.Option("--method", metavar="M,...", help="Of full, tidal, quest, streaming, oracle. full always runs.")
@@ -50,7 +51,9 @@ def check_names(methods: str, budgets: str | None, plans: str) -> None:
     Raises:
         InputError: they are.
     """
-    names = options.parse_names("--method", methods, ("full", "tidal", "quest", "streaming", "oracle"))
+    from tidaldecode.baselines.methods import METHODS
+
+    names = options.parse_names("--method", methods, METHODS)
     if names == ("full",) and budgets is not None:
         raise InputError("--method full reads everything: leave out --budget")
     if budgets is None and (unset := [name for name in names if name not in ("full", "tidal")]):
@@ -84,12 +87,17 @@ def make_methods(
         every_method(
             names,
             () if budgets is None else options.parse_budgets(budgets, "--budget"),
-            [find_plan(plan, config) for plan in _items(plans)] if "tidal" in names else [],
+            [_named(find_plan(plan, config), plan) for plan in _items(plans)] if "tidal" in names else [],
             options.parse_names("--selection", selections, ("per_head", "unified")),  # type: ignore[arg-type]
             page_size,
             full_layers,
         )
     )
+
+
+def _named(plan: TidalPlan, name: str) -> TidalPlan:
+    """A plan without a name goes by its file's."""
+    return plan if plan.name is not None else plan.model_copy(update={"name": Path(name).stem})
 
 
 def _items(text: str) -> Sequence[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +47,6 @@ def ppl(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Scores the last tokens of windows of a text, decoded by each method, against full attention."""
-    eval_options.check_names(method, budget, plan)
     results = eval_options.results_file(output, "ppl.jsonl")
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
@@ -70,6 +68,8 @@ def ppl(
         from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
 
+        eval_options.check_names(method, budget, plan)
+        parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
         settings = PerplexitySettings(context, decode, windows, offset, stride)
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
@@ -79,10 +79,10 @@ def ppl(
         methods = eval_options.make_methods(config, method, budget, plan, selection, page_size, full_layers)
         check_methods(methods, config, context)
     with console.status("reading the text"):
-        parts: Iterable[str] = [paul_graham_essays()] if text is None else text_parts(Path(text))
         tokens = Text.tokenize(files.tokenizer(), parts)
         settings.check_text(tokens)
-    name, where = Path(model).name, environment(target)
+    name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
+    where = environment(target)
     identity = cell_identity(settings, name, model_shape(config).describe(), tokens, target, precision)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
         with console.status("loading the model"):

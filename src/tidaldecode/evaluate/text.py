@@ -60,23 +60,21 @@ def text_parts(path: Path) -> Iterator[str]:
     """The text of a file, or of each .txt file in a folder (as PG-19 comes), in the order of their names.
 
     Raises:
-        InputError: there is none, or one of them can't be read or is not UTF-8.
+        InputError: there is none; and, when it is read, if it can't be or is not UTF-8.
     """
+    if not path.exists():
+        raise InputError(f"text file {path} does not exist")
     if not path.is_dir():
-        yield _read(path)
-        return
+        return map(_read, [path])
     files = sorted(file for file in path.iterdir() if file.suffix == ".txt")
     if not files:
         raise InputError(f"text folder {path} holds no .txt file")
-    for file in files:
-        yield _read(file) + "\n"
+    return (_read(file) + "\n" for file in files)
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"text file {path} does not exist") from None
     except UnicodeDecodeError as error:
         raise InputError(f"text file {path} is not UTF-8 (byte {error.start}): convert it") from None
     except OSError as error:

@@ -1,0 +1,275 @@
+"""`eval ppl`: which tokens are scored by whose logits, what is kept and taken up again, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+
+from command_line import assert_one_line
+from families import FAMILIES, plan_for
+from tidaldecode import InputError, TidalCache, TidalPlan, apply
+from tidaldecode.baselines.methods import METHOD_KEY, Method, check_methods, check_plan_names, every_method
+from tidaldecode.evaluate import perplexity as module
+from tidaldecode.evaluate.cells import Cells, read_cells
+from tidaldecode.evaluate.perplexity import CELL_KEY, PerplexitySettings, perplexity
+from tidaldecode.evaluate.text import Text, text_parts
+from tidaldecode.hf.architecture import model_shape
+
+SETTINGS = PerplexitySettings(context=64, decode=40, windows=3, offset=5, stride=30)
+TEXT = Text(torch.randint(2, 260, (129,), generator=torch.Generator().manual_seed(3), dtype=torch.int32))
+
+
+@pytest.fixture
+def llama(tiny):
+    return apply(tiny("llama"), "full")
+
+
+def in_memory():
+    return Cells.open(None, {}, CELL_KEY)
+
+
+def methods_for(model, *budgets):
+    return tuple(
+        every_method(("tidal", "streaming"), budgets, [plan_for(model.config).model_copy(update={"name": "p"})])
+    )
+
+
+def step_by_step(model, method, window):
+    """Mean negative log-likelihood of the decoded tokens, by real decode steps."""
+    cache = TidalCache(model.config, model._tidaldecode.plan, len(window))
+    first = len(window) - SETTINGS.decode
+    model(window[None, : first - 1], past_key_values=cache)
+    cache.attention = method.attention(model_shape(model.config), len(window))
+    losses = []
+    for position in range(first - 1, len(window) - 1):
+        logits = model(window[None, position : position + 1], past_key_values=cache).logits[0, -1]
+        losses.append(-logits.log_softmax(-1)[window[position + 1]].item())
+    return losses
+
+
+def test_scores_are_those_of_decode_steps(llama):
+    methods = methods_for(llama, 16)
+    rows = perplexity(llama, TEXT, SETTINGS, methods, in_memory())
+    assert [(row.variant.method, row.budget, row.windows) for row in rows] == [
+        ("full", None, 3), ("tidal", 16, 3), ("streaming", 16, 3)
+    ]  # fmt: skip
+    nll = {}
+    for row, method in zip(rows, (Method("full"), *methods), strict=True):
+        losses = [step_by_step(llama, method, TEXT.tokens[start : start + 64].long()) for start in (5, 35, 65)]
+        means = nll[method.name] = [statistics.fmean(window) for window in losses]
+        assert row.nll == pytest.approx(statistics.fmean(means), abs=1e-4)
+        assert (row.first_position, row.bin_tokens, row.tokens) == (24, 32, 120)
+        bins = [statistics.fmean(x for window in losses for x in window[part]) for part in (slice(32), slice(32, 40))]
+        assert row.nll_by_position == pytest.approx(bins, abs=1e-4)
+        gaps = [one - other for one, other in zip(means, nll["full"], strict=True)]
+        assert row.gap == pytest.approx(statistics.fmean(gaps), abs=1e-4)
+        assert row.gap_stderr == pytest.approx(statistics.stdev(gaps) / math.sqrt(3), abs=1e-4)
+    assert rows[1].gap != 0 and rows[2].gap != 0
+
+
+def test_full_attention_is_the_models_own(llama, tiny):
+    """No cache, no plan: the likelihoods of the last tokens of each window."""
+    (row,) = perplexity(llama, TEXT, SETTINGS, (), in_memory())
+    means = []
+    for start in SETTINGS.starts:
+        window = TEXT.window(start, 64)
+        scores = tiny("llama")(window, use_cache=False).logits.log_softmax(-1)[0, 23:-1]
+        means.append(-scores.gather(1, window[0, 24:, None]).mean().item())
+    assert row.nll == pytest.approx(statistics.fmean(means), abs=1e-4)
+    assert (row.gap, row.full_nll) == (0, row.nll)
+
+
+def test_each_window_is_read_once(llama, monkeypatch):
+    read, original = [], module._read_prompt
+
+    def read_prompt(model, cache, window, decode):
+        read.append(window[0, 0].item())
+        return original(model, cache, window, decode)
+
+    monkeypatch.setattr(module, "_read_prompt", read_prompt)
+    progress = []
+    perplexity(llama, TEXT, SETTINGS, methods_for(llama, 16, 24), in_memory(), lambda *what: progress.append(what))
+    assert read == [TEXT.tokens[start].item() for start in (5, 35, 65)]
+    assert [done for done, _, _ in progress] == list(range(19))
+    assert {total for _, total, _ in progress} == {18}
+    assert progress[0][2] == "window 1 of 3: reading"
+    assert progress[2][2] == "window 1 of 3: tidal p 16"
+
+
+def test_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
+    methods, path = methods_for(llama, 16), tmp_path / "ppl.jsonl"
+    expected = perplexity(llama, TEXT, SETTINGS, methods, in_memory())
+    original, scored = module._cell, []
+
+    def stop_at(count):
+        def cell(model, cache, rest, start, method, cells):
+            if len(scored) == count:
+                raise KeyboardInterrupt
+            scored.append((start, method.name))
+            return original(model, cache, rest, start, method, cells)
+
+        monkeypatch.setattr(module, "_cell", cell)
+
+    for count in (2, 7):
+        stop_at(count)
+        with Cells.open(path, {"kind": "ppl"}, CELL_KEY) as cells, pytest.raises(KeyboardInterrupt):
+            perplexity(llama, TEXT, SETTINGS, methods, cells)
+        assert len(read_cells(path).rows) == count
+    stop_at(None)
+    with Cells.open(path, {"kind": "ppl"}, CELL_KEY) as cells:
+        found = perplexity(llama, TEXT, SETTINGS, methods, cells)
+        assert len(scored) == len(set(scored)) == 9
+        for row, wanted in zip(found, expected, strict=True):
+            assert row.nll == pytest.approx(wanted.nll, abs=1e-6)
+        # other windows and budgets of the same file are left out
+        perplexity(llama, TEXT, PerplexitySettings(64, 40, 1, 20), methods_for(llama, 24), cells)
+        assert perplexity(llama, TEXT, SETTINGS, methods, cells) == found
+    assert len(scored) == 12
+
+
+def test_plans_of_one_name_are_never_mixed(llama):
+    cells, plan = in_memory(), plan_for(llama.config).model_copy(update={"name": "p"})
+    perplexity(llama, TEXT, SETTINGS, [Method("tidal", 16, plan)], cells)
+    perplexity(llama, TEXT, SETTINGS, [Method("tidal", 24, plan.with_budget(32))], cells)  # only the budget differs
+    other = plan.model_copy(update={"sink_tokens": 2})
+    with pytest.raises(InputError, match="two plans are named 'p'"):
+        perplexity(llama, TEXT, SETTINGS, [Method("tidal", 16, other)], cells)
+    with pytest.raises(InputError, match="two plans are named 'p'"):
+        check_methods([Method("tidal", 16, plan), Method("tidal", 16, other)], llama.config, 64)
+    check_plan_names([Method("full").key(), Method("quest", 64).key()])
+
+
+def test_what_tells_methods_apart(llama):
+    plan = plan_for(llama.config).model_copy(update={"name": "p"})
+    names = ("full", "tidal", "quest", "streaming", "oracle")
+    methods = list(every_method(names, (32, 0.5), [plan], ("per_head", "unified"), 8, 0))
+    keys = [method.key() for method in methods]
+    assert [method.label for method in methods] == [
+        "full", "tidal p 32", "tidal p 0.5", "quest 32", "quest 0.5", "streaming 32", "streaming 0.5",
+        "oracle per_head 32", "oracle unified 32", "oracle per_head 0.5", "oracle unified 0.5",
+    ]  # fmt: skip
+    assert {tuple(key) for key in keys} == {METHOD_KEY}
+    assert len({tuple(key.values()) for key in keys}) == len(keys)
+    assert [(key["page_size"], key["full_layers"]) for key in keys[3:5]] == [(8, 0)] * 2
+    assert keys[1]["plan_digest"] == keys[2]["plan_digest"]
+    (own,) = every_method(("tidal",), (), [plan])
+    assert own.key()["budget"] == plan.token_budget
+
+
+# ---- texts
+
+
+def test_a_text_in_parts(tmp_path, byte_tokenizer):
+    for name, words in (("b.txt", "second"), ("a.txt", "first"), ("c.md", "no")):
+        (tmp_path / name).write_text(words)
+    text = Text.tokenize(byte_tokenizer, text_parts(tmp_path))
+    assert byte_tokenizer.decode(text.tokens.tolist()) == "first\nsecond\n"
+    assert text.tokens.dtype == torch.int32
+    assert byte_tokenizer.decode(text.window(6, 6)[0]) == "second"
+    alone = Text.tokenize(byte_tokenizer, text_parts(tmp_path / "a.txt"))
+    assert text.digest() != alone.digest() == Text.tokenize(byte_tokenizer, ["first"]).digest()
+
+
+def test_windows_begin_as_the_tokenizer_begins():
+    text = Text(torch.arange(10, 20, dtype=torch.int32), prefix=(1,))
+    assert text.window(2, 4).tolist() == [[1, 12, 13, 14]]
+    PerplexitySettings(context=11, decode=2, windows=1).check_text(text)
+    with pytest.raises(InputError, match="the text has 10 tokens, 1 too few for 1 windows of 12 tokens"):
+        PerplexitySettings(context=12, decode=2, windows=1).check_text(text)
+
+
+def test_wrong_texts(tmp_path, byte_tokenizer):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "none").mkdir()
+    for path, message in ((tmp_path / "latin.txt", r"not UTF-8 \(byte 3\)"), (tmp_path / "none", "no .txt file")):
+        with pytest.raises(InputError, match=message):
+            Text.tokenize(byte_tokenizer, text_parts(path))
+    with pytest.raises(InputError, match="the text is empty"):
+        Text.tokenize(byte_tokenizer, [""])
+
+
+def test_models_with_sliding_windows(tiny):
+    with pytest.raises(InputError, match="'gemma3_text' has layers with a sliding window"):
+        check_methods([Method("full")], FAMILIES["gemma3_text"](), 64)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(tiny_folder, tmp_path):
+    """A run that takes a second."""
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 20)
+    return [
+        "eval", "ppl", "--model", str(tiny_folder), "--text", str(tmp_path / "text.txt"), "--context", "96",
+        "--decode", "20", "--windows", "2", "--stride", "200", "--plan", "paper",
+    ]  # fmt: skip
+
+
+def test_eval_ppl(run, command, tmp_path):
+    output = str(tmp_path / "results")
+    status, out, err = run(*command, "--budget", "16", "--output", output, "--json")
+    assert status == 0, err
+    answer = json.loads(out)
+    assert {"nll", "full_nll", "gap", "windows", "text", "context", "decode", "stride", "offset"} <= answer.keys()
+    assert answer["windows"] == 2 and answer["text"] == "text.txt" and len(answer["rows"]) == 2
+    row = answer["rows"][1]
+    assert (row["method"], row["plan"], row["budget"], row["windows"]) == ("tidal", "paper", 16, 2)
+    assert answer["gap"] == row["gap"] == pytest.approx(answer["nll"] - answer["full_nll"])
+    file = read_cells(tmp_path / "results" / "ppl.jsonl")
+    assert len(file.rows) == 4 and file.header["model"] == "tiny-llama0"
+    assert str(tmp_path) not in json.dumps(file.header)
+    more = ["--method", "quest,streaming,oracle", "--budget", "16,0.5", "--selection", "per_head,unified"]
+    status, out, err = run(*command, *more, "--full-layers", "0", "--page-size", "4", "--output", output, "--json")
+    assert status == 0, err
+    answer = json.loads(out)
+    assert len(answer["rows"]) == 1 + 2 + 2 + 4
+    assert "gap" not in answer
+    assert len(read_cells(tmp_path / "results" / "ppl.jsonl").rows) == 4 + 2 * 8
+    before = read_cells(tmp_path / "results" / "ppl.jsonl").rows
+    assert run(*command, *more, "--full-layers", "0", "--page-size", "4", "--output", output)[0] == 0
+    assert read_cells(tmp_path / "results" / "ppl.jsonl").rows == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "magic"], ["--method 'magic' is unknown", "oracle"]),
+        (["--method", "full", "--budget", "64"], ["leave out --budget"]),
+        (["--method", "quest,tidal"], ["--method quest needs a --budget"]),
+        (["--budget", "1.5"], ["--budget 1.5"]),
+        (["--budget", "1"], ["budget 1 is too small"]),
+        (["--method", "oracle", "--budget", "8", "--selection", "best"], ["--selection 'best' is unknown"]),
+        (["--method", "quest", "--budget", "64", "--page-size", "12"], ["page size 12 is no power of two"]),
+        (["--plan", "nowhere.json"], ["nowhere.json does not exist"]),
+        (["--text", "nowhere.txt"], ["nowhere.txt does not exist"]),
+        (["--windows", "9"], ["the text has 880 tokens, 816 too few for 9 windows of 96 tokens"]),
+        (["--offset", "600"], ["16 too few"]),
+        (["--context", "513"], ["a context of 513 tokens is beyond the model's 512 positions"]),
+        (["--decode", "95"], ["95 decoded tokens leave no prompt", "decode 94 at most"]),
+    ],
+)
+def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    assert_one_line(run(*command, *options), *words)
+
+
+def test_results_of_another_text_are_refused(run, command, tmp_path):
+    output = ["--output", str(tmp_path / "results"), "--budget", "16"]
+    assert run(*command, *output)[0] == 0
+    (tmp_path / "text.txt").write_text("Another text. " * 80)
+    assert_one_line(run(*command, *output), "ppl.jsonl", "text")
+    (tmp_path / "file").write_text("")
+    assert_one_line(run(*command, "--output", str(tmp_path / "file")), "is a file: give a folder")
+
+
+def test_the_plan_of_a_file_goes_by_its_stem(run, command, tmp_path):
+    plan = TidalPlan.paper(7).model_copy(update={"name": None, "token_budget": 12})
+    plan.save(tmp_path / "mine.json")
+    status, out, err = run(*command, "--plan", str(tmp_path / "mine.json"), "--json")
+    assert status == 0, err
+    assert [(row["plan"], row["budget"]) for row in json.loads(out)["rows"]] == [(None, None), ("mine", 12)]
