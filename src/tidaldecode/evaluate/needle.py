@@ -122,9 +122,7 @@ class NeedleReport:
                 for method, row in zip(methods, self.rows, strict=True)
             ],
             "cells": [
-                {**method, **asdict(cell)}
-                for method, row in zip(methods, self.rows, strict=True)
-                for cell in row.cells
+                {**method, **asdict(cell)} for method, row in zip(methods, self.rows, strict=True) for cell in row.cells
             ],
             "figure": self.figure,
         }

@@ -1,0 +1,136 @@
+"""A model of lm-eval whose answers are decoded under a method; wants lm-eval, so import it where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tidaldecode.attention import Attention
+from tidaldecode.baselines.methods import Method, tokens_of
+from tidaldecode.hf import TidalCache
+from tidaldecode.hf.architecture import model_shape
+from tidaldecode.hf.plans import find_plan
+from tidaldecode.hf.scoring import score_tokens
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Of lm-eval: context and continuation as text, and as token ids."""
+
+
+class MethodLM(HFLM):
+    """lm-eval's own Hugging Face model, but for the attention of what it decodes.
+
+    Tokens, truncation (from the left), stop sequences and chat template are lm-eval's. A prompt but for its last token
+    is read with full attention; the last token and what follows are decoded under `method`, so that every token of an
+    answer is the method's. What follows is
+
+    - of `generate_until`: the answer, by the model's `generate`;
+    - of `loglikelihood`: the continuation, teacher-forced in one pass (`tidaldecode.hf.scoring`), float32;
+    - of `loglikelihood_rolling`: all of the text, window by window: the prompt is the one token before each window.
+
+    A budget that is a fraction is one of the prompt, and of the continuation too where there is one.
+
+    Args:
+        model: with a plan applied.
+        tokenizer: the model's.
+
+    Attributes:
+        method: may be changed between requests.
+        on_request: told how many requests of how many are done.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        self.method = Method("full")
+        self.on_request: Callable[[int, int], None] = lambda done, total: None
+        self._cache: TidalCache | None = None
+        self._attends: tuple[Method, int | None] | None = None
+        self._done, self._total = 0, 0
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers, decoded under the method. The bar is `on_request`'s."""
+        self._done, self._total = 0, len(requests)
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        prompt = context.shape[1]
+        cache = self._empty_cache(max_length)
+        self._attend(cache, prompt)
+        self._read(cache, context[:, :-1])
+        output = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+        self._count_request()
+        return output
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Sum of the log probabilities of each continuation, and whether greedy decoding would say it."""
+        if override_bs is None:  # else one window of many, of `loglikelihood_rolling`
+            self._done, self._total = 0, len(requests)
+        texts = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        cache = self._empty_cache(max(map(len, texts)))
+        read: list[int] = []
+        answers = []
+        for (_, _, continuation), text in zip(requests, texts, strict=True):
+            prompt, rest = text[: -len(continuation) - 1], text[-len(continuation) - 1 :]
+            if prompt != read:  # choices of one question share it
+                cache.reset()
+                self._read(cache, torch.tensor([prompt]))
+                read = prompt
+            self._attend(cache, len(text))
+            scores = score_tokens(self.model, cache, torch.tensor([rest]))
+            cache.crop(len(prompt) - cache.get_seq_length())
+            answers.append((float(scores.log_probs.sum()), bool(scores.greedy.all())))
+            self._count_request()
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of each text, decoded under the method from its first token on."""
+        self._done, self._total = 0, 0  # how many windows there will be is lm-eval's business
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def _empty_cache(self, capacity: int) -> TidalCache:
+        """The cache of the requests before, or a larger one."""
+        if self._cache is None or self._cache.capacity < capacity:
+            self._cache = self._attends = None  # frees it before the next is allocated
+            self._cache = TidalCache(self.model.config, find_plan("full", self.model.config), capacity)
+        self._cache.reset()
+        return self._cache
+
+    def _attend(self, cache: TidalCache, context: int) -> None:
+        """Lets the cache go on by the method; a captured decode step stays valid where nothing changes."""
+        method = self.method
+        tokens = _budget_in_tokens(method, context)
+        if self._attends != (method, tokens):
+            cache.attention = self._attention(method, tokens, context)
+            self._attends = (method, tokens)
+
+    def _attention(self, method: Method, tokens: int | None, context: int) -> Attention:
+        method = method if tokens is None else replace(method, budget=tokens)
+        return method.attention(model_shape(self.model.config), context)
+
+    def _read(self, cache: TidalCache, prompt: Tensor) -> None:
+        if prompt.shape[1]:
+            with torch.no_grad():
+                self.model(prompt.to(self.model.device), past_key_values=cache, logits_to_keep=1)
+
+    def _count_request(self) -> None:
+        self._done += 1
+        self.on_request(self._done, max(self._done, self._total))
+
+
+def _budget_in_tokens(method: Method, context: int) -> int | None:
+    """A fraction of a short prompt may leave a plan no room beside its sinks: then as many tokens as it needs."""
+    budget = method.token_budget
+    if not isinstance(budget, float):
+        return budget
+    if method.plan is not None:
+        return method.plan.with_budget(budget).budget_for(context)
+    return tokens_of(budget, context)
