@@ -155,6 +155,9 @@ def test_what_tells_methods_apart(llama):
     assert {tuple(key) for key in keys} == {METHOD_KEY}
     assert len({tuple(key.values()) for key in keys}) == len(keys)
     assert [(key["page_size"], key["full_layers"]) for key in keys[3:5]] == [(8, 0)] * 2
+    assert [Method(name, 32, full_layers=layers).key()["full_layers"] for name, layers in (
+        ("quest", None), ("oracle", None), ("oracle", 0), ("oracle", 2), ("streaming", 2)
+    )] == [2, None, None, 2, None]  # fmt: skip
     assert keys[1]["plan_digest"] == keys[2]["plan_digest"]
     (own,) = every_method(("tidal",), (), [plan])
     assert own.key()["budget"] == plan.token_budget

@@ -49,6 +49,7 @@ METHODS = {
     "streaming between": lambda config: Method("streaming", 55),
     "oracle per_head": lambda config: Method("oracle", 6),
     "oracle unified": lambda config: Method("oracle", 6, selection="unified"),
+    "oracle behind full layers": lambda config: Method("oracle", 6, full_layers=2),
     "oracle between": lambda config: Method("oracle", 55),
 }
 

@@ -39,7 +39,8 @@ class Method:
         plan: of `tidal`.
         selection: of `oracle`: whose scores choose.
         page_size: of `quest`: tokens of a page, a power of two.
-        full_layers: of `quest`: how many of the first layers read everything.
+        full_layers: of `quest` and `oracle`: how many of the first layers read everything. Default: 2 of `quest`, as in
+            its paper, none of `oracle`.
 
     Raises:
         InputError: the name is unknown, or a setting is missing or wrong.
@@ -50,7 +51,7 @@ class Method:
     plan: TidalPlan | None = None
     selection: Selection = "per_head"
     page_size: int = 16
-    full_layers: int = 2
+    full_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
@@ -74,6 +75,13 @@ class Method:
         return self.plan.token_budget if self.budget is None and self.plan is not None else self.budget
 
     @property
+    def _full_layers(self) -> int:
+        """Leading full layers; none of a method that has no such setting."""
+        if self.full_layers is not None and self.name in ("quest", "oracle"):
+            return self.full_layers
+        return 2 if self.name == "quest" else 0
+
+    @property
     def label(self) -> str:
         """The method in a few words, for tables and figures."""
         kind = {"tidal": self.plan and (self.plan.name or "plan"), "oracle": self.selection}.get(self.name)
@@ -92,7 +100,7 @@ class Method:
             self.token_budget,
             self.selection if self.name == "oracle" else None,
             self.page_size if quest else None,
-            self.full_layers if quest else None,
+            self._full_layers if quest else self._full_layers or None,
         )
         return dict(zip(METHOD_KEY, values, strict=True))
 
@@ -115,10 +123,10 @@ class Method:
         assert self.budget is not None
         tokens = tokens_of(self.budget, context)
         if self.name == "quest":
-            return QuestAttention(shape, tokens, range(self.full_layers), self.page_size)
+            return QuestAttention(shape, tokens, range(self._full_layers), self.page_size)
         if self.name == "streaming":
             return StreamingAttention(shape, tokens)
-        return OracleAttention(shape, tokens, self.selection)
+        return OracleAttention(shape, tokens, self.selection, self._full_layers)
 
 
 def every_method(
@@ -127,7 +135,7 @@ def every_method(
     plans: Sequence[TidalPlan],
     selections: Sequence[Selection] = ("per_head",),
     page_size: int = 16,
-    full_layers: int = 2,
+    full_layers: int | None = None,
 ) -> Iterator[Method]:
     """Each method with each of its settings, in the order given.
 
@@ -136,7 +144,8 @@ def every_method(
         budgets: of all methods but `full`; none: each plan keeps its own.
         plans: of `tidal`.
         selections: of `oracle`.
-        page_size, full_layers: of `quest`.
+        page_size: of `quest`.
+        full_layers: of `quest` and `oracle`.
 
     Raises:
         InputError: a name is unknown, or a setting is missing or wrong.
@@ -146,7 +155,9 @@ def every_method(
             if name == "tidal":
                 yield from (Method(name, budget, plan) for plan in plans)
             elif name == "oracle":
-                yield from (Method(name, budget, selection=selection) for selection in selections)
+                yield from (
+                    Method(name, budget, selection=selection, full_layers=full_layers) for selection in selections
+                )
             elif name == "quest":
                 yield Method(name, budget, page_size=page_size, full_layers=full_layers)
             else:

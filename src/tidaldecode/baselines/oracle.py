@@ -20,10 +20,15 @@ class OracleAttention:
         shape: heads and layers of the model.
         token_budget: tokens that a layer reads, the new token included; at least 2.
         selection: whose scores choose, as in a plan.
+        full_layers: how many of the first layers read everything. Heads that attend to nearly everything alike lie
+            there, and lose the most.
     """
 
-    def __init__(self, shape: ModelShape, token_budget: int, selection: Selection = "per_head") -> None:
+    def __init__(
+        self, shape: ModelShape, token_budget: int, selection: Selection = "per_head", full_layers: int = 0
+    ) -> None:
         self.shape = shape
+        self.full_layers = full_layers
         self.token_budget = token_budget
         self.selection: Selection = selection
         self._indices: Tensor | None = None
@@ -56,6 +61,8 @@ class OracleAttention:
         scale: float,
     ) -> Tensor:
         """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
+        if self.is_full(layer):
+            return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
         assert self._indices is not None
         ops.full_attention_with_selection(
             query,
@@ -74,8 +81,8 @@ class OracleAttention:
         return ops.sparse_attention(query, k_cache, v_cache, block_table, self._indices, self._counts, None, scale)
 
     def is_full(self, layer: int) -> bool:
-        """No layer is."""
-        return False
+        """Whether a layer is one of those that read everything."""
+        return layer < self.full_layers
 
     def tokens_read(self, context: int) -> dict[int, float]:
         """Tokens whose K and V each layer reads in one step, per KV head, once they are chosen.
@@ -84,7 +91,7 @@ class OracleAttention:
         """
         sets = self.shape.group_size if self.selection == "per_head" else 1
         reads = self.token_budget * sets if self.token_budget < context else context
-        return dict.fromkeys(range(self.shape.num_layers), reads)
+        return {layer: context if self.is_full(layer) else reads for layer in range(self.shape.num_layers)}
 
     def kv_read_fraction(self, context: int) -> float:
         """Share of the KV cache that one step reads at a context of `context` tokens, once the tokens are chosen."""

@@ -35,7 +35,7 @@ def needle(
     plan: eval_options.Plans = "auto",
     selection: eval_options.Selections = "per_head",
     page_size: eval_options.PageSize = 16,
-    full_layers: eval_options.FullLayers = 2,
+    full_layers: eval_options.FullLayers = None,
     model: options.Model = "smollm2-135m",
     device: options.Device = None,
     dtype: options.Dtype = "auto",

@@ -38,7 +38,10 @@ Selections = Annotated[
 ]
 PageSize = Annotated[int, typer.Option("--page-size", metavar="N", min=1, help="Of quest: tokens of a page.")]
 FullLayers = Annotated[
-    int, typer.Option("--full-layers", metavar="N", min=0, help="Of quest: first layers that read everything.")
+    int | None,
+    typer.Option(
+        "--full-layers", metavar="N", min=0, help="First layers that read everything. Default: 2 of quest, 0 of oracle."
+    ),
 ]
 Output = Annotated[
     str | None, typer.Option("--output", metavar="DIR", help="Folder of results; a stopped run goes on from there.")
@@ -72,7 +75,7 @@ def make_methods(
     plans: str,
     selections: str,
     page_size: int,
-    full_layers: int,
+    full_layers: int | None,
 ) -> tuple[Method, ...]:
     """The methods that the options name, for a model.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def needle_heatmaps(summaries: Sequence[NeedleSummary], width: float) -> Figure:
     figure = new_figure(width, 0.4 + rows * max(1.2, 0.6 + 0.17 * len(depths)))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis, summary in zip(axes.flat, shown, strict=False):
-        _heatmap(axis, summary, lengths, depths)
+        _heatmap(axis, summary, lengths, depths, int(width / columns / _LETTER))
     _finish_panels(axes, len(shown), "prompt, tokens", "depth")
     return figure
 
@@ -174,7 +175,10 @@ def matrix_heatmap(values: Sequence[Sequence[float]], width: float) -> Figure:
     return figure
 
 
-def _heatmap(axis: Axes, summary: NeedleSummary, lengths: list[int], depths: list[float]) -> None:
+_LETTER = 0.066  # inches of a letter in a panel's title
+
+
+def _heatmap(axis: Axes, summary: NeedleSummary, lengths: list[int], depths: list[float], letters: int) -> None:
     import matplotlib
 
     shares = {(cell.length, cell.depth): cell.correct / cell.total for cell in summary.cells}
@@ -185,7 +189,8 @@ def _heatmap(axis: Axes, summary: NeedleSummary, lengths: list[int], depths: lis
         color = "white" if share < 0.5 else "#111111"
         axis.text(*place, _share(share), color=color, fontsize=7, ha="center", va="center").set_in_layout(False)
     budget = "all tokens" if summary.budget is None else budget_words(summary.budget)
-    axis.set_title(f"{_wrapped(summary.variant.label)}\n{budget}", fontsize=7.5)
+    lines = [line for part in (*summary.variant.label.split(", "), budget) for line in textwrap.wrap(part, letters)]
+    axis.set_title("\n".join(lines), fontsize=7.5)
     axis.set_xticks([index + 0.5 for index in range(len(lengths))], [f"{length:,}" for length in lengths], fontsize=7)
     marked = sorted({round(part * (len(depths) - 1) / 4) for part in range(5)})
     axis.set_yticks([index + 0.5 for index in marked], [f"{depths[index]:.2g}" for index in marked], fontsize=7)
@@ -197,12 +202,6 @@ def _heatmap(axis: Axes, summary: NeedleSummary, lengths: list[int], depths: lis
 
 def _share(share: float) -> str:
     return f"{share:.2g}".removeprefix("0") or "0"
-
-
-def _wrapped(label: str) -> str:
-    """A label of more than a narrow panel's width, on two lines."""
-    method, _, rest = label.partition(", ")
-    return f"{method}\n{rest}" if rest else label
 
 
 def _styles(summaries: Sequence[PplSummary]) -> dict[Variant, LineStyle]:
