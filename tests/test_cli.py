@@ -243,7 +243,7 @@ def test_help(run):
 
 
 def test_results_do_not_name_the_folders_of_this_machine(monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["/opt/bin/tidaldecode", "bench", "ops", "--results", "/home/me/ops.json", "--seed", "1"]
-    )
-    assert environment(torch.device("cpu"))["command"] == "tidaldecode bench ops --results ops.json --seed 1"
+    arguments = ["--results", "/home/me/ops.json", "--plan", "paper,/home/me/my.json", "--output=/home/me/out"]
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/tidaldecode", "bench", *arguments, "--seed", "1"])
+    command = "tidaldecode bench --results ops.json --plan paper,my.json --output=out --seed 1"
+    assert environment(torch.device("cpu"))["command"] == command

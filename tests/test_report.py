@@ -293,6 +293,17 @@ def test_foreign_files_are_left_out_and_said(run, bare, tmp_path):
     assert "magic" in reasons["another-kind.jsonl"]
 
 
+def test_plans_of_one_name_are_told_apart(bare, tmp_path):
+    rows = [
+        ppl_cell(window, "tidal", 64, gap, "mine.json") | {"plan_digest": digest}
+        for window in (0, 1)
+        for gap, digest in ((0.25, "0123456789"), (0.75, "abcdef0123"))
+    ]
+    write_cells(bare / "ppl.jsonl", "ppl", ("window", "plan_digest"), rows)
+    text = Page(write_report(bare, tmp_path / "report.html").output.read_text(encoding="utf-8")).text
+    assert "tidal, mine.json (012345) +0.250 ± 0.000 tidal, mine.json (abcdef) +0.750 ± 0.000" in text
+
+
 def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
     path = bare / "needle.jsonl"
     write_cells(path, "needle", ("length", "depth", "method"), NEEDLES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -31,8 +32,9 @@ def _program(path: Path) -> list[str]:
 
 
 def _argument(argument: str) -> str:
-    """An argument, without the folders of this machine before a file."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    """An argument, without the folders of this machine before a file, or before each of several: `a,/b/c`, `--a=/b`."""
+    parts = re.split("([,=])", argument)
+    return "".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ class Variant:
         selection: of `oracle`.
         page_size: tokens of a page of `quest`.
         full_layers: first layers of a baseline that attend to everything.
+        plan_digest: tells plans of one name apart; not part of the label.
     """
 
     method: str
@@ -28,6 +29,7 @@ class Variant:
     selection: str | None = None
     page_size: int | None = None
     full_layers: int | None = None
+    plan_digest: str | None = None
 
     @property
     def label(self) -> str:
@@ -150,7 +152,8 @@ def budgets_of(summaries: Iterable[PplSummary | NeedleSummary]) -> list[int | fl
 
 def variant_of(row: Row) -> Variant:
     """The variant that a row is of, whatever its kind."""
-    return Variant(row["method"], row.get("plan"), row.get("selection"), row.get("page_size"), row.get("full_layers"))
+    names = ("plan", "selection", "page_size", "full_layers", "plan_digest")
+    return Variant(row["method"], **{name: row.get(name) for name in names})
 
 
 def ppl_summary(rows: Iterable[Row]) -> list[PplSummary]:

@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(gt=0, le=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
 Time = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e15)]
-Nll = Annotated[float, Field(allow_inf_nan=False, ge=0, le=500)]
+Nll = Annotated[float, Field(allow_inf_nan=False, ge=-1, le=500)]  # a certain token rounds to either side of 0
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(max_length=120)]
 Budget = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=1)] | None
@@ -39,6 +39,7 @@ class _MethodRow(_Row):
     selection: Name | None = None
     page_size: int | None = None
     full_layers: int | None = None
+    plan_digest: Name | None = None
 
 
 class _PplRow(_MethodRow):
@@ -216,7 +217,19 @@ def _checked(kind: str, rows: Any) -> list[dict[str, Any]]:
     _ROWS[kind].validate_python(rows)
     if kind == "ppl" and len({(len(row["nll_by_position"]), row["bin_tokens"]) for row in rows}) > 1:
         raise InputError("windows of different lengths")
-    return rows
+    return _with_plans_told_apart(rows)
+
+
+def _with_plans_told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plans that share a name get their digest behind it: a plan file may have changed between two runs."""
+    digests: dict[str | None, set[str | None]] = {}
+    for row in rows:
+        digests.setdefault(row.get("plan"), set()).add(row.get("plan_digest"))
+    shared = {plan for plan, known in digests.items() if plan is not None and len(known) > 1}
+    return [
+        row | {"plan": f"{row['plan']} ({str(row.get('plan_digest'))[:6]})"} if row.get("plan") in shared else row
+        for row in rows
+    ]
 
 
 def _reason(error: ValidationError) -> str:
