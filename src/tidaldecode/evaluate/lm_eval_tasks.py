@@ -98,11 +98,14 @@ class LmEvalReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as one flat object; of a single method `results` is lm-eval's own."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name != "include_path"}
+        settings = asdict(self.settings)
+        settings.pop("include_path")  # of this machine
         return {
             **self.environment,
             "model": self.model,
             "dtype": self.dtype,
+            "lm_eval": version("lm_eval"),
+            "tasks": settings.pop("names"),
             **settings,
             "seconds": self.seconds,
             "results": next(iter(self.results.values())) if len(self.results) == 1 else self.results,

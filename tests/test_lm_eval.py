@@ -1,0 +1,366 @@
+"""`eval lm-eval`: full attention's scores are lm-eval's own, what other methods decode, resumed runs, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from command_line import assert_one_line
+from families import plan_for
+from tidaldecode import InputError, TidalCache, apply
+from tidaldecode.baselines.methods import Method
+from tidaldecode.evaluate.cells import Cells, read_cells
+from tidaldecode.evaluate.lm_eval_tasks import (
+    CELL_KEY,
+    TaskSettings,
+    evaluate_tasks,
+    find_tasks,
+    load_tasks,
+    results_by_method,
+)
+from tidaldecode.hf.architecture import model_shape
+
+pytest.importorskip("lm_eval")  # the tests of everything else run without it
+
+ANSWERS = ("ham", "cheese", "a hat")
+
+QA = """
+task: qa
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{context}}}}\\n\\nQuestion: {{{{input}}}}\\nAnswer:"
+doc_to_target: "{{{{answers[0]}}}}"
+generation_kwargs: {{max_gen_toks: {tokens}, do_sample: false, until: ["\\n"]}}
+process_results: !function own.said
+metric_list: [{{metric: said, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+OWN = """
+def said(doc, results):
+    return {"said": float(sum(results[0].encode()))}
+"""
+CHOICE = """
+task: choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}\\n\\nQuestion: {{{{input}}}}\\nAnswer:"
+doc_to_target: "{{{{all_classes.index(answers[0])}}}}"
+doc_to_choice: "{{{{all_classes}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{context}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+BOTH = """
+group: both
+task: [qa, choice]
+aggregate_metric_list: [{metric: acc, weight_by_size: false}]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Task files over a file in LongBench's format; one document is longer than the tiny model's 512 positions."""
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write_documents(folder, ANSWERS)
+    for name, text in (("qa", QA), ("choice", CHOICE), ("rolling", ROLLING)):
+        write_task(folder, name, text)
+    (folder / "both.yaml").write_text(BOTH)
+    (folder / "own.py").write_text(OWN)
+    return folder
+
+
+def write_documents(folder, answers):
+    documents = [
+        {
+            "input": f"What does number {number} have?", "context": f"Number {number} has {answer}. " * 10 * number,
+            "answers": [answer], "length": 50, "dataset": "qa", "language": "en", "all_classes": list(ANSWERS),
+            "_id": str(number),
+        }
+        for number, answer in enumerate(answers, start=1)
+    ]  # fmt: skip
+    (folder / "qa.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+
+
+def write_task(folder, name, text, tokens=7):
+    (folder / f"{name}.yaml").write_text(text.format(data=folder / "qa.jsonl", tokens=tokens))
+
+
+@pytest.fixture
+def llama(tiny):
+    return apply(tiny("llama"), "full")
+
+
+@pytest.fixture
+def lm(llama, byte_tokenizer):
+    from tidaldecode.evaluate.lm_eval_model import MethodLM
+
+    return MethodLM(llama, byte_tokenizer)
+
+
+@pytest.fixture
+def own(tiny, byte_tokenizer):
+    """lm-eval's model, as it comes."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=tiny("llama"), tokenizer=byte_tokenizer, batch_size=1)
+
+
+def loaded_tasks(folder, llama, *names, **options):
+    settings = TaskSettings(names, folder, **options)
+    return load_tasks(*find_tasks(settings), settings, llama.config), settings
+
+
+def instances(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, entry, index) for index, entry in enumerate(arguments)]
+
+
+def in_memory():
+    return Cells.open(None, {}, CELL_KEY)
+
+
+def tidal(model, budget=12):
+    return Method("tidal", budget, plan_for(model.config, "unified").model_copy(update={"name": "p"}))
+
+
+# ---- the model
+
+
+def generate_requests():
+    options = {"until": ["\n"], "max_gen_toks": 9, "do_sample": False}
+    long = "Twice upon a time " * 40  # longer than the model's positions: its end is read
+    other = {"until": [], "max_gen_toks": 5, "do_sample": False, "temperature": 1}
+    return instances("generate_until", ("Once upon a time", options), (long, options), ("x", other))
+
+
+def pair_requests():
+    long = "Twice upon a time " * 40
+    pairs = (("One and two", " are three"), ("One and two", " are"), ("", "from nothing"), (long, " ends"), ("x ", "y"))
+    return instances("loglikelihood", *pairs)
+
+
+def test_full_attention_is_lm_evals_own_model(lm, own):
+    assert lm.generate_until(generate_requests()) == own.generate_until(generate_requests())
+    for (score, greedy), (expected, also) in zip(
+        lm.loglikelihood(pair_requests()), own.loglikelihood(pair_requests()), strict=True
+    ):
+        assert score == pytest.approx(expected, abs=1e-3)
+        assert greedy == also
+    texts = instances("loglikelihood_rolling", ("A short text.",), ("A text of several windows. " * 45,))
+    assert lm.loglikelihood_rolling(texts) == pytest.approx(own.loglikelihood_rolling(texts), abs=1e-2)
+
+
+@pytest.mark.parametrize("budget", [12, 0.1])
+def test_answers_are_decoded_under_the_method(lm, llama, byte_tokenizer, own, budget):
+    """The prompt's last token too; and a cache that held longer prompts before is no other than a new one."""
+    lm.method = tidal(llama, budget)
+    (request,) = instances("generate_until", ("Once upon a time " * 9, {"until": [], "max_gen_toks": 9}))
+    lm.generate_until(generate_requests())
+    (said,) = lm.generate_until([request])
+    ids = byte_tokenizer(request.args[0], return_tensors="pt")["input_ids"]
+    cache = TidalCache(llama.config, llama._tidaldecode.plan, ids.shape[1] + 9)
+    llama(ids[:, :-1], past_key_values=cache)
+    cache.attention = lm.method.attention(model_shape(llama.config), ids.shape[1])
+    output = llama.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+    assert said == byte_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert said != own.generate_until([request])[0]
+
+
+def test_continuations_are_decoded_under_the_method(lm, llama, byte_tokenizer):
+    lm.method = tidal(llama)
+    question, first, second = "Once upon a time " * 4, " there was", " nothing at all"
+    found = lm.loglikelihood(instances("loglikelihood", (question, first), (question, second), ("", first)))
+    prompts = [byte_tokenizer(question)["input_ids"]] * 2 + [[lm.prefix_token_id]]
+    for (score, _), prompt, answer in zip(found, prompts, (first, second, first), strict=True):
+        if prompt[-1] == byte_tokenizer(" ")["input_ids"][0]:  # lm-eval gives the last blank to the continuation
+            prompt, answer = prompt[:-1], " " + answer
+        ids = torch.tensor([prompt + byte_tokenizer(answer)["input_ids"]])
+        cache = TidalCache(llama.config, llama._tidaldecode.plan, ids.shape[1])
+        if len(prompt) > 1:
+            llama(ids[:, : len(prompt) - 1], past_key_values=cache)
+        cache.attention = lm.method.attention(model_shape(llama.config), ids.shape[1])
+        expected = 0.0
+        for position in range(len(prompt) - 1, ids.shape[1] - 1):
+            logits = llama(ids[:, position : position + 1], past_key_values=cache).logits[0, -1]
+            expected += logits.log_softmax(-1)[ids[0, position + 1]].item()
+        assert score == pytest.approx(expected, abs=1e-3)
+
+
+def test_fractions_of_short_prompts(lm, llama):
+    """A tenth of ten tokens is one; a plan with sinks takes the least that it can do with."""
+    plan = plan_for(llama.config, "unified", sink_tokens=4, recent_tokens=0.25).model_copy(update={"name": "p"})
+    for method in (Method("tidal", 0.1, plan), Method("streaming", 0.1), Method("quest", 0.1)):
+        lm.method = method
+        assert len(lm.generate_until(generate_requests()[-1:])) == 1
+        assert lm.loglikelihood(instances("loglikelihood", ("ab", "c")))[0][0] < 0
+
+
+# ---- tasks
+
+
+def test_scores_of_full_attention_are_lm_evals_own(folder, llama, own, byte_tokenizer):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    names = ("qa", "choice", "rolling")
+    loaded, settings = loaded_tasks(folder, llama, *names)
+    methods = [Method("full"), tidal(llama)]
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, methods, in_memory())
+    assert [(row["task"], row["method"], row["samples"]) for row in rows] == [
+        (name, method, 3) for name in names for method in ("full", "tidal")
+    ]
+    results = results_by_method(rows, methods, loaded)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    expected = simple_evaluate(own, tasks=list(names), task_manager=manager)["results"]
+    assert results["full"].keys() == expected.keys()
+    for name in names:
+        assert numbers(results["full"][name]) == pytest.approx(numbers(expected[name]), rel=1e-4, abs=1e-9), name
+    for name, metric in (("qa", "said,none"), ("rolling", "bits_per_byte,none")):
+        assert results["tidal p 12"][name][metric] != results["full"][name][metric]
+
+
+def numbers(metrics):
+    """Without the name and the standard errors that lm-eval has not."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, str)}
+
+
+def test_groups_limits_and_examples(folder, llama, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))  # as if lm-eval had these alone
+    loaded, settings = loaded_tasks(folder, llama, "both", limit=2, num_fewshot=1)
+    assert list(loaded.tasks) == ["qa", "choice"] and list(loaded.groups) == ["both"]
+    methods, progress = [Method("full")], []
+    rows = evaluate_tasks(
+        llama, byte_tokenizer, loaded, settings, methods, in_memory(), lambda *what: progress.append(what)
+    )
+    assert [row["samples"] for row in rows] == [2, 2]
+    results = results_by_method(rows, methods, loaded)["full"]
+    assert results["both"]["acc,none"] == results["choice"]["acc,none"]
+    assert [done for done, _, _ in progress] == sorted(done for done, _, _ in progress)
+    assert progress[0] == (0, 4, "qa: full") and progress[-1] == (4, 4, "done")
+    assert (2, 4, "choice: full") in progress
+    none, _ = loaded_tasks(folder, llama, "both", limit=2)
+    assert none.tasks["qa"].get_config("num_fewshot") == 0
+    assert none.digests["qa"] != loaded.digests["qa"]
+
+
+def test_a_stopped_run_goes_on(folder, llama, byte_tokenizer, tmp_path, monkeypatch):
+    from tidaldecode.evaluate import lm_eval_tasks as module
+
+    original, ran = module._run, []
+
+    def run(lm, name, task, settings):
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        ran.append((name, lm.method.name))
+        return original(lm, name, task, settings)
+
+    methods, path = [Method("full"), Method("streaming", 12)], tmp_path / "lm-eval.jsonl"
+
+    def go_on():
+        loaded, settings = loaded_tasks(folder, llama, "choice")
+        with Cells.open(path, {"kind": "lm-eval"}, CELL_KEY) as cells:
+            return evaluate_tasks(llama, byte_tokenizer, loaded, settings, methods, cells)
+
+    monkeypatch.setattr(module, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert [row["method"] for row in read_cells(path).rows] == ["full"]
+    monkeypatch.setattr(module, "_run", lambda *arguments: ran.append(arguments) or original(*arguments))
+    rows = go_on()
+    assert len(ran) == 2 and go_on() == rows and len(ran) == 2
+    write_documents(folder, ANSWERS[::-1])  # the same task by name, and other documents
+    changed = go_on()
+    assert len(ran) == 4 and [row["task_digest"] for row in changed] != [row["task_digest"] for row in rows]
+    assert len(read_cells(path).rows) == 2
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(tiny_folder, folder):
+    """A run that takes a second."""
+    return [
+        "eval", "lm-eval", "--model", str(tiny_folder), "--include-path", str(folder), "--tasks", "choice",
+        "--plan", "paper", "--limit", "2",
+    ]  # fmt: skip
+
+
+def test_eval_lm_eval(run, command, tmp_path):
+    status, out, err = run(*command, "--method", "full", "--json")
+    assert status == 0, err
+    answer = json.loads(out)
+    assert answer["results"].keys() == {"choice"} and answer["tasks"] == ["choice"] and answer["limit"] == 2
+    assert 0 <= answer["results"]["choice"]["acc,none"] <= 1
+    output = ["--budget", "16", "--output", str(tmp_path / "results"), "--json"]
+    status, out, err = run(*command, *output)
+    assert status == 0, err
+    several = json.loads(out)
+    assert several["results"].keys() == {"full", "tidal paper 16"}
+    assert several["results"]["full"] == answer["results"]
+    file = read_cells(tmp_path / "results" / "lm-eval.jsonl")
+    assert len(file.rows) == 2 and file.header["kind"] == "lm-eval"
+    assert file.rows[0]["metrics"].keys() == {f"acc{n}{e},none" for n in ("", "_norm") for e in ("", "_stderr")}
+    assert str(tmp_path) not in json.dumps([file.header, file.rows, several])
+    assert_one_line(run(*command, *output, "--limit", "3"), "lm-eval.jsonl", "limit 2", "limit 3")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "magic"], ["--method 'magic' is unknown"]),
+        (["--include-path", "nowhere"], ["--include-path nowhere is no folder"]),
+        (["--metadata", "[1]"], ["--metadata '[1]' is no JSON object"]),
+        (["--metadata", "{"], ["--metadata '{' is no JSON object"]),
+        (["--tasks", "choise"], ["task 'choise' is unknown to lm-eval", "did you mean choice?"]),
+        (["--tasks", "no,such"], ["task 'no' is unknown", "`lm-eval ls tasks`"]),
+        (["--tasks", "greedy"], ["'greedy' asks for up to 512 new tokens", "512 positions"]),
+        (["--tasks", "beams"], ["'beams' asks for beam search"]),
+        (["--tasks", "gone"], ["task 'gone' can't be loaded", "gone.jsonl"]),
+    ],
+)
+def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch, folder):
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))
+    write_task(folder, "greedy", QA.replace("task: qa", "task: greedy"), tokens=512)
+    write_task(folder, "beams", QA.replace("task: qa", "task: beams").replace("do_sample", "num_beams: 2, do_sample"))
+    write_task(folder, "gone", QA.replace("task: qa", "task: gone").replace("{data}", str(folder / "gone.jsonl")))
+    assert_one_line(run(*command, *options), *words)
+
+
+def test_without_lm_eval(run, command, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
+    )
+    assert_one_line(run(*command), "lm-eval is not installed: pip install 'tidaldecode[eval]'")
+
+
+def test_plans_of_one_name_are_never_mixed(folder, llama, byte_tokenizer):
+    loaded, settings = loaded_tasks(folder, llama, "choice")
+    method = tidal(llama)
+    other = Method("tidal", 12, method.plan.model_copy(update={"sink_tokens": 2}))
+    with pytest.raises(InputError, match="two plans are named 'p'"):
+        evaluate_tasks(llama, byte_tokenizer, loaded, settings, [method, other], in_memory())
