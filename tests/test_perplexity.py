@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,8 @@ def test_eval_ppl(run, command, tmp_path):
     row = answer["rows"][1]
     assert (row["method"], row["plan"], row["budget"], row["windows"]) == ("tidal", "paper", 16, 2)
     assert answer["gap"] == row["gap"] == pytest.approx(answer["nll"] - answer["full_nll"])
+    assert [Path(figure).name for figure in answer["figures"]] == ["ppl_budgets.png", "ppl_positions.png"]
+    assert all(Path(figure).read_bytes()[:4] == b"\x89PNG" for figure in answer["figures"])
     file = read_cells(tmp_path / "results" / "ppl.jsonl")
     assert len(file.rows) == 4 and file.header["model"] == "tiny-llama0"
     assert str(tmp_path) not in json.dumps(file.header)

@@ -17,6 +17,8 @@ from tidaldecode.cli import eval_options, options
 if TYPE_CHECKING:
     from tidaldecode.evaluate.perplexity import PerplexityReport
 
+_FIGURES = ("ppl_budgets.png", "ppl_positions.png")
+
 
 def ppl(
     text: Annotated[
@@ -67,7 +69,11 @@ def ppl(
         from tidaldecode.hf import apply
         from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
+        from tidaldecode.report.drawing import check_matplotlib
+        from tidaldecode.report.evaluation_plots import plot_budget_sweep, plot_perplexity_over_position
 
+        if results is not None:
+            check_matplotlib()
         eval_options.check_names(method, budget, plan)
         parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
         settings = PerplexitySettings(context, decode, windows, offset, stride)
@@ -99,7 +105,10 @@ def ppl(
         settings=settings,
         seconds=round(time.perf_counter() - began, 3),
         rows=tuple(rows),
+        figures=() if results is None else tuple(str(results.with_name(name)) for name in _FIGURES),
     )
+    for figure, plot in zip(report.figures, (plot_budget_sweep, plot_perplexity_over_position), strict=False):
+        plot(rows, Path(figure), f"{name}, {report.text}")
     _print(console, report)
     if json_output:
         print(json.dumps(report.to_json()))
@@ -107,11 +116,12 @@ def ppl(
 
 def _print(console: Console, report: PerplexityReport) -> None:
     settings = report.settings
-    title = f"{report.model}, {report.text}: {settings.windows} x {settings.decode} tokens behind {settings.context:,}"
+    scored = f"{settings.windows} windows, the last {settings.decode:,} of {settings.context:,} tokens"
+    title = f"{report.model}, {report.text}: {scored}"
     table = Table(title=Words(title))
-    table.add_column("method", no_wrap=True)
+    table.add_column("method")
     for column in ("budget", "nats per token", "above full", "standard error"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", min_width=7)
     for row in report.rows:
         budget = "" if row.budget is None else f"{row.budget:,}" if isinstance(row.budget, int) else f"{row.budget:g}"
         error = "" if row.gap_stderr is None else f"{row.gap_stderr:.4f}"

@@ -104,6 +104,7 @@ class PerplexityReport:
         text: name of the text.
         seconds: of this run, without loading; of a run that was taken up again only the rest.
         rows: full attention, then each method at each budget.
+        figures: the gap over the budget and the perplexity over the position, PNG files, if they were written.
     """
 
     environment: dict[str, object]
@@ -113,6 +114,7 @@ class PerplexityReport:
     settings: PerplexitySettings
     seconds: float
     rows: tuple[PplSummary, ...]
+    figures: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as one flat object with a list of rows; `nll`, `full_nll` and `gap` of a single method on top."""
