@@ -332,6 +332,7 @@ def test_eval_lm_eval(run, command, tmp_path):
         (["--include-path", "nowhere"], ["--include-path nowhere is no folder"]),
         (["--metadata", "[1]"], ["--metadata '[1]' is no JSON object"]),
         (["--metadata", "{"], ["--metadata '{' is no JSON object"]),
+        (["--apply-chat-template"], ["tokenizer has no chat template"]),
         (["--tasks", "choise"], ["task 'choise' is unknown to lm-eval", "did you mean choice?"]),
         (["--tasks", "no,such"], ["task 'no' is unknown", "`lm-eval ls tasks`"]),
         (["--tasks", "greedy"], ["'greedy' asks for up to 512 new tokens", "512 positions"]),

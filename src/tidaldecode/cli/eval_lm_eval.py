@@ -95,6 +95,7 @@ def lm_eval(
         settings = TaskSettings(
             names, None if include_path is None else Path(include_path), limit, num_fewshot, chat_template, extra, seed
         )
+        settings.check(tokenizer)
         status.update("loading the tasks")
         with tokenizer_metadata(tokenizer) as known:
             manager, names = find_tasks(settings, known)

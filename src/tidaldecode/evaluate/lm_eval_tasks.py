@@ -61,6 +61,15 @@ class TaskSettings:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 1234
 
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Refuses a chat template that there is not.
+
+        Raises:
+            InputError: the tokenizer has none.
+        """
+        if self.chat_template and tokenizer.chat_template is None:
+            raise InputError("the model's tokenizer has no chat template: leave out --apply-chat-template")
+
 
 @dataclass(frozen=True)
 class LoadedTasks:
