@@ -344,7 +344,7 @@ def test_steps_and_their_floors(caches):
     row = 2 * 2 * 3 * 16 * 4
     for name in STEPS[:2]:
         assert named(workloads, name).floor_bytes == 6 * 40 * row
-    pages = 2 * 16 + 3  # that Quest reads at least, and the bounds of all, in tokens
+    pages = 2 * 4 + 10  # two pages that Quest reads, and the bounds of all, in tokens
     assert named(workloads, "step quest", 8).floor_bytes == (2 * 40 + 4 * pages) * row
     # layers 0, 1, 2 and 3 read all; the sets of two query heads share a KV head in the paper's plan
     assert named(workloads, "step tidal", 8).floor_bytes == (4 * 40 + 2 * 16) * row

@@ -251,6 +251,29 @@ def test_selection_by_attention(heads, kv_heads):
     assert different.sum() <= 2 * len(lengths)  # scores within rounding at a budget's border
 
 
+@pytest.mark.parametrize("rule", ["per_head", "per_group", "unified"])
+def test_decode_steps_that_share_a_block(rule):
+    """As teacher-forced decoding has them: one sequence's steps, of several lengths, all over its one block."""
+    one, _ = make(torch.float32, 20, 6, 3, 300, (290,))
+    counts = torch.tensor((270, 290, 1, 64, 271, 289, 2), dtype=torch.int32, device=DEVICE)
+    query = torch.randn(len(counts), 6, 20, device=DEVICE)
+    cache = one.k_cache, one.v_cache, one.block_table.expand(len(counts), 1)
+    budgets, recents = torch.full_like(counts, 40), torch.full_like(counts, 4)
+    sets = {"per_head": 6, "per_group": 3, "unified": 1}[rule]
+    table = torch.full((len(counts), sets, 40), -7, dtype=torch.int32, device=DEVICE)
+    expected = table.clone()
+    chosen = one.scale, [rule], budgets, recents, 2, 300
+    output = kernels.full_attention_with_selection(query, *cache, counts, *chosen, table)
+    wanted = reference.full_attention_with_selection(query, *cache, counts, *chosen, expected)
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(table.sort(-1).values, expected.sort(-1).values)
+    read = torch.minimum(budgets, counts)
+    sparse = kernels.sparse_attention(query, *cache, table, read, None, one.scale)
+    torch.testing.assert_close(
+        sparse, reference.sparse_attention(query, *cache, table, read, None, one.scale), rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("lengths", [(160, 161, 175, 176, 177, 290), (290, 5)])
 def test_page_scores_of_sequences_that_share_a_block(lengths):
     """Each sees its own rows alone, whatever pages the others have filled."""

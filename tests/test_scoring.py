@@ -7,6 +7,7 @@ import torch
 
 from families import plan_for
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan, apply
+from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines import Method, OracleAttention
 from tidaldecode.hf import scoring
 from tidaldecode.hf.architecture import model_shape
@@ -31,18 +32,26 @@ def tidal(budget=None, selection="unified", **options):
     return lambda config: Method("tidal", budget, plan_for(config, selection, **options))
 
 
+class EachStep:
+    """A plan as `apply` runs it, its fraction one of each step's context."""
+
+    def __init__(self, plan):
+        self.attention = lambda shape, context: DecodeAttention(plan, shape)
+
+
 METHODS = {
     "full": lambda config: Method("full"),
     **{f"tidal {rule}": tidal(16, rule) for rule in ("per_head", "per_group", "unified")},
     "tidal sinks and recent": tidal(24, sink_tokens=2, recent_tokens=0.25),
     "tidal sources": lambda config: Method("tidal", 16, mapped(config)),
     "tidal fraction": tidal(0.3),
-    "tidal fraction of each step": tidal(token_budget=0.3, recent_tokens=0.2),
+    "tidal fraction of the plan": tidal(token_budget=0.3, recent_tokens=0.2),
+    "tidal fraction of each step": lambda config: EachStep(plan_for(config, "unified", token_budget=0.3)),
     "tidal between": tidal(55),  # of some steps the whole context
     "tidal above": tidal(400, "per_head"),
     "quest": lambda config: Method("quest", 24, page_size=4),
     "quest everywhere": lambda config: Method("quest", 32, page_size=8, full_layers=0),
-    "quest fraction": lambda config: Method("quest", 0.6),
+    "quest fraction": lambda config: Method("quest", 0.6, page_size=8),
     "quest above": lambda config: Method("quest", 400),
     "streaming": lambda config: Method("streaming", 16),
     "streaming fraction": lambda config: Method("streaming", 0.4),
@@ -111,6 +120,26 @@ def test_other_families(tiny, family):
         expected = steps(model, prompt_cache(model, name))
         (logits,) = step_logits(model, prompt_cache(model, name), IDS[:, PROMPT : PROMPT + STEPS])
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", METHODS)
+def test_one_pass_equals_captured_steps(tiny, name):
+    """On a GPU, by the kernels."""
+    model = apply(tiny("llama").cuda(), "full")
+    ids = IDS.cuda()
+
+    def prompt():
+        cache = TidalCache(model.config, model._tidaldecode.plan, PROMPT + STEPS)
+        model(ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
+        cache.attention = attention(model, name)
+        return cache
+
+    cache = prompt()
+    expected = [model(token, past_key_values=cache).logits for token in ids[:, PROMPT : PROMPT + STEPS].split(1, 1)]
+    assert cache.step is not None
+    (logits,) = step_logits(model, prompt(), ids[:, PROMPT : PROMPT + STEPS])
+    torch.testing.assert_close(logits, torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_one_prompt_serves_all_methods(llama, at_once):
@@ -192,6 +221,7 @@ def test_wrong_methods(llama):
         ({"name": "full", "budget": 64}, "leave out the budget"),
         ({"name": "quest"}, "'quest' needs a budget"),
         ({"name": "oracle", "budget": 1}, "budget 1 is too small"),
+        ({"name": "quest", "budget": 31}, "quest: budget 31 is too small: two pages of 16 make 32"),
         ({"name": "oracle", "budget": 1.5}, "lies in"),
         ({"name": "quest", "budget": 64, "page_size": 12}, "page size 12 is no power of two"),
         ({"name": "tidal", "budget": 5, "plan": plan}, "token_budget: 5 is below"),

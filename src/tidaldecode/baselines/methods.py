@@ -35,7 +35,8 @@ class Method:
     Attributes:
         name: one of `METHODS`.
         budget: tokens that a layer reads, or a fraction of the context, which every method rounds up to whole tokens
-            in the same way; `None` for full attention, and for a plan that keeps its own.
+            in the same way; `None` for full attention, and for a plan that keeps its own (a fraction is rounded as if
+            it were given here).
         plan: of `tidal`.
         selection: of `oracle`: whose scores choose.
         page_size: of `quest`: tokens of a page, a power of two.
@@ -62,17 +63,22 @@ class Method:
             raise InputError("method 'full' reads everything: leave out the budget")
         if self.name in BUDGETED and self.token_budget is None:
             raise InputError(f"method {self.name!r} needs a budget")
-        if isinstance(self.budget, int) and self.budget < 2:
-            raise InputError(f"budget {self.budget} is too small: the new token and a chosen one make 2")
-        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
-            raise InputError(f"budget {self.budget}: a fraction of the context lies in (0, 1]")
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise InputError(f"page size {self.page_size} is no power of two")
+        if isinstance(self.budget, int):
+            self._check_tokens(self.budget)
+        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
+            raise InputError(f"budget {self.budget}: a fraction of the context lies in (0, 1]")
 
     @property
     def token_budget(self) -> int | float | None:
         """The budget, or the plan's own where none is given."""
         return self.plan.token_budget if self.budget is None and self.plan is not None else self.budget
+
+    @property
+    def least_tokens(self) -> int:
+        """The smallest budget: the new token and a chosen one, of Quest as pages."""
+        return 2 * self.page_size if self.name == "quest" else 2
 
     @property
     def _full_layers(self) -> int:
@@ -112,21 +118,25 @@ class Method:
             context: tokens that a fraction is one of.
 
         Raises:
-            InputError: the budget leaves a plan no room beside its sinks and recent tokens.
+            InputError: the budget is too small: for two pages, or for more than a plan's sinks and recent tokens.
         """
-        if self.name == "full":
+        if self.token_budget is None:
             return DecodeAttention(TidalPlan.full(shape.num_layers), shape)
+        tokens = tokens_of(self.token_budget, context)
+        self._check_tokens(tokens)
         if self.plan is not None:
-            budget = self.budget
-            plan = self.plan if budget is None else self.plan.with_budget(tokens_of(budget, context))
-            return DecodeAttention(plan, shape)
-        assert self.budget is not None
-        tokens = tokens_of(self.budget, context)
+            return DecodeAttention(self.plan.with_budget(tokens), shape)
         if self.name == "quest":
             return QuestAttention(shape, tokens, range(self._full_layers), self.page_size)
         if self.name == "streaming":
             return StreamingAttention(shape, tokens)
         return OracleAttention(shape, tokens, self.selection, self._full_layers)
+
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens >= self.least_tokens:
+            return
+        what = f"two pages of {self.page_size}" if self.name == "quest" else "the new token and a chosen one"
+        raise InputError(f"{self.name}: budget {tokens} is too small: {what} make {self.least_tokens}")
 
 
 def every_method(

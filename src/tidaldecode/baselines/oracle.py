@@ -20,8 +20,7 @@ class OracleAttention:
         shape: heads and layers of the model.
         token_budget: tokens that a layer reads, the new token included; at least 2.
         selection: whose scores choose, as in a plan.
-        full_layers: how many of the first layers read everything. Heads that attend to nearly everything alike lie
-            there, and lose the most.
+        full_layers: how many of the first layers read everything.
     """
 
     def __init__(

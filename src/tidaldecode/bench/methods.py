@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidaldecode.attention import Attention
-from tidaldecode.baselines.methods import Method
+from tidaldecode.baselines.methods import Method, tokens_of
 from tidaldecode.bench.sdpa import SdpaAttention
 from tidaldecode.plan import ModelShape, TidalPlan
 
@@ -14,7 +14,7 @@ METHODS = ("full", "sdpa", "tidal", "quest", "streaming")
 def step_attention(
     method: str, plan: TidalPlan, shape: ModelShape, budget: int | float | None, context: int
 ) -> Attention:
-    """The attention of a method.
+    """The attention of a method; Quest's pages are of 16 tokens, or of fewer where a budget is less than two of them.
 
     Args:
         method: one of `METHODS`.
@@ -27,4 +27,7 @@ def step_attention(
         return SdpaAttention(TidalPlan.full(shape.num_layers), shape, context)
     if method == "full":
         return Method(method).attention(shape, context)
-    return Method(method, budget, plan if method == "tidal" else None).attention(shape, context)
+    assert budget is not None
+    half = max(1, tokens_of(budget, context) // 2)
+    page_size = min(16, 1 << (half.bit_length() - 1))  # two pages in the smallest budgets too
+    return Method(method, budget, plan if method == "tidal" else None, page_size=page_size).attention(shape, context)

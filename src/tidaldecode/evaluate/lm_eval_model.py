@@ -127,10 +127,10 @@ class MethodLM(HFLM):
 
 
 def _budget_in_tokens(method: Method, context: int) -> int | None:
-    """A fraction of a short prompt may leave a plan no room beside its sinks: then as many tokens as it needs."""
+    """A fraction of a short prompt may be too small for a method: then as many tokens as it needs."""
     budget = method.token_budget
     if not isinstance(budget, float):
         return budget
     if method.plan is not None:
         return method.plan.with_budget(budget).budget_for(context)
-    return tokens_of(budget, context)
+    return max(tokens_of(budget, context), method.least_tokens)

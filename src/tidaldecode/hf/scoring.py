@@ -61,10 +61,10 @@ def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) ->
     for ids in torch.split(token_ids.to(model.device), most, 1):
         cache.begin_steps(ids.shape[1], ids.device)
         with torch.no_grad():
-            output = forward(input_ids=ids, past_key_values=cache, use_cache=True, tidal_cache=cache)
+            parts = [forward(input_ids=ids, past_key_values=cache, use_cache=True, tidal_cache=cache).logits]
         if not cache.attended_everywhere():
             raise InputError(f"{type(model).__name__} does not pass on what tidaldecode needs: it can't work with it")
-        yield output.logits
+        yield parts.pop()  # nothing here holds it while the next part is computed
 
 
 def score_tokens(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) -> TokenScores:
@@ -89,6 +89,7 @@ def score_tokens(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) -
         log_probs.append((logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0])
         greedy.append(logits.argmax(1) == token[:, 0])
         start += len(logits)
+        del part, logits
     return TokenScores(torch.cat(log_probs), torch.cat(greedy))
 
 
