@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from tidaldecode.report import drawing, evaluation_plots, plots
 from tidaldecode.report.article import Table
 from tidaldecode.report.drawing import NARROW, WIDE
 from tidaldecode.report.page import write_report
+from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
 from tidaldecode.report.results import read_results
 
 HOSTILE = "</title><script>alert('$x_1$')</script>&\"'"
@@ -365,12 +367,75 @@ def test_an_older_page_stays_whole(bare, tmp_path, monkeypatch):
     assert output.read_text() == "older"
 
 
-def test_results_of_this_repository_are_understood():
+def test_results_of_this_repository_are_understood_and_shown_once():
     folder = Path(__file__).parent.parent / "benchmarks" / "results"
     results, skipped = read_results(folder)
     assert skipped == []
     kinds = {result.file: result.kind for result in results}
     assert kinds["decode_llama-2-7b_h200.json"] == "decode" and kinds["ops_h200.json"] == "ops"
+    assert [file for file, kind in kinds.items() if kind in ("ppl", "needle")] == [
+        "smollm2-135m_h200/needle.jsonl", "smollm2-135m_h200/ppl.jsonl"
+    ]  # fmt: skip
+    assert not any("needle" in file or "ppl" in file for file, kind in kinds.items() if kind == "other")
+
+
+def printed(rows: list[dict], **fields) -> str:
+    """What `--json` prints."""
+    return json.dumps({**ENVIRONMENT, "model": "smollm2", "text": "a name", "seconds": 1.5, **fields, "rows": rows})
+
+
+def write_printed(folder: Path) -> None:
+    """The `--json` objects of the cells of `fill`."""
+    folder.mkdir(exist_ok=True)
+    rows = [{**row.pop("variant"), **row} for row in map(asdict, ppl_summary(PPL))]
+    (folder / "ppl.json").write_text(printed(rows, context=128, figures=["ppl_budgets.png"]))
+    summaries = needle_summary(NEEDLES)
+    methods = [{**asdict(summary.variant), "budget": summary.budget} for summary in summaries]
+    (folder / "needle.json").write_text(
+        printed(
+            [
+                {**method, "correct": summary.correct, "total": summary.total, "accuracy": summary.accuracy}
+                for method, summary in zip(methods, summaries, strict=True)
+            ],
+            cells=[
+                {**method, **asdict(cell)}
+                for method, summary in zip(methods, summaries, strict=True)
+                for cell in summary.cells
+            ],
+            full_accuracy=1.0,
+            figure="needle.png",
+        )
+    )
+    (folder / "tasks.json").write_text(printed(TASKS, tasks=["qa"], results={"full": {"qa": {"f1,none": 0.5}}}))
+
+
+def test_what_json_printed_is_not_shown_beside_its_cells(tmp_path):
+    (tmp_path / "results").mkdir()
+    folder = fill(tmp_path / "results")
+    before, _ = read_results(folder)
+    write_printed(folder / "evaluation")
+    results, skipped = read_results(folder)
+    assert [result.file for result in results] == [result.file for result in before] and skipped == []
+    (folder / "evaluation" / "another.json").write_text(
+        (folder / "evaluation" / "ppl.json").read_text().replace('"model": "smollm2"', '"model": "llama"')
+    )
+    assert "evaluation/another.json" in [result.file for result in read_results(folder)[0]]
+
+
+def test_what_json_printed_is_an_article_as_its_cells_are(tmp_path):
+    write_printed(tmp_path / "printed")
+    key = ("length", "depth", "method", "plan", "budget")
+    write_cells(tmp_path / "cells" / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), PPL)
+    write_cells(tmp_path / "cells" / "needle.jsonl", "needle", key, NEEDLES)
+    write_cells(tmp_path / "cells" / "tasks.jsonl", "lm-eval", ("task", "method", "budget"), TASKS)
+    (printed_results, none), (cells_results, _) = (read_results(tmp_path / name) for name in ("printed", "cells"))
+    assert none == []
+    for mine, theirs in zip(printed_results, cells_results, strict=True):
+        article = {"ppl": ppl_article, "needle": needle_article, "lm-eval": lm_eval_article}[mine.kind]
+        first, second = article(mine, "a"), article(theirs, "a")
+        assert first.title == second.title
+        assert (first.cards, first.figures, first.tables) == (second.cards, second.figures, second.tables)
+        assert not {"nll", "full accuracy", "figure"} & {name for name, _ in first.facts}
 
 
 def test_large_files_are_left_out(bare, monkeypatch):

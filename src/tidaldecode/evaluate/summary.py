@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -164,6 +164,12 @@ def ppl_summary(rows: Iterable[Row]) -> list[PplSummary]:
             decoded from one position.
     """
     return [_ppl_of(variant, budget, group) for variant, budget, group in _groups(rows)]
+
+
+def ppl_summary_of(row: Row) -> PplSummary:
+    """The summary that a row of the `--json` object of `eval ppl` was."""
+    values = {field.name: row[field.name] for field in fields(PplSummary) if field.name != "variant"}
+    return PplSummary(variant_of(row), **values | {"nll_by_position": tuple(row["nll_by_position"])})
 
 
 def needle_summary(rows: Iterable[Row]) -> list[NeedleSummary]:

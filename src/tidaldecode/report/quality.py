@@ -16,6 +16,7 @@ from tidaldecode.evaluate.summary import (
     lm_eval_summary,
     needle_summary,
     ppl_summary,
+    ppl_summary_of,
 )
 from tidaldecode.report.article import (
     Article,
@@ -37,10 +38,12 @@ from tidaldecode.report.results import Result
 
 Summary = TypeVar("Summary", PplSummary, NeedleSummary)
 
+_SAID_IN_ROWS = ("model", "nll", "full_nll", "gap", "accuracy", "full_accuracy", "figure")  # of an object of --json
+
 
 def ppl_article(result: Result, name: str) -> Article:
     """The gap to full attention at each budget, and perplexity over position."""
-    summaries = ppl_summary(result.rows)
+    summaries = ppl_summary(result.rows) if result.of_cells else [ppl_summary_of(row) for row in result.rows]
     figures = []
     if any(summary.budget is not None for summary in summaries):
         figures.append(
@@ -62,7 +65,7 @@ def ppl_article(result: Result, name: str) -> Article:
     return Article(
         title=f"Perplexity of {model_of(result)}",
         file=result.file,
-        facts=facts_of(result, "model"),
+        facts=facts_of(result, *_SAID_IN_ROWS),
         cards=tuple(_gap_card(result, own) for own in _of_tidal(summaries)),
         figures=tuple(figures),
         tables=(_gap_table(summaries), _ppl_table(summaries)),
@@ -83,7 +86,7 @@ def needle_article(result: Result, name: str) -> Article:
     return Article(
         title=f"Needle in a haystack, {model_of(result)}",
         file=result.file,
-        facts=facts_of(result, "model"),
+        facts=facts_of(result, *_SAID_IN_ROWS),
         cards=tuple(_needle_card(result, own, summaries) for own in _of_tidal(summaries)),
         figures=(figure,),
         tables=(_needle_table(summaries),),
