@@ -312,7 +312,39 @@ def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
     path.write_text(path.read_text()[:-20])
     report = write_report(bare, tmp_path / "report.html")
     assert report.skipped == () and "is damaged and skipped" in caplog.text
-    assert "Of 24 needles" in Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
+    text = Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
+    note = "Left out: 1 case of 6 that not every method and budget has."
+    assert f"Of 20 needles; full attention finds 100 % of 20. {note}" in text
+    assert f"1 is every needle, 0 none. {note}" in text
+    assert "full – 12/12 8/8 20/20" in text and "quest 64 3/12 2/8 5/20" in text
+
+
+def test_methods_are_compared_on_the_windows_that_all_have(bare, tmp_path):
+    """TidalDecode at 64 was run on one hard window more: its gap there is in no average."""
+    rows = [*PPL, ppl_cell(9, "full", None, 0.0), ppl_cell(9, "tidal", 64, 5.0, "shipped")]
+    write_cells(bare / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), rows)
+    text = Page(write_report(bare, tmp_path / "report.html").output.read_text(encoding="utf-8")).text
+    note = "Left out: 1 window of 4 that not every method and budget has."
+    assert "tidal, shipped +0.220 ± 0.012 +0.055 ± 0.003 –" in text and "†" not in text
+    assert re.search(rf"above full attention’s 3.100, over 3 windows; standard errors up to 0.\d+. {note}", text)
+    assert f"bars are standard errors over windows. {note}" in text
+
+
+def test_methods_that_share_no_window_are_marked(bare, tmp_path):
+    rows = [ppl_cell(window, "full", None, 0.0) for window in (0, 1, 2)]
+    rows += [ppl_cell(window, "tidal", 64, 0.25, "shipped") for window in (0, 1)]
+    rows += [ppl_cell(0, "tidal", 128, 0.25, "shipped"), ppl_cell(2, "streaming", 64, 0.5)]
+    write_cells(bare / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), rows)
+    lengths = {"full": (200, 400), "tidal": (200,), "quest": (400,)}
+    needles = [row for row in NEEDLES if row["length"] in lengths[row["method"]]]
+    write_cells(bare / "needle.jsonl", "needle", ("length", "depth", "method"), needles)
+    text = Page(write_report(bare, tmp_path / "report.html").output.read_text(encoding="utf-8")).text
+    assert "by token budget; † over fewer than all 3 windows" in text
+    assert "tidal, shipped +0.250 ± 0.000 † +0.250 † streaming +0.500 † –" in text
+    note = "is common to all methods and budgets: they can’t be compared; † marks fewer than all."
+    assert f"above full attention, over 1 to 2 windows. No window {note}" in text
+    assert f"No case {note}" in text and "tidal, shipped 64 9/12 – 9/12 † quest 64 – 3/12 3/12 †" in text
+    assert "Needles found; † of fewer than all 24" in text
 
 
 def test_a_folder_of_one_file(tmp_path):
