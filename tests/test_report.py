@@ -542,6 +542,17 @@ def test_png_files(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in tmp_path.iterdir())
 
 
+def test_full_attention_alone_has_no_sweep(tmp_path):
+    full = [summary for summary in ppl_summary(PPL) if summary.budget is None]
+    path = tmp_path / "a.png"
+    assert not evaluation_plots.plot_budget_sweep(full, path, "a") and not path.exists()
+    assert not evaluation_plots.plot_perplexity_over_position([], path, "a") and not path.exists()
+    assert not evaluation_plots.plot_needle_heatmaps([], path, "a") and not path.exists()
+    assert evaluation_plots.plot_perplexity_over_position(full, path, "a") and path.exists()
+    found = needle_summary(row for row in NEEDLES if row["method"] == "full")
+    assert evaluation_plots.plot_needle_heatmaps(found, tmp_path / "b.png", "b")
+
+
 def test_methods_keep_their_colours_and_plans_differ():
     alone, beside = drawing.line_styles(["tidal"]), drawing.line_styles(["full", "tidal", "tidal", "tidal", "new"])
     assert alone[0].color == beside[1].color

@@ -50,7 +50,7 @@ def ppl_article(result: Result, name: str) -> Article:
     summaries = [ppl_summary_of(row) for row in result.rows] if cells is None else ppl_summary(cells.rows)
     left_out = "" if cells is None else _left_out(cells, "window")
     figures = []
-    if any(summary.budget is not None for summary in summaries):
+    if budgets_of(summaries):
         figures.append(
             page_figure(
                 f"{name}-budgets",
