@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -393,10 +395,31 @@ def test_an_older_page_stays_whole(bare, tmp_path, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tidaldecode.report.page.os.replace", fail)
+    monkeypatch.setattr("tidaldecode.report.whole_file.os.replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_report(bare, output)
-    assert output.read_text() == "older"
+    assert output.read_text() == "older" and sorted(tmp_path.iterdir()) == [bare, output]
+
+
+def test_a_full_disk_is_one_line(run, bare, tmp_path, monkeypatch):
+    """Half of the page is written, then there is no space left: the half is removed."""
+    write = Path.write_text
+
+    def fill_disk(path, text, **encoding):
+        write(path, text[: len(text) // 2], **encoding)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    output = tmp_path / "report.html"
+    assert_one_line(run("report", str(bare), "--output", str(output)), f"{output} can't be written: No space left")
+    assert list(tmp_path.iterdir()) == [bare]
+
+
+def test_a_figure_that_cant_be_written_is_one_line(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InputError, match=r"a\.png can't be written: "):
+        evaluation_plots.plot_needle_heatmaps(needle_summary(NEEDLES), tmp_path / "a.png", "a")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.png"]
 
 
 def test_results_of_this_repository_are_understood_and_shown_once():
