@@ -10,7 +10,7 @@ import pytest
 
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells, read_cells
-from tidaldecode.evaluate.summary import NeedleCell, Variant, needle_summary, ppl_summary
+from tidaldecode.evaluate.summary import NeedleCell, Variant, needle_summary, ppl_summary, shared_rows
 
 KEY = ("window", "method", "budget")
 IDENTITY = {"kind": "ppl", "model": "tiny", "plans": {"paper": "a1b2"}, "context": 128, "lengths": (1, 2)}
@@ -261,3 +261,14 @@ def test_needles_are_added_up():
     assert (found.correct, found.total, found.accuracy) == (3, 5, 0.6)
     assert found.of_length(200) == (2, 3)
     assert full.variant == Variant("full") and full.accuracy == 1
+
+
+def test_shared_rows_are_of_windows_that_all_methods_have():
+    full, tidal = {"method": "full", "budget": None}, {"method": "tidal", "budget": 1}
+    rows = [ppl_row(window, 3.5, 3.0, **full) for window in (0, 1, 2)]
+    rows += [ppl_row(window, 3.5, 3.0, **tidal) for window in (2, 1)]
+    rows += [ppl_row(window, 3.5, 3.0, **tidal | {"budget": 1.0}) for window in (2, 3)]
+    found = shared_rows(rows, ("window",))
+    assert [row["window"] for row in found.rows] == [2, 2, 2] and (found.shared, found.known) == (1, 4)
+    none = shared_rows(rows[1:2] + rows[-1:], ("window",))
+    assert none.rows == rows[1:2] + rows[-1:] and (none.shared, none.known) == (0, 2)

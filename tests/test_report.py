@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -19,6 +22,7 @@ from tidaldecode.report import drawing, evaluation_plots, plots
 from tidaldecode.report.article import Table
 from tidaldecode.report.drawing import NARROW, WIDE
 from tidaldecode.report.page import write_report
+from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
 from tidaldecode.report.results import read_results
 
 HOSTILE = "</title><script>alert('$x_1$')</script>&\"'"
@@ -282,8 +286,10 @@ def test_foreign_files_are_left_out_and_said(run, bare, tmp_path):
     reasons = {skipped["file"]: skipped["reason"] for skipped in answer["skipped"]}
     assert reasons.keys() == foreign.keys() | {"other-windows.jsonl", "none-yet.jsonl", "another-kind.jsonl"}
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    first = [f"left out {file}: {reason}" for file, reason in list(reasons.items())[:5]]
+    assert err.splitlines()[:6] == [*first, f"and {len(reasons) - 5} more: the page lists them"]
+    assert "left out" not in "".join(err.splitlines()[6:])
     for file, reason in reasons.items():
-        assert f"left out {file}: {reason}\n" in err
         assert file in text and "\n" not in reason
     for file, (_, words) in foreign.items():
         if file != "broken.json":
@@ -310,7 +316,39 @@ def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
     path.write_text(path.read_text()[:-20])
     report = write_report(bare, tmp_path / "report.html")
     assert report.skipped == () and "is damaged and skipped" in caplog.text
-    assert "Of 24 needles" in Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
+    text = Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
+    note = "Left out: 1 case of 6 that not every method and budget has."
+    assert f"Of 20 needles; full attention finds 100 % of 20. {note}" in text
+    assert f"1 is every needle, 0 none. {note}" in text
+    assert "full – 12/12 8/8 20/20" in text and "quest 64 3/12 2/8 5/20" in text
+
+
+def test_methods_are_compared_on_the_windows_that_all_have(bare, tmp_path):
+    """TidalDecode at 64 was run on one hard window more: its gap there is in no average."""
+    rows = [*PPL, ppl_cell(9, "full", None, 0.0), ppl_cell(9, "tidal", 64, 5.0, "shipped")]
+    write_cells(bare / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), rows)
+    text = Page(write_report(bare, tmp_path / "report.html").output.read_text(encoding="utf-8")).text
+    note = "Left out: 1 window of 4 that not every method and budget has."
+    assert "tidal, shipped +0.220 ± 0.012 +0.055 ± 0.003 –" in text and "†" not in text
+    assert re.search(rf"above full attention’s 3.100, over 3 windows; standard errors up to 0.\d+. {note}", text)
+    assert f"bars are standard errors over windows. {note}" in text
+
+
+def test_methods_that_share_no_window_are_marked(bare, tmp_path):
+    rows = [ppl_cell(window, "full", None, 0.0) for window in (0, 1, 2)]
+    rows += [ppl_cell(window, "tidal", 64, 0.25, "shipped") for window in (0, 1)]
+    rows += [ppl_cell(0, "tidal", 128, 0.25, "shipped"), ppl_cell(2, "streaming", 64, 0.5)]
+    write_cells(bare / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), rows)
+    lengths = {"full": (200, 400), "tidal": (200,), "quest": (400,)}
+    needles = [row for row in NEEDLES if row["length"] in lengths[row["method"]]]
+    write_cells(bare / "needle.jsonl", "needle", ("length", "depth", "method"), needles)
+    text = Page(write_report(bare, tmp_path / "report.html").output.read_text(encoding="utf-8")).text
+    assert "by token budget; † over fewer than all 3 windows" in text
+    assert "tidal, shipped +0.250 ± 0.000 † +0.250 † streaming +0.500 † –" in text
+    note = "is common to all methods and budgets: they can’t be compared; † marks fewer than all."
+    assert f"above full attention, over 1 to 2 windows. No window {note}" in text
+    assert f"No case {note}" in text and "tidal, shipped 64 9/12 – 9/12 † quest 64 – 3/12 3/12 †" in text
+    assert "Needles found; † of fewer than all 24" in text
 
 
 def test_a_folder_of_one_file(tmp_path):
@@ -359,18 +397,102 @@ def test_an_older_page_stays_whole(bare, tmp_path, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tidaldecode.report.page.os.replace", fail)
+    monkeypatch.setattr("tidaldecode.report.whole_file.os.replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_report(bare, output)
-    assert output.read_text() == "older"
+    assert output.read_text() == "older" and sorted(tmp_path.iterdir()) == [bare, output]
 
 
-def test_results_of_this_repository_are_understood():
+def test_a_full_disk_is_one_line(run, bare, tmp_path, monkeypatch):
+    """Half of the page is written, then there is no space left: the half is removed."""
+    write = Path.write_text
+
+    def fill_disk(path, text, **encoding):
+        write(path, text[: len(text) // 2], **encoding)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    output = tmp_path / "report.html"
+    assert_one_line(run("report", str(bare), "--output", str(output)), f"{output} can't be written: No space left")
+    assert list(tmp_path.iterdir()) == [bare]
+
+
+def test_a_figure_that_cant_be_written_is_one_line(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InputError, match=r"a\.png can't be written: "):
+        evaluation_plots.plot_needle_heatmaps(needle_summary(NEEDLES), tmp_path / "a.png", "a")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.png"]
+
+
+def test_results_of_this_repository_are_understood_and_shown_once():
     folder = Path(__file__).parent.parent / "benchmarks" / "results"
     results, skipped = read_results(folder)
     assert skipped == []
     kinds = {result.file: result.kind for result in results}
     assert kinds["decode_llama-2-7b_h200.json"] == "decode" and kinds["ops_h200.json"] == "ops"
+    assert [file for file, kind in kinds.items() if kind in ("ppl", "needle")] == [
+        "smollm2-135m_h200/needle.jsonl", "smollm2-135m_h200/ppl.jsonl"
+    ]  # fmt: skip
+    assert not any("needle" in file or "ppl" in file for file, kind in kinds.items() if kind == "other")
+
+
+def printed(rows: list[dict], **fields) -> str:
+    """What `--json` prints."""
+    return json.dumps({**ENVIRONMENT, "model": "smollm2", "text": "a name", "seconds": 1.5, **fields, "rows": rows})
+
+
+def write_printed(folder: Path) -> None:
+    """The `--json` objects of the cells of `fill`."""
+    folder.mkdir(exist_ok=True)
+    rows = [{**row.pop("variant"), **row} for row in map(asdict, ppl_summary(PPL))]
+    (folder / "ppl.json").write_text(printed(rows, context=128, figures=["ppl_budgets.png"]))
+    summaries = needle_summary(NEEDLES)
+    methods = [{**asdict(summary.variant), "budget": summary.budget} for summary in summaries]
+    (folder / "needle.json").write_text(
+        printed(
+            [
+                {**method, "correct": summary.correct, "total": summary.total, "accuracy": summary.accuracy}
+                for method, summary in zip(methods, summaries, strict=True)
+            ],
+            cells=[
+                {**method, **asdict(cell)}
+                for method, summary in zip(methods, summaries, strict=True)
+                for cell in summary.cells
+            ],
+            full_accuracy=1.0,
+            figure="needle.png",
+        )
+    )
+    (folder / "tasks.json").write_text(printed(TASKS, tasks=["qa"], results={"full": {"qa": {"f1,none": 0.5}}}))
+
+
+def test_what_json_printed_is_not_shown_beside_its_cells(tmp_path):
+    (tmp_path / "results").mkdir()
+    folder = fill(tmp_path / "results")
+    before, _ = read_results(folder)
+    write_printed(folder / "evaluation")
+    results, skipped = read_results(folder)
+    assert [result.file for result in results] == [result.file for result in before] and skipped == []
+    (folder / "evaluation" / "another.json").write_text(
+        (folder / "evaluation" / "ppl.json").read_text().replace('"model": "smollm2"', '"model": "llama"')
+    )
+    assert "evaluation/another.json" in [result.file for result in read_results(folder)[0]]
+
+
+def test_what_json_printed_is_an_article_as_its_cells_are(tmp_path):
+    write_printed(tmp_path / "printed")
+    key = ("length", "depth", "method", "plan", "budget")
+    write_cells(tmp_path / "cells" / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), PPL)
+    write_cells(tmp_path / "cells" / "needle.jsonl", "needle", key, NEEDLES)
+    write_cells(tmp_path / "cells" / "tasks.jsonl", "lm-eval", ("task", "method", "budget"), TASKS)
+    (printed_results, none), (cells_results, _) = (read_results(tmp_path / name) for name in ("printed", "cells"))
+    assert none == []
+    for mine, theirs in zip(printed_results, cells_results, strict=True):
+        article = {"ppl": ppl_article, "needle": needle_article, "lm-eval": lm_eval_article}[mine.kind]
+        first, second = article(mine, "a"), article(theirs, "a")
+        assert first.title == second.title
+        assert (first.cards, first.figures, first.tables) == (second.cards, second.figures, second.tables)
+        assert not {"nll", "full accuracy", "figure"} & {name for name, _ in first.facts}
 
 
 def test_large_files_are_left_out(bare, monkeypatch):
@@ -443,6 +565,17 @@ def test_png_files(tmp_path):
     evaluation_plots.plot_needle_heatmaps(needle_summary(NEEDLES), tmp_path / "c.png", "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in tmp_path.iterdir())
+
+
+def test_full_attention_alone_has_no_sweep(tmp_path):
+    full = [summary for summary in ppl_summary(PPL) if summary.budget is None]
+    path = tmp_path / "a.png"
+    assert not evaluation_plots.plot_budget_sweep(full, path, "a") and not path.exists()
+    assert not evaluation_plots.plot_perplexity_over_position([], path, "a") and not path.exists()
+    assert not evaluation_plots.plot_needle_heatmaps([], path, "a") and not path.exists()
+    assert evaluation_plots.plot_perplexity_over_position(full, path, "a") and path.exists()
+    found = needle_summary(row for row in NEEDLES if row["method"] == "full")
+    assert evaluation_plots.plot_needle_heatmaps(found, tmp_path / "b.png", "b")
 
 
 def test_methods_keep_their_colours_and_plans_differ():

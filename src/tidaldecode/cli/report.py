@@ -12,6 +12,8 @@ from rich.text import Text
 
 from tidaldecode.cli import options
 
+_NAMED = 5  # files that are left out
+
 
 def report(
     results_dir: Annotated[
@@ -26,8 +28,10 @@ def report(
         from tidaldecode.report.page import write_report
 
         written = write_report(Path(results_dir), Path(output))
-    for skipped in written.skipped:
+    for skipped in written.skipped[:_NAMED]:
         console.print(Text(f"left out {skipped.file}: {skipped.reason}"), soft_wrap=True)
+    if len(written.skipped) > _NAMED:
+        console.print(f"and {len(written.skipped) - _NAMED:,} more: the page lists them", highlight=False)
     console.print(Text(f"{output}: {len(written.figures)} figures"), soft_wrap=True)
     if json_output:
         print(json.dumps(written.to_json()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -144,6 +144,38 @@ class TaskScore:
     samples: int
 
 
+@dataclass(frozen=True)
+class SharedRows:
+    """Rows on which methods can be compared: a stopped run, or one with other windows, leaves some methods fewer.
+
+    Attributes:
+        rows: those of the windows (or cases) that all methods and budgets have; where they share none, all rows.
+        shared: how many windows (cases) all have.
+        known: how many any has.
+    """
+
+    rows: list[Row]
+    shared: int
+    known: int
+
+
+def shared_rows(rows: Iterable[Row], key: Sequence[str]) -> SharedRows:
+    """The rows of the windows, or cases, that all methods and budgets have.
+
+    Args:
+        rows: the cells of `eval ppl` or `eval needle`, all of one file.
+        key: names of the fields that tell a window (case) from the others; a field may be missing.
+    """
+    rows = list(rows)
+    cases = [{_case(row, key) for row in group} for _, _, group in _groups(rows)]
+    shared = set.intersection(*cases) if cases else set()
+    return SharedRows(
+        rows=[row for row in rows if _case(row, key) in shared] if shared else rows,
+        shared=len(shared),
+        known=len(set().union(*cases)),
+    )
+
+
 def budgets_of(summaries: Iterable[PplSummary | NeedleSummary]) -> list[int | float]:
     """The budgets of summaries, from the smallest to the largest, tokens before fractions."""
     budgets = {(isinstance(s.budget, float), s.budget) for s in summaries if s.budget is not None}
@@ -164,6 +196,12 @@ def ppl_summary(rows: Iterable[Row]) -> list[PplSummary]:
             decoded from one position.
     """
     return [_ppl_of(variant, budget, group) for variant, budget, group in _groups(rows)]
+
+
+def ppl_summary_of(row: Row) -> PplSummary:
+    """The summary that a row of the `--json` object of `eval ppl` was."""
+    values = {field.name: row[field.name] for field in fields(PplSummary) if field.name != "variant"}
+    return PplSummary(variant_of(row), **values | {"nll_by_position": tuple(row["nll_by_position"])})
 
 
 def needle_summary(rows: Iterable[Row]) -> list[NeedleSummary]:
@@ -194,6 +232,10 @@ def _stderr_of(metric: str, row: Row) -> float | None:
     name, comma, filter_name = metric.partition(",")
     value = row["metrics"].get(f"{name}_stderr{comma}{filter_name}")
     return value if isinstance(value, int | float) else None
+
+
+def _case(row: Row, key: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in key)
 
 
 def _groups(rows: Iterable[Row]) -> list[tuple[Variant, int | float | None, list[Row]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tidaldecode.errors import InputError
+from tidaldecode.report.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,13 +99,15 @@ def add_legend(figure: Figure, width: float) -> None:
 
 
 def save_png(draw: Drawing, path: Path, title: str) -> None:
-    """Writes a PNG file; an existing file stays whole until the new one is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _style():
+    """Writes a PNG file; an existing file stays whole until the new one is complete.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    with _style(), whole_file(path) as temporary:
         figure = draw(WIDE)
         figure.suptitle(title, fontsize=10)
         figure.savefig(temporary, format="png", dpi=160)
-    os.replace(temporary, path)
 
 
 def to_svg(draw: Drawing, width: float, name: str) -> str:

@@ -29,26 +29,39 @@ if TYPE_CHECKING:
 _COLOR_MAP = "cividis"  # tells more from less for colour-blind readers too
 
 
-def plot_budget_sweep(summaries: Sequence[PplSummary], path: Path, title: str) -> None:
-    """Writes `budget_sweep` as a PNG file."""
+def plot_budget_sweep(summaries: Sequence[PplSummary], path: Path, title: str) -> bool:
+    """Writes `budget_sweep` as a PNG file.
+
+    Returns:
+        Whether there was anything to plot: of full attention alone there is no file.
+    """
+    if not budgets_of(summaries):
+        return False
     save_png(partial(budget_sweep, summaries), path, title)
+    return True
 
 
-def plot_perplexity_over_position(summaries: Sequence[PplSummary], path: Path, title: str) -> None:
-    """Writes `perplexity_over_position` as a PNG file."""
+def plot_perplexity_over_position(summaries: Sequence[PplSummary], path: Path, title: str) -> bool:
+    """Writes `perplexity_over_position` as a PNG file. Returns whether there was anything to plot."""
+    if not summaries:
+        return False
     save_png(partial(perplexity_over_position, summaries), path, title)
+    return True
 
 
-def plot_needle_heatmaps(summaries: Sequence[NeedleSummary], path: Path, title: str) -> None:
-    """Writes `needle_heatmaps` as a PNG file."""
+def plot_needle_heatmaps(summaries: Sequence[NeedleSummary], path: Path, title: str) -> bool:
+    """Writes `needle_heatmaps` as a PNG file. Returns whether there was anything to plot."""
+    if not summaries:
+        return False
     save_png(partial(needle_heatmaps, summaries), path, title)
+    return True
 
 
 def budget_sweep(summaries: Sequence[PplSummary], width: float) -> Figure:
     """The gap to full attention against the budget, a line for each method; bars are standard errors.
 
     Args:
-        summaries: of one file; full attention is the line at 0.
+        summaries: of one file, some with a budget; full attention is the line at 0.
         width: inches.
     """
     figure = new_figure(width, 3.4 if width > 5 else 3.6)

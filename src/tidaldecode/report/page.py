@@ -19,6 +19,7 @@ from tidaldecode.report.others import calibration_article, other_article, recall
 from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
 from tidaldecode.report.results import Result, Skipped, read_results
 from tidaldecode.report.speed import decode_article, operations_article
+from tidaldecode.report.whole_file import whole_file
 
 _ARTICLES: dict[str, Callable[[Result, str], Article]] = {
     "ppl": ppl_article,
@@ -96,9 +97,9 @@ def write_report(folder: Path, output: Path) -> Report:
     _check_output(output)
     results, skipped = read_results(folder)
     sections = _sections(results)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(_page(folder, results, sections, skipped), encoding="utf-8")
-    os.replace(temporary, output)
+    page = _page(folder, results, sections, skipped)
+    with whole_file(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     articles = [article for section in sections for article in section.articles]
     figures = ((figure.name, f"{article.title}: {figure.title}") for article in articles for figure in article.figures)
     return Report(output, tuple(figures), tuple(skipped))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -49,6 +49,16 @@ class _PplRow(_MethodRow):
     nll_by_position: list[Nll] = Field(min_length=1)
     first_position: Count
     bin_tokens: Positive
+
+
+class _PplCell(_PplRow):
+    window: Count
+
+
+class _PplSummary(_PplRow):
+    windows: Positive
+    gap: Number
+    gap_stderr: Number | None
 
 
 class _NeedleRow(_MethodRow):
@@ -97,12 +107,13 @@ class _Calibration(_Row):
 
 
 _ROWS: dict[str, TypeAdapter[Any]] = {
-    "ppl": TypeAdapter(list[_PplRow]),
+    "ppl": TypeAdapter(list[_PplCell]),
     "needle": TypeAdapter(list[_NeedleRow]),
     "lm-eval": TypeAdapter(list[_LmEvalRow]),
     "decode": TypeAdapter(list[_DecodeRow]),
     "ops": TypeAdapter(list[_OperationRow]),
 }
+_PPL_SUMMARIES = TypeAdapter(list[_PplSummary])
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,11 @@ class Result:
     rows: list[dict[str, Any]]
     environments: list[dict[str, Any]]
 
+    @property
+    def of_cells(self) -> bool:
+        """Whether it holds the cells of an evaluation, and not what `--json` said of them."""
+        return self.file.endswith(".jsonl")
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -133,6 +149,8 @@ class Skipped:
 
 def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
     """Reads the `.json` and `.jsonl` files of a folder and the folders in it, in the order of their names.
+
+    What `--json` of an evaluation said is left out where the cells of the same run are in the same folder.
 
     Raises:
         InputError: there is no such folder, nothing in it, or nothing that is understood.
@@ -154,7 +172,17 @@ def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
             skipped.append(Skipped(name, _first_line(error)))
     if not results:
         raise InputError(f"{folder} has nothing that is understood; {skipped[0].file}: {skipped[0].reason}")
-    return results, skipped
+    return [result for result in results if not any(_says_the_same(result, other) for other in results)], skipped
+
+
+def _says_the_same(result: Result, cells: Result) -> bool:
+    """Whether a result is what `--json` said of cells beside it: of one kind, model, data type, context, ..."""
+    if result.of_cells or not cells.of_cells or result.kind != cells.kind:
+        return False
+    shared = (result.fields.keys() & cells.fields.keys()) - {"text"}  # a name in the one, a digest in the other
+    return PurePosixPath(result.file).parent == PurePosixPath(cells.file).parent and all(
+        result.fields[name] == cells.fields[name] for name in shared
+    )
 
 
 def _read(path: Path, name: str) -> Result:
@@ -177,7 +205,7 @@ def _read_cells(path: Path, name: str) -> Result:
         raise InputError("no cells yet")
     header.pop("key")
     environments = [environment for environment in header.pop("environments") if isinstance(environment, dict)]
-    return Result(name, kind, header, _checked(kind, rows), environments)
+    return Result(name, kind, header, _checked(kind, rows, _ROWS[kind]), environments)
 
 
 def _read_json(path: Path, name: str) -> Result:
@@ -189,7 +217,11 @@ def _read_json(path: Path, name: str) -> Result:
         raise InputError("no JSON object")
     kind = _kind(content)
     environment = {key: content.pop(key) for key in ("command", "versions", "device") if key in content}
-    rows = _checked(kind, content.pop("rows")) if kind in ("decode", "ops") else []
+    rows = []
+    if kind in _ROWS:
+        rows = content.pop("rows")
+        rows = content.pop("cells") if kind == "needle" else rows  # its rows are sums of its cells
+        rows = _checked(kind, rows, _PPL_SUMMARIES if kind == "ppl" else _ROWS[kind])
     return Result(name, kind, content, rows, [environment] if environment else [])
 
 
@@ -200,6 +232,12 @@ def _kind(content: dict[str, Any]) -> Kind:
         return "decode"
     if isinstance(first, dict) and {"operation", "us"} <= first.keys():
         return "ops"
+    if isinstance(first, dict) and {"nll", "full_nll", "windows"} <= first.keys():
+        return "ppl"
+    if isinstance(first, dict) and {"correct", "total", "accuracy"} <= first.keys() and content.get("cells"):
+        return "needle"
+    if isinstance(first, dict) and {"task", "metrics"} <= first.keys():
+        return "lm-eval"
     if "recall" in content:
         TypeAdapter(_Recall).validate_python(content)
         if {len(row) for row in content["recall"]} != {len(content["recall"])}:
@@ -213,8 +251,8 @@ def _kind(content: dict[str, Any]) -> Kind:
     raise InputError("no results of tidaldecode")
 
 
-def _checked(kind: str, rows: Any) -> list[dict[str, Any]]:
-    _ROWS[kind].validate_python(rows)
+def _checked(kind: str, rows: Any, expected: TypeAdapter[Any]) -> list[dict[str, Any]]:
+    expected.validate_python(rows)
     if kind == "ppl" and len({(len(row["nll_by_position"]), row["bin_tokens"]) for row in rows}) > 1:
         raise InputError("windows of different lengths")
     return _with_plans_told_apart(rows)
