@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
@@ -271,6 +272,16 @@ def test_results_of_another_text_are_refused(run, command, tmp_path):
     assert_one_line(run(*command, *output), "ppl.jsonl", "text")
     (tmp_path / "file").write_text("")
     assert_one_line(run(*command, "--output", str(tmp_path / "file")), "is a file: give a folder")
+
+
+def test_results_of_another_model_of_the_same_name_are_refused(run, command, tmp_path, tiny_folder):
+    for name in ("a", "b"):
+        shutil.copytree(tiny_folder, tmp_path / name / "final")
+    options = ["--budget", "16", "--output", str(tmp_path / "results"), "--model"]
+    assert run(*command, *options, str(tmp_path / "a" / "final"))[0] == 0
+    weights = tmp_path / "b" / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert_one_line(run(*command, *options, str(tmp_path / "b" / "final")), "ppl.jsonl", "model_digest")
 
 
 def test_the_plan_of_a_file_goes_by_its_stem(run, command, tmp_path):

@@ -81,7 +81,6 @@ def lm_eval(
             tokenizer_metadata,
         )
         from tidaldecode.hf import apply
-        from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
 
         check_lm_eval()
@@ -100,9 +99,8 @@ def lm_eval(
         with tokenizer_metadata(tokenizer) as known:
             manager, names = find_tasks(settings, known)
             loaded = load_tasks(manager, names, settings, config)
-        name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
         where = environment(target)
-        identity = cell_identity(settings, name, model_shape(config).describe(), target, precision)
+        identity = cell_identity(settings, files.identity(config, target, precision))
         with Cells.open(results, identity, CELL_KEY, where) as cells:
             status.update("loading the model")
             weights = apply(files.model(target, precision), "full")
@@ -112,7 +110,7 @@ def lm_eval(
                 rows = evaluate_tasks(weights, tokenizer, loaded, settings, methods, cells, on_progress)
         report = LmEvalReport(
             environment=where,
-            model=name,
+            model=files.title,
             dtype=str(precision).removeprefix("torch."),
             settings=settings,
             seconds=round(time.perf_counter() - began, 3),

@@ -64,7 +64,6 @@ def needle(
         )
         from tidaldecode.evaluate.text import Text, text_parts
         from tidaldecode.hf import apply
-        from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
         from tidaldecode.report.drawing import check_matplotlib
         from tidaldecode.report.evaluation_plots import plot_needle_heatmaps
@@ -83,9 +82,8 @@ def needle(
         tokenizer = files.tokenizer()
         text = Text.tokenize(tokenizer, parts)
         cases = needle_cases(tokenizer, text, settings, config)
-    name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
     where = environment(target)
-    identity = cell_identity(settings, name, model_shape(config).describe(), text, target, precision)
+    identity = cell_identity(settings, files.identity(config, target, precision), text)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
         with console.status("loading the model"):
             loaded = apply(files.model(target, precision), "full")
@@ -94,7 +92,7 @@ def needle(
             rows = find_needles(loaded, text, cases, methods, cells, on_progress)
     report = NeedleReport(
         environment=where,
-        model=name,
+        model=files.title,
         dtype=str(precision).removeprefix("torch."),
         haystack="Paul Graham's essays" if haystack is None else Path(haystack).name,
         settings=settings,

@@ -67,7 +67,6 @@ def ppl(
         )
         from tidaldecode.evaluate.text import Text, text_parts
         from tidaldecode.hf import apply
-        from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
         from tidaldecode.report.drawing import check_matplotlib
         from tidaldecode.report.evaluation_plots import plot_budget_sweep, plot_perplexity_over_position
@@ -87,9 +86,8 @@ def ppl(
     with console.status("reading the text"):
         tokens = Text.tokenize(files.tokenizer(), parts)
         settings.check_text(tokens)
-    name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
     where = environment(target)
-    identity = cell_identity(settings, name, model_shape(config).describe(), tokens, target, precision)
+    identity = cell_identity(settings, files.identity(config, target, precision), tokens)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
         with console.status("loading the model"):
             torch.manual_seed(seed)
@@ -99,7 +97,7 @@ def ppl(
             rows = perplexity(loaded, tokens, settings, methods, cells, on_progress)
     report = PerplexityReport(
         environment=where,
-        model=name,
+        model=files.title,
         dtype=str(precision).removeprefix("torch."),
         text="Paul Graham's essays" if text is None else Path(text).name,
         settings=settings,
@@ -108,7 +106,7 @@ def ppl(
         figures=() if results is None else tuple(str(results.with_name(name)) for name in _FIGURES),
     )
     for figure, plot in zip(report.figures, (plot_budget_sweep, plot_perplexity_over_position), strict=False):
-        plot(rows, Path(figure), f"{name}, {report.text}")
+        plot(rows, Path(figure), f"{report.model}, {report.text}")
     _print(console, report)
     if json_output:
         print(json.dumps(report.to_json()))

@@ -265,25 +265,20 @@ def tokenizer_metadata(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         yield {"tokenizer": folder}
 
 
-def cell_identity(
-    settings: TaskSettings, name: str, model_shape: str, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def cell_identity(settings: TaskSettings, model: Mapping[str, Any]) -> dict[str, Any]:
     """What all cells of a file of results have in common.
 
     Args:
-        name, model_shape: of the model.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "lm-eval",
-        "model": name,
-        "model_shape": model_shape,
+        **model,
         "lm_eval": version("lm_eval"),
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "chat_template": settings.chat_template,
         "seed": settings.seed,
-        "device_type": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

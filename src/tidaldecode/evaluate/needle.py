@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -200,22 +200,17 @@ def _check_positions(case: NeedleCase, config: PreTrainedConfig) -> None:
         )
 
 
-def cell_identity(
-    settings: NeedleSettings, name: str, model_shape: str, haystack: Text, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def cell_identity(settings: NeedleSettings, model: Mapping[str, Any], haystack: Text) -> dict[str, Any]:
     """What all cells of a file of results have in common.
 
     Args:
-        name, model_shape: of the model.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "needle",
-        "model": name,
-        "model_shape": model_shape,
+        **model,
         "text": haystack.digest(),
         "seed": settings.seed,
-        "device_type": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

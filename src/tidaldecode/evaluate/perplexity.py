@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -125,23 +125,18 @@ class PerplexityReport:
         return {**fields.pop("environment"), **fields.pop("settings"), **fields, **single, "rows": rows}
 
 
-def cell_identity(
-    settings: PerplexitySettings, name: str, model_shape: str, text: Text, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def cell_identity(settings: PerplexitySettings, model: Mapping[str, Any], text: Text) -> dict[str, Any]:
     """What all cells of a file of results have in common.
 
     Args:
-        name, model_shape: of the model.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "ppl",
-        "model": name,
-        "model_shape": model_shape,
+        **model,
         "text": text.digest(),
         "context": settings.context,
         "decode": settings.decode,
-        "device_type": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
