@@ -9,7 +9,7 @@ import torch
 
 from command_line import assert_one_line
 from families import plan_for
-from tidaldecode import InputError, TidalCache, apply
+from tidaldecode import InputError, TidalCache, TidalPlan, apply
 from tidaldecode.baselines.methods import Method
 from tidaldecode.evaluate.cells import Cells, read_cells
 from tidaldecode.evaluate.lm_eval_tasks import (
@@ -347,6 +347,21 @@ def test_bad_input_before_the_model_is_loaded(run, command, options, words, monk
     write_task(folder, "beams", QA.replace("task: qa", "task: beams").replace("do_sample", "num_beams: 2, do_sample"))
     write_task(folder, "gone", QA.replace("task: qa", "task: gone").replace("{data}", str(folder / "gone.jsonl")))
     assert_one_line(run(*command, *options), *words)
+
+
+def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
+    """All is measured, or a plan's name stands for another in the file."""
+    plan = TidalPlan.paper(7).model_copy(update={"name": None, "token_budget": 12})
+    plan.save(tmp_path / "mine.json")
+    options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
+    status, before, err = run(*command, *options)
+    assert status == 0, err
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    status, after, err = run(*command, *options)
+    assert status == 0, err
+    assert json.loads(after)["rows"] == json.loads(before)["rows"]
+    plan.model_copy(update={"sink_tokens": 2}).save(tmp_path / "mine.json")
+    assert_one_line(run(*command, *options), "two plans are named 'mine'")
 
 
 def test_without_lm_eval(run, command, monkeypatch):

@@ -274,6 +274,21 @@ def test_results_of_another_text_are_refused(run, command, tmp_path):
     assert_one_line(run(*command, "--output", str(tmp_path / "file")), "is a file: give a folder")
 
 
+def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
+    """All is measured, or a plan's name stands for another in the file."""
+    plan = TidalPlan.paper(7).model_copy(update={"name": None, "token_budget": 12})
+    plan.save(tmp_path / "mine.json")
+    options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
+    status, before, err = run(*command, *options)
+    assert status == 0, err
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    status, after, err = run(*command, *options)
+    assert status == 0, err
+    assert json.loads(after)["rows"] == json.loads(before)["rows"]
+    plan.model_copy(update={"sink_tokens": 2}).save(tmp_path / "mine.json")
+    assert_one_line(run(*command, *options), "two plans are named 'mine'")
+
+
 def test_results_of_another_model_of_the_same_name_are_refused(run, command, tmp_path, tiny_folder):
     for name in ("a", "b"):
         shutil.copytree(tiny_folder, tmp_path / name / "final")

@@ -76,6 +76,7 @@ def lm_eval(
             check_lm_eval,
             evaluate_tasks,
             find_tasks,
+            finished,
             load_tasks,
             results_by_method,
             tokenizer_metadata,
@@ -102,12 +103,14 @@ def lm_eval(
         where = environment(target)
         identity = cell_identity(settings, files.identity(config, target, precision))
         with Cells.open(results, identity, CELL_KEY, where) as cells:
-            status.update("loading the model")
-            weights = apply(files.model(target, precision), "full")
-            status.stop()
-            began = time.perf_counter()
-            with eval_options.progress_bar(console) as on_progress:
-                rows = evaluate_tasks(weights, tokenizer, loaded, settings, methods, cells, on_progress)
+            rows, began = finished(loaded, methods, cells), time.perf_counter()
+            if rows is None:
+                status.update("loading the model")
+                weights = apply(files.model(target, precision), "full")
+                status.stop()
+                began = time.perf_counter()
+                with eval_options.progress_bar(console) as on_progress:
+                    rows = evaluate_tasks(weights, tokenizer, loaded, settings, methods, cells, on_progress)
         report = LmEvalReport(
             environment=where,
             model=files.title,

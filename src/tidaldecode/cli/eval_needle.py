@@ -59,6 +59,7 @@ def needle(
             NeedleSettings,
             cell_identity,
             find_needles,
+            finished,
             needle_cases,
             paul_graham_essays,
         )
@@ -85,11 +86,13 @@ def needle(
     where = environment(target)
     identity = cell_identity(settings, files.identity(config, target, precision), text)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
-        with console.status("loading the model"):
-            loaded = apply(files.model(target, precision), "full")
-        began = time.perf_counter()
-        with eval_options.progress_bar(console) as on_progress:
-            rows = find_needles(loaded, text, cases, methods, cells, on_progress)
+        rows, began = finished(cases, methods, cells), time.perf_counter()
+        if rows is None:
+            with console.status("loading the model"):
+                loaded = apply(files.model(target, precision), "full")
+            began = time.perf_counter()
+            with eval_options.progress_bar(console) as on_progress:
+                rows = find_needles(loaded, text, cases, methods, cells, on_progress)
     report = NeedleReport(
         environment=where,
         model=files.title,

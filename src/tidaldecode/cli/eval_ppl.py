@@ -63,6 +63,7 @@ def ppl(
             PerplexityReport,
             PerplexitySettings,
             cell_identity,
+            finished,
             perplexity,
         )
         from tidaldecode.evaluate.text import Text, text_parts
@@ -89,12 +90,14 @@ def ppl(
     where = environment(target)
     identity = cell_identity(settings, files.identity(config, target, precision), tokens)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
-        with console.status("loading the model"):
-            torch.manual_seed(seed)
-            loaded = apply(files.model(target, precision), "full")
-        began = time.perf_counter()
-        with eval_options.progress_bar(console) as on_progress:
-            rows = perplexity(loaded, tokens, settings, methods, cells, on_progress)
+        rows, began = finished(settings, methods, cells), time.perf_counter()
+        if rows is None:
+            with console.status("loading the model"):
+                torch.manual_seed(seed)
+                loaded = apply(files.model(target, precision), "full")
+            began = time.perf_counter()
+            with eval_options.progress_bar(console) as on_progress:
+                rows = perplexity(loaded, tokens, settings, methods, cells, on_progress)
     report = PerplexityReport(
         environment=where,
         model=files.title,

@@ -282,6 +282,24 @@ def cell_identity(settings: TaskSettings, model: Mapping[str, Any]) -> dict[str,
     }
 
 
+def finished(loaded: LoadedTasks, methods: Sequence[Method], cells: Cells) -> list[dict[str, Any]] | None:
+    """What `evaluate_tasks` returns, if nothing is left to be measured: then no model is needed.
+
+    Raises:
+        InputError: one plan's name stands for another in `cells`.
+    """
+    check_plan_names([*cells.rows, *(method.key() for method in methods)])
+    rows = [_finished_cell(loaded, name, method, cells) for name in loaded.tasks for method in methods]
+    found = [row for row in rows if row is not None]
+    return found if len(found) == len(rows) else None
+
+
+def _finished_cell(loaded: LoadedTasks, name: str, method: Method, cells: Cells) -> dict[str, Any] | None:
+    """The cell of a task as it is now: rules and documents may have changed since it was measured."""
+    row = cells.find(task=name, **method.key())
+    return row if row is not None and row["task_digest"] == loaded.digests[name] else None
+
+
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -316,8 +334,7 @@ def evaluate_tasks(
     lm = MethodLM(model, tokenizer)
     for name, task in loaded.tasks.items():
         for method in methods:
-            row = cells.find(task=name, **method.key())
-            if row is None or row["task_digest"] != loaded.digests[name]:
+            if _finished_cell(loaded, name, method, cells) is None:
                 what, before, count = f"{name}: {method.label}", done, documents[name]
 
                 def show(part: int, parts: int, what: str = what, before: int = before, count: int = count) -> None:
@@ -329,13 +346,9 @@ def evaluate_tasks(
                 cells.append({"task": name, **method.key(), "task_digest": loaded.digests[name], **found})
             done += documents[name]
     on_progress(done, total, "done")
-    return [_row(cells, name, method) for name in loaded.tasks for method in methods]
-
-
-def _row(cells: Cells, name: str, method: Method) -> dict[str, Any]:
-    row = cells.find(task=name, **method.key())
-    assert row is not None
-    return row
+    rows = finished(loaded, methods, cells)
+    assert rows is not None
+    return rows
 
 
 def _run(lm: MethodLM, name: str, task: Task, settings: TaskSettings) -> dict[str, Any]:

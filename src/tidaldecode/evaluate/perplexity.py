@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.summary import PplSummary, ppl_summary
 from tidaldecode.evaluate.text import Text
 from tidaldecode.hf import TidalCache
@@ -25,17 +26,6 @@ CELL_KEY = ("window", *METHOD_KEY)
 
 BIN_TOKENS = 32
 """Positions that a cell's `nll_by_position` averages over."""
-
-
-class FinishedCells(Protocol):
-    """What has been measured: a `tidaldecode.evaluate.cells.Cells` with `CELL_KEY`."""
-
-    @property
-    def rows(self) -> list[dict[str, Any]]: ...
-
-    def find(self, **key: Any) -> dict[str, Any] | None: ...
-
-    def append(self, cell: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -140,12 +130,31 @@ def cell_identity(settings: PerplexitySettings, model: Mapping[str, Any], text: 
     }
 
 
+def finished(settings: PerplexitySettings, methods: Sequence[Method], cells: Cells) -> list[PplSummary] | None:
+    """What `perplexity` returns, if nothing is left to be measured: then no model is needed.
+
+    Raises:
+        InputError: one plan's name stands for another in `cells`.
+    """
+    methods = _with_full(methods)
+    check_plan_names([*cells.rows, *(method.key() for method in methods)])
+    # the cells of these methods and windows alone: the file may hold others
+    rows = [cells.find(window=start, **method.key()) for method in methods for start in settings.starts]
+    found = [row for row in rows if row is not None]
+    return ppl_summary(found) if len(found) == len(rows) else None
+
+
+def _with_full(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """Full attention, then each of the others once."""
+    return tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
+
+
 def perplexity(
     model: PreTrainedModel,
     text: Text,
     settings: PerplexitySettings,
     methods: Sequence[Method],
-    cells: FinishedCells,
+    cells: Cells,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[PplSummary]:
     """Negative log-likelihood of the last tokens of windows of a text, by full attention and by each method.
@@ -172,7 +181,7 @@ def perplexity(
     """
     settings.check(model.config)
     settings.check_text(text)
-    methods = tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
+    methods = _with_full(methods)
     check_plan_names([*cells.rows, *(method.key() for method in methods)])
     total, done = settings.windows * (1 + len(methods)), 0
     cache = TidalCache(model.config, find_plan("full", model.config), settings.context)
@@ -188,16 +197,9 @@ def perplexity(
             cells.append(_cell(model, cache, window, start, method, cells))
             done += 1
     on_progress(done, total, "done")
-    return ppl_summary(_rows(cells, settings, methods))
-
-
-def _rows(cells: FinishedCells, settings: PerplexitySettings, methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
-    """The cells of these methods and windows alone: the file may hold others."""
-    for method in methods:
-        for start in settings.starts:
-            row = cells.find(window=start, **method.key())
-            assert row is not None
-            yield row
+    summary = finished(settings, methods, cells)
+    assert summary is not None
+    return summary
 
 
 def _read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decode: int) -> Tensor:
@@ -210,7 +212,7 @@ def _read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, deco
 
 
 def _cell(
-    model: PreTrainedModel, cache: TidalCache, rest: Tensor, start: int, method: Method, cells: FinishedCells
+    model: PreTrainedModel, cache: TidalCache, rest: Tensor, start: int, method: Method, cells: Cells
 ) -> dict[str, Any]:
     """Scores the rest of a window under a method, and takes it out of the cache again."""
     began, prompt = time.perf_counter(), cache.get_seq_length()
