@@ -145,6 +145,17 @@ def test_plans_of_one_name_are_never_mixed(llama):
     check_plan_names([Method("full").key(), Method("quest", 64).key()])
 
 
+def test_a_likelihood_that_is_not_finite_is_no_result(llama, tmp_path):
+    llama.half().lm_head.weight.data.mul_(60000)
+    overflows = pytest.raises(InputError, match="float16 overflows; give --dtype bfloat16 or float32")
+    with Cells.open(tmp_path / "ppl.jsonl", {"kind": "ppl"}, CELL_KEY) as cells, overflows:
+        perplexity(llama, TEXT, SETTINGS, [], cells)
+    assert read_cells(tmp_path / "ppl.jsonl").rows == []
+    llama.float().lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(InputError, match="full at token 5: .* weights are damaged"):
+        perplexity(llama, TEXT, SETTINGS, [], in_memory())
+
+
 def test_what_tells_methods_apart(llama):
     plan = plan_for(llama.config).model_copy(update={"name": "p"})
     names = ("full", "tidal", "quest", "streaming", "oracle")
@@ -233,6 +244,7 @@ def test_eval_ppl(run, command, tmp_path):
     more = ["--method", "quest,streaming,oracle", "--budget", "16,0.5", "--selection", "per_head,unified"]
     status, out, err = run(*command, *more, "--full-layers", "0", "--page-size", "4", "--output", output, "--json")
     assert status == 0, err
+    assert "50\N{NO-BREAK SPACE}%" in err and " 0.5 " not in err
     answer = json.loads(out)
     assert len(answer["rows"]) == 1 + 2 + 2 + 4
     assert "gap" not in answer
@@ -257,6 +269,7 @@ def test_eval_ppl(run, command, tmp_path):
         (["--windows", "9"], ["the text has 880 tokens, 816 too few for 9 windows of 96 tokens"]),
         (["--offset", "600"], ["16 too few"]),
         (["--context", "513"], ["a context of 513 tokens is beyond the model's 512 positions"]),
+        (["--context", "2", "--decode", "1"], ["a context of 2 is too small: 3 tokens at least"]),
         (["--decode", "95"], ["95 decoded tokens leave no prompt", "decode 94 at most"]),
     ],
 )

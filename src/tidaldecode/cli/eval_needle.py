@@ -24,7 +24,9 @@ def needle(
     haystack: Annotated[
         str | None,
         typer.Option(
-            "--haystack", metavar="DIR|F", help="A text, or a folder of .txt files. Default: Paul Graham's essays."
+            "--haystack",
+            metavar="DIR|F",
+            help="A text, or a folder of .txt files, read whole, in the order of names. Default: Paul Graham's essays.",
         ),
     ] = None,
     lengths: Annotated[str, typer.Option("--lengths", metavar="N,...", help="Tokens of the prompts.")] = "4000",

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.report.labels import budget_label
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.perplexity import PerplexityReport
@@ -24,7 +25,9 @@ def ppl(
     text: Annotated[
         str | None,
         typer.Option(
-            "--text", metavar="F|DIR", help="A text, or a folder of .txt files. Default: Paul Graham's essays."
+            "--text",
+            metavar="F|DIR",
+            help="A text, or a folder of .txt files, read whole, in the order of names. Default: Paul Graham's essays.",
         ),
     ] = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of a window.")] = 8192,
@@ -124,8 +127,7 @@ def _print(console: Console, report: PerplexityReport) -> None:
     for column in ("budget", "nats per token", "above full", "standard error"):
         table.add_column(column, justify="right", min_width=7)
     for row in report.rows:
-        budget = "" if row.budget is None else f"{row.budget:,}" if isinstance(row.budget, int) else f"{row.budget:g}"
         error = "" if row.gap_stderr is None else f"{row.gap_stderr:.4f}"
         gap, error = ("", "") if row.budget is None else (f"{row.gap:+.4f}", error)
-        table.add_row(Words(row.variant.label), budget, f"{row.nll:.4f}", gap, error)
+        table.add_row(Words(row.variant.label), budget_label(row.budget), f"{row.nll:.4f}", gap, error)
     console.print(table)

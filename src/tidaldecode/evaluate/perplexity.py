@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -50,10 +51,14 @@ class PerplexitySettings:
     stride: int = 15000
 
     def __post_init__(self) -> None:
+        if self.context < 3:
+            raise InputError(
+                f"a context of {self.context} is too small: 3 tokens at least, one to read, one to decode, one to score"
+            )
         if self.decode > self.context - 2:  # one token to read, one that is decoded and not scored
             raise InputError(
                 f"{self.decode} decoded tokens leave no prompt in a context of {self.context}: "
-                f"decode {max(1, self.context - 2)} at most"
+                f"decode {self.context - 2} at most"
             )
 
     @property
@@ -177,7 +182,8 @@ def perplexity(
         A summary of full attention, then of each method in the order given; each window counts the same.
 
     Raises:
-        InputError: the text is too short, or one plan's name stands for another in `cells`.
+        InputError: the text is too short, one plan's name stands for another in `cells`, or a likelihood is not
+            finite.
     """
     settings.check(model.config)
     settings.check_text(text)
@@ -211,6 +217,13 @@ def _read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, deco
     return rest
 
 
+def _mend(dtype: torch.dtype) -> str:
+    """bfloat16 reaches as far as float32, so that only float16 overflows where they do not."""
+    if dtype == torch.float16:
+        return "float16 overflows; give --dtype bfloat16 or float32"
+    return f"the model's weights are damaged, for {str(dtype).removeprefix('torch.')} does not overflow"
+
+
 def _cell(
     model: PreTrainedModel, cache: TidalCache, rest: Tensor, start: int, method: Method, cells: Cells
 ) -> dict[str, Any]:
@@ -221,6 +234,8 @@ def _cell(
         nll = -score_tokens(model, cache, rest).log_probs.double().cpu()
     cache.crop(prompt - cache.get_seq_length())
     mean = float(nll.mean())
+    if not math.isfinite(mean):  # which JSON can't hold
+        raise InputError(f"{method.label} at token {start}: the likelihood is not finite: {_mend(model.dtype)}")
     full = cells.find(window=start, **Method("full").key())
     return {
         "window": start,
