@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from command_line import assert_one_line
 from families import plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
 from tidaldecode.baselines.methods import Method
+from tidaldecode.cli.eval_lm_eval import _print
 from tidaldecode.evaluate.cells import Cells, read_cells
 from tidaldecode.evaluate.lm_eval_tasks import (
     CELL_KEY,
+    LmEvalReport,
     TaskSettings,
     evaluate_tasks,
     find_tasks,
@@ -362,6 +366,25 @@ def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
     assert json.loads(after)["rows"] == json.loads(before)["rows"]
     plan.model_copy(update={"sink_tokens": 2}).save(tmp_path / "mine.json")
     assert_one_line(run(*command, *options), "two plans are named 'mine'")
+
+
+def test_the_tables_fit_80_columns():
+    """Names of LongBench are long, and nothing is cut off."""
+    name = "longbench_passage_retrieval_en_e"
+    methods = [Method("full"), Method("quest", 1024), Method("oracle", 0.25, selection="per_head")]
+    rows = [
+        {"task": name, **method.key(), "metrics": {"score,none": 0.5, "score_stderr,none": 0.025, "em,strict": 0.5}}
+        | {"samples": 200}
+        for method in methods
+    ]
+    report = LmEvalReport({}, "smollm2-135m", "float32", TaskSettings((name,)), 1.0, {}, tuple(rows))
+    console = Console(width=80, file=io.StringIO())
+    _print(console, report)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and not [line for line in lines if "\N{HORIZONTAL ELLIPSIS}" in line]
+    assert sum(f"smollm2-135m, {name}: " in line for line in lines) == 2
+    for method in ("full ", "quest, pages of 16", "oracle, per head"):
+        assert sum(line[2:].startswith(method) and "0.5000" in line for line in lines) == 2
 
 
 def test_without_lm_eval(run, command, monkeypatch):

@@ -136,18 +136,20 @@ def _parse_metadata(text: str | None) -> dict[str, Any]:
 
 
 def _print(console: Console, report: LmEvalReport) -> None:
-    table = Table(title=Words(f"{report.model}: scores of lm-eval's tasks"))
-    for column in ("task", "metric", "method"):
-        table.add_column(column)
-    for column in ("budget", "documents", "score", "standard error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for score in lm_eval_summary(report.rows):
-        error = "" if score.stderr is None else f"{score.stderr:.4f}"
-        table.add_row(
-            *(Words(word) for word in (score.task, score.metric.removesuffix(",none"), score.variant.label)),
-            budget_label(score.budget),
-            f"{score.samples:,}",
-            f"{score.value:.4f}",
-            error,
-        )
-    console.print(table)
+    """A table for each task and metric: the names of both are long, and the methods are what is compared."""
+    scores = lm_eval_summary(report.rows)
+    for task, metric in dict.fromkeys((score.task, score.metric) for score in scores):
+        table = Table(title=Words(f"{report.model}, {task}: {metric.removesuffix(',none')}"))
+        table.add_column("method")
+        for column in ("budget", "documents", "score", "standard error"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for score in scores:
+            if (score.task, score.metric) == (task, metric):
+                table.add_row(
+                    Words(score.variant.label),
+                    budget_label(score.budget),
+                    f"{score.samples:,}",
+                    f"{score.value:.4f}",
+                    "" if score.stderr is None else f"{score.stderr:.4f}",
+                )
+        console.print(table)
