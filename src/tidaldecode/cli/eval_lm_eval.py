@@ -153,3 +153,6 @@ def _print(console: Console, report: LmEvalReport) -> None:
                     "" if score.stderr is None else f"{score.stderr:.4f}",
                 )
         console.print(table)
+    cut = {row["task"]: row["truncated"] for row in report.rows if row.get("truncated")}  # by every method the same
+    for task, requests in cut.items():
+        console.print(Words(f"{task}: {requests:,} requests did not fit the model's positions and lost their start"))

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import random
 import tempfile
@@ -36,7 +37,19 @@ CELL_KEY = ("task", *METHOD_KEY)
 """Fields that tell one cell from another."""
 
 _COMMON = ("name", "alias", "sample_len")  # of lm-eval's results: no metrics
-_MOST_WORDS = 300  # characters of somebody else's error message
+_MOST_CHARACTERS = 300  # of somebody else's error message
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's warnings, of which there is one for many a request and task; its errors are told."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,7 @@ def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
     return f"task {name!r} is unknown to lm-eval {version('lm_eval')}{where}: {mend}{own}"
 
 
+@_quiet()
 def load_tasks(
     manager: TaskManager, names: Sequence[str], settings: TaskSettings, config: PreTrainedConfig
 ) -> LoadedTasks:
@@ -182,8 +196,8 @@ def load_tasks(
         config: the model's.
 
     Raises:
-        InputError: a task can't be loaded, or asks for what is not supported: images or sound, running code that the
-            model wrote, beam search, more new tokens than the model has positions.
+        InputError: a task can't be loaded, has no documents, or asks for what is not supported: images or sound,
+            running code that the model wrote, beam search, more new tokens than the model has positions.
     """
     tasks: dict[str, Task] = {}
     groups: dict[str, Group] = {}
@@ -192,10 +206,12 @@ def load_tasks(
         try:
             loaded = manager.load([name])
         except Exception as error:  # whatever data sets, task files and their code raise
-            raise InputError(f"task {name!r} can't be loaded: {_one_line(error)}") from error
+            hint = ", as one without documents" if isinstance(error, IndexError) else ""
+            raise InputError(f"task {name!r} can't be loaded{hint}: {_one_line(error)}") from error
         tasks |= loaded["tasks"]
         groups |= loaded["groups"]
     for name, task in tasks.items():
+        _check_documents(name, task)
         _check_task(name, task, config)
         _set_fewshot(task, settings.num_fewshot)
     digests = {name: _digest(task, settings.limit) for name, task in tasks.items()}
@@ -204,7 +220,16 @@ def load_tasks(
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MOST_WORDS else text[:_MOST_WORDS] + "..."
+    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
+
+
+def _check_documents(name: str, task: Task) -> None:
+    try:
+        first = next(iter(task.doc_iterator(limit=1)), None)
+    except Exception as error:  # as one without a test or validation split does
+        raise InputError(f"the documents of task {name!r} can't be read: {_one_line(error)}") from error
+    if first is None:
+        raise InputError(f"task {name!r} has no documents")
 
 
 def _check_task(name: str, task: Task, config: PreTrainedConfig) -> None:
@@ -300,6 +325,7 @@ def _finished_cell(loaded: LoadedTasks, name: str, method: Method, cells: Cells)
     return row if row is not None and row["task_digest"] == loaded.digests[name] else None
 
 
+@_quiet()
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -321,10 +347,12 @@ def evaluate_tasks(
             next.
 
     Returns:
-        The cells of these tasks and methods, task by task: `metrics` are lm-eval's, `samples` its documents.
+        The cells of these tasks and methods, task by task: `metrics` are lm-eval's, `samples` its documents, and
+        `truncated` its requests whose prompt lost its start, for it did not fit the model's positions.
 
     Raises:
-        InputError: one plan's name stands for another in `cells`.
+        InputError: one plan's name stands for another in `cells`, or a task fails, as one does whose metrics can't be
+            computed.
     """
     from tidaldecode.evaluate.lm_eval_model import MethodLM
 
@@ -352,23 +380,34 @@ def evaluate_tasks(
 
 
 def _run(lm: MethodLM, name: str, task: Task, settings: TaskSettings) -> dict[str, Any]:
-    """One task by the method that `lm` has."""
+    """One task by the method that `lm` has.
+
+    Raises:
+        InputError: it fails.
+    """
     from lm_eval.evaluator import evaluate
 
     began = time.perf_counter()
     _set_seeds(settings.seed)
     task.set_fewshot_seed(settings.seed)
-    found = evaluate(
-        lm=lm,
-        task_dict={"tasks": {name: task}, "groups": {}},
-        limit=settings.limit,
-        log_samples=False,
-        apply_chat_template=settings.chat_template,
-        fewshot_as_multiturn=settings.chat_template,
-    )["results"][name]
+    lm.truncated = 0
+    try:
+        found = evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: task}, "groups": {}},
+            limit=settings.limit,
+            log_samples=False,
+            apply_chat_template=settings.chat_template,
+            fewshot_as_multiturn=settings.chat_template,
+        )["results"][name]
+    except torch.OutOfMemoryError:  # no fault of the task's
+        raise
+    except Exception as error:  # whatever its prompts, filters and metrics raise
+        raise InputError(f"task {name!r} by {lm.method.label} failed: {_one_line(error)}") from error
     return {
         "alias": found["alias"],
         "samples": found["sample_len"],
+        "truncated": lm.truncated,
         "metrics": {metric: _number(value) for metric, value in found.items() if metric not in _COMMON},
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -382,6 +421,7 @@ def _number(value: Any) -> float | int | str | None:
     return value if isinstance(value, int | float | str) else str(value)
 
 
+@_quiet()
 def results_by_method(
     rows: Sequence[Mapping[str, Any]], methods: Sequence[Method], loaded: LoadedTasks
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -395,9 +435,26 @@ def results_by_method(
     results = {}
     for method in methods:
         metrics = {
-            row["task"]: {"name": row["task"], "alias": row["alias"], "sample_len": row["samples"], **row["metrics"]}
+            row["task"]: {
+                "name": row["task"],
+                "alias": row["alias"],
+                "sample_len": row["samples"],
+                **_with_nan(row["metrics"]),
+            }
             for row in rows
             if {name: row[name] for name in METHOD_KEY} == method.key()
         }
-        results[method.label] = aggregate_groups(EvalAcc(metrics=metrics, groups=loaded.groups)).collect()[0]
+        found = aggregate_groups(EvalAcc(metrics=metrics, groups=loaded.groups)).collect()[0]
+        results[method.label] = {name: _with_none_for_nan(scores) for name, scores in found.items()}
     return results
+
+
+def _with_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """For lm-eval to compute with: a group over a score that is not finite has none that is."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def _with_none_for_nan(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in scores.items()
+    }
