@@ -155,4 +155,5 @@ def _print(console: Console, report: LmEvalReport) -> None:
         console.print(table)
     cut = {row["task"]: row["truncated"] for row in report.rows if row.get("truncated")}  # by every method the same
     for task, requests in cut.items():
-        console.print(Words(f"{task}: {requests:,} requests did not fit the model's positions and lost their start"))
+        what = "1 request" if requests == 1 else f"{requests:,} requests"
+        console.print(Words(f"{task}: {what} did not fit the model's positions and lost the prompt's start"))
