@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 
 import pytest
 import torch
+from rich.console import Console
 
 from command_line import assert_one_line
 from families import plan_for
-from tidaldecode import InputError, TidalCache, apply
+from tidaldecode import InputError, TidalCache, TidalPlan, apply
 from tidaldecode.baselines.methods import Method
+from tidaldecode.cli.eval_lm_eval import _print
 from tidaldecode.evaluate.cells import Cells, read_cells
 from tidaldecode.evaluate.lm_eval_tasks import (
     CELL_KEY,
+    LmEvalReport,
     TaskSettings,
     evaluate_tasks,
     find_tasks,
@@ -215,6 +220,25 @@ def test_fractions_of_short_prompts(lm, llama):
         assert lm.loglikelihood(instances("loglikelihood", ("ab", "c")))[0][0] < 0
 
 
+def test_a_continuation_beyond_the_positions_is_refused(lm):
+    with pytest.raises(InputError, match="a continuation of 513 tokens is beyond the model's 512 positions"):
+        lm.loglikelihood(instances("loglikelihood", ("a", "b" * 513)))
+    assert lm.loglikelihood(instances("loglikelihood", ("a", "b" * 512)))[0][0] < 0
+
+
+def test_requests_that_are_cut_and_requests_that_are_done_are_counted(lm):
+    """A text of several windows is one request, done when its last window is."""
+    done = []
+    lm.on_request = lambda *request: done.append(request)
+    texts = instances("loglikelihood_rolling", ("A text of several windows. " * 45,), ("A short text.",))
+    lm.loglikelihood_rolling(texts)
+    assert done == [(1, 2), (2, 2)] and lm.truncated == 0
+    lm.generate_until(generate_requests())
+    assert done[2:] == [(1, 3), (2, 3), (3, 3)] and lm.truncated == 1
+    lm.loglikelihood(pair_requests())
+    assert len(done) == 10 and lm.truncated == 2
+
+
 # ---- tasks
 
 
@@ -261,6 +285,49 @@ def test_groups_limits_and_examples(folder, llama, byte_tokenizer, monkeypatch):
     none, _ = loaded_tasks(folder, llama, "both", limit=2)
     assert none.tasks["qa"].get_config("num_fewshot") == 0
     assert none.digests["qa"] != loaded.digests["qa"]
+
+
+def test_what_lm_eval_would_warn_of_is_in_the_cells(folder, llama, byte_tokenizer, caplog):
+    """One document is longer than the positions; of `choice` there are three requests with it."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    loaded, settings = loaded_tasks(folder, llama, "qa", "choice", "rolling")
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")], in_memory())
+    assert [row["truncated"] for row in rows] == [1, 3, 0]
+    assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
+    assert logger.level == level
+
+
+def test_a_metric_that_fails(folder, llama, byte_tokenizer):
+    (folder / "own.py").write_text("def said(doc, results):\n    return {'said': {}[\"no\\nkey\"]}\n")
+    loaded, settings = loaded_tasks(folder, llama, "choice", "qa", limit=1)
+    cells = in_memory()
+    with pytest.raises(InputError, match=r"task 'qa' by full failed: .*no.*key") as caught:
+        evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")], cells)
+    assert "\n" not in str(caught.value) and [row["task"] for row in cells.rows] == ["choice"]
+
+
+def test_a_metric_that_is_not_finite(folder, llama, byte_tokenizer, monkeypatch):
+    """It is null, and so is what a group makes of it."""
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))
+    (folder / "own.py").write_text("def said(doc, results):\n    return {'said': float('inf')}\n")
+    (folder / "both.yaml").write_text(BOTH.replace("metric: acc,", "metric: said,"))
+    loaded, settings = loaded_tasks(folder, llama, "both", limit=2)
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")], in_memory())
+    results = results_by_method(rows, [Method("full")], loaded)["full"]
+    assert results["qa"]["said,none"] is results["both"]["said,none"] is None
+    assert results["both"]["sample_len"] == 4
+    json.dumps(results, allow_nan=False)
+
+
+def test_a_task_without_documents(folder, llama, monkeypatch):
+    (folder / "own.py").write_text(OWN + "\ndef none(documents):\n    return documents.select([])\n")
+    write_task(folder, "empty", QA.replace("task: qa", "task: empty\nprocess_docs: !function own.none"))
+    with pytest.raises(InputError, match="task 'empty' can't be loaded, as one without documents: "):
+        loaded_tasks(folder, llama, "empty")
+    monkeypatch.setattr("lm_eval.api.task.Task.doc_iterator", lambda *arguments, **options: iter(()))
+    with pytest.raises(InputError, match="task 'qa' has no documents"):  # a task of Python code may load without
+        loaded_tasks(folder, llama, "qa")
 
 
 def test_a_stopped_run_goes_on(folder, llama, byte_tokenizer, tmp_path, monkeypatch):
@@ -322,7 +389,12 @@ def test_eval_lm_eval(run, command, tmp_path):
     assert len(file.rows) == 2 and file.header["kind"] == "lm-eval"
     assert file.rows[0]["metrics"].keys() == {f"acc{n}{e},none" for n in ("", "_norm") for e in ("", "_stderr")}
     assert str(tmp_path) not in json.dumps([file.header, file.rows, several])
+    assert "did not fit" not in err
     assert_one_line(run(*command, *output, "--limit", "3"), "lm-eval.jsonl", "limit 2", "limit 3")
+    status, _, err = run(*command, "--method", "full,streaming", "--budget", "16", "--limit", "3")
+    assert status == 0, err
+    (line,) = (line for line in err.splitlines() if "did not fit" in line)
+    assert line.startswith("choice: 3 requests did not fit the model's positions")
 
 
 @pytest.mark.parametrize(
@@ -347,6 +419,40 @@ def test_bad_input_before_the_model_is_loaded(run, command, options, words, monk
     write_task(folder, "beams", QA.replace("task: qa", "task: beams").replace("do_sample", "num_beams: 2, do_sample"))
     write_task(folder, "gone", QA.replace("task: qa", "task: gone").replace("{data}", str(folder / "gone.jsonl")))
     assert_one_line(run(*command, *options), *words)
+
+
+def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
+    """All is measured, or a plan's name stands for another in the file."""
+    plan = TidalPlan.paper(7).model_copy(update={"name": None, "token_budget": 12})
+    plan.save(tmp_path / "mine.json")
+    options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
+    status, before, err = run(*command, *options)
+    assert status == 0, err
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    status, after, err = run(*command, *options)
+    assert status == 0, err
+    assert json.loads(after)["rows"] == json.loads(before)["rows"]
+    plan.model_copy(update={"sink_tokens": 2}).save(tmp_path / "mine.json")
+    assert_one_line(run(*command, *options), "two plans are named 'mine'")
+
+
+def test_the_tables_fit_80_columns():
+    """Names of LongBench are long, and nothing is cut off."""
+    name = "longbench_passage_retrieval_en_e"
+    methods = [Method("full"), Method("quest", 1024), Method("oracle", 0.25, selection="per_head")]
+    rows = [
+        {"task": name, **method.key(), "metrics": {"score,none": 0.5, "score_stderr,none": 0.025, "em,strict": 0.5}}
+        | {"samples": 200}
+        for method in methods
+    ]
+    report = LmEvalReport({}, "smollm2-135m", "float32", TaskSettings((name,)), 1.0, {}, tuple(rows))
+    console = Console(width=80, file=io.StringIO())
+    _print(console, report)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and not [line for line in lines if "\N{HORIZONTAL ELLIPSIS}" in line]
+    assert sum(f"smollm2-135m, {name}: " in line for line in lines) == 2
+    for method in ("full ", "quest, pages of 16", "oracle, per head"):
+        assert sum(line[2:].startswith(method) and "0.5000" in line for line in lines) == 2
 
 
 def test_without_lm_eval(run, command, monkeypatch):

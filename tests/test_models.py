@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tidaldecode import InputError, demo_model
-from tidaldecode.models import find_model
+from tidaldecode.models import ModelFiles, find_model
 
 
 @pytest.fixture
@@ -161,6 +161,38 @@ def test_damaged_config(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+def identity_of(name):
+    files = find_model(str(name))
+    return files.identity(files.config(), torch.device("cpu"), torch.float32)
+
+
+def test_models_of_one_folder_name_are_told_apart(tiny_folder, tmp_path, monkeypatch):
+    """By their weights and configuration; a copy elsewhere is the same model, and so is the folder one stands in."""
+    for name in ("a", "b", "c"):
+        shutil.copytree(tiny_folder, tmp_path / name / "final")
+    weights = bytearray((tmp_path / "b" / "final" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "b" / "final" / "model.safetensors").write_bytes(weights)
+    first = identity_of(tmp_path / "a" / "final")
+    assert first["model"] == "final" and (first["device_type"], first["dtype"]) == ("cpu", "float32")
+    other = identity_of(tmp_path / "b" / "final")
+    assert {name for name in first if first[name] != other[name]} == {"model_digest"}
+    assert identity_of(tmp_path / "c" / "final") == first
+    config = tmp_path / "c" / "final" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert identity_of(tmp_path / "c" / "final")["model_digest"] != first["model_digest"]
+    monkeypatch.chdir(tmp_path / "a" / "final")
+    assert identity_of(".") == first
+
+
+def test_a_hub_model_is_told_by_its_commit(tiny):
+    config = tiny("llama").config
+    config._commit_hash = "0123abc"
+    files = ModelFiles("somebody/something", "somebody/something", {})
+    identity = files.identity(config, torch.device("cpu"), torch.float32)
+    assert (identity["model"], identity["model_digest"]) == ("somebody/something", "0123abc")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -212,6 +244,8 @@ def test_gguf_file(demo_files, tmp_path):
     writer.close()
     files = find_model(str(tmp_path / "tiny.gguf"))
     assert files.config().name_or_path == "tiny"
+    identity = identity_of(tmp_path / "tiny.gguf")
+    assert identity["model"] == "tiny.gguf" and len(identity["model_digest"]) == 16
     model = files.model(torch.device("cpu"), torch.float32)
     assert model.config.num_hidden_layers == 3
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 32)

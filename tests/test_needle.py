@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from command_line import assert_one_line
 from families import plan_for
-from tidaldecode import InputError, TidalCache, apply
+from tidaldecode import InputError, TidalCache, TidalPlan, apply
 from tidaldecode.baselines.methods import Method, every_method
 from tidaldecode.evaluate import needle as module
 from tidaldecode.evaluate.cells import Cells, read_cells
@@ -230,6 +230,21 @@ def test_eval_needle(run, command, tmp_path):
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
     monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, *options), *words)
+
+
+def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
+    """All is measured, or a plan's name stands for another in the file."""
+    plan = TidalPlan.paper(7).model_copy(update={"name": None, "token_budget": 12})
+    plan.save(tmp_path / "mine.json")
+    options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
+    status, before, err = run(*command, *options)
+    assert status == 0, err
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    status, after, err = run(*command, *options)
+    assert status == 0, err
+    assert json.loads(after)["rows"] == json.loads(before)["rows"]
+    plan.model_copy(update={"sink_tokens": 2}).save(tmp_path / "mine.json")
+    assert_one_line(run(*command, *options), "two plans are named 'mine'")
 
 
 def test_a_haystack_that_is_too_short(run, command, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_plans_of_one_name_are_never_mixed(llama):
     check_plan_names([Method("full").key(), Method("quest", 64).key()])
 
 
+def test_a_likelihood_that_is_not_finite_is_no_result(llama, tmp_path):
+    llama.half().lm_head.weight.data.mul_(60000)
+    overflows = pytest.raises(InputError, match="float16 overflows; give --dtype bfloat16 or float32")
+    with Cells.open(tmp_path / "ppl.jsonl", {"kind": "ppl"}, CELL_KEY) as cells, overflows:
+        perplexity(llama, TEXT, SETTINGS, [], cells)
+    assert read_cells(tmp_path / "ppl.jsonl").rows == []
+    llama.float().lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(InputError, match="full at token 5: .* weights are damaged"):
+        perplexity(llama, TEXT, SETTINGS, [], in_memory())
+
+
 def test_what_tells_methods_apart(llama):
     plan = plan_for(llama.config).model_copy(update={"name": "p"})
     names = ("full", "tidal", "quest", "streaming", "oracle")
@@ -232,6 +244,7 @@ def test_eval_ppl(run, command, tmp_path):
     more = ["--method", "quest,streaming,oracle", "--budget", "16,0.5", "--selection", "per_head,unified"]
     status, out, err = run(*command, *more, "--full-layers", "0", "--page-size", "4", "--output", output, "--json")
     assert status == 0, err
+    assert "50\N{NO-BREAK SPACE}%" in err and " 0.5 " not in err
     answer = json.loads(out)
     assert len(answer["rows"]) == 1 + 2 + 2 + 4
     assert "gap" not in answer
@@ -256,6 +269,7 @@ def test_eval_ppl(run, command, tmp_path):
         (["--windows", "9"], ["the text has 880 tokens, 816 too few for 9 windows of 96 tokens"]),
         (["--offset", "600"], ["16 too few"]),
         (["--context", "513"], ["a context of 513 tokens is beyond the model's 512 positions"]),
+        (["--context", "2", "--decode", "1"], ["a context of 2 is too small: 3 tokens at least"]),
         (["--decode", "95"], ["95 decoded tokens leave no prompt", "decode 94 at most"]),
     ],
 )
@@ -271,6 +285,31 @@ def test_results_of_another_text_are_refused(run, command, tmp_path):
     assert_one_line(run(*command, *output), "ppl.jsonl", "text")
     (tmp_path / "file").write_text("")
     assert_one_line(run(*command, "--output", str(tmp_path / "file")), "is a file: give a folder")
+
+
+def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
+    """All is measured, or a plan's name stands for another in the file."""
+    plan = TidalPlan.paper(7).model_copy(update={"name": None, "token_budget": 12})
+    plan.save(tmp_path / "mine.json")
+    options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
+    status, before, err = run(*command, *options)
+    assert status == 0, err
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    status, after, err = run(*command, *options)
+    assert status == 0, err
+    assert json.loads(after)["rows"] == json.loads(before)["rows"]
+    plan.model_copy(update={"sink_tokens": 2}).save(tmp_path / "mine.json")
+    assert_one_line(run(*command, *options), "two plans are named 'mine'")
+
+
+def test_results_of_another_model_of_the_same_name_are_refused(run, command, tmp_path, tiny_folder):
+    for name in ("a", "b"):
+        shutil.copytree(tiny_folder, tmp_path / name / "final")
+    options = ["--budget", "16", "--output", str(tmp_path / "results"), "--model"]
+    assert run(*command, *options, str(tmp_path / "a" / "final"))[0] == 0
+    weights = tmp_path / "b" / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert_one_line(run(*command, *options, str(tmp_path / "b" / "final")), "ppl.jsonl", "model_digest")
 
 
 def test_the_plan_of_a_file_goes_by_its_stem(run, command, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +16,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode import demo_model
 from tidaldecode.errors import InputError
+from tidaldecode.hf.architecture import model_shape
 
 _BFLOAT16 = (8, 0)  # compute capability from which on GPUs have it
+_BLOCK, _BLOCKS = 1 << 16, 16  # bytes of a block, and blocks of a file, that a model is told by
 
 
 def _to_stderr(step: str) -> None:
@@ -36,6 +40,51 @@ class ModelFiles:
     def config(self) -> PreTrainedConfig:
         """The model's configuration, without its weights."""
         return self._named(self._read(AutoConfig))
+
+    @property
+    def title(self) -> str:
+        """What results call the model: of this machine's folders the last alone."""
+        return Path(os.path.abspath(self.name)).name if Path(self.name).exists() else self.name
+
+    def identity(self, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        """What the results of a model have in common, whatever was measured; nothing is loaded.
+
+        Args:
+            config: see `config`.
+
+        Raises:
+            InputError: a file can't be read.
+        """
+        return {
+            "model": self.title,
+            "model_shape": model_shape(config).describe(),
+            "model_digest": self._digest(config),
+            "device_type": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def _digest(self, config: PreTrainedConfig) -> str | None:
+        """Tells the files from those of another model of the same name: a hub id's by their commit.
+
+        Of a weight file its size and blocks evenly spaced from its start to its end count: reading all would take as
+        long as loading it.
+        """
+        folder = Path(self.location)
+        if not folder.is_dir():
+            commit: str | None = config._commit_hash
+            return commit
+        digest = hashlib.sha256()
+        try:
+            if "gguf_file" in self.options:
+                weights = [folder / self.options["gguf_file"]]
+            else:
+                digest.update((folder / "config.json").read_bytes())
+                weights = sorted(folder.glob("*.safetensors"))
+            for path in weights:
+                _add_samples(digest, path)
+        except OSError as error:
+            raise InputError(f"model {self.name!r} can't be read: {_one_line(error)}") from error
+        return digest.hexdigest()[:16]
 
     def _named(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """A GGUF file's configuration names its folder; a plan is found by the name of the file."""
@@ -75,6 +124,15 @@ class ModelFiles:
         except Exception as error:  # whatever a damaged file makes the libraries raise
             mend = f"; delete {self.location} and start again" if self.name == demo_model.NAME else ""
             raise InputError(f"model {self.name!r} can't be read: {_one_line(error)}{mend}") from error
+
+
+def _add_samples(digest: hashlib._Hash, path: Path) -> None:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(size.to_bytes(8))
+        for block in range(_BLOCKS):
+            file.seek(max(0, size - _BLOCK) * block // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
 
 
 def _one_line(error: Exception, most: int = 300) -> str:

@@ -76,12 +76,12 @@ def lm_eval(
             check_lm_eval,
             evaluate_tasks,
             find_tasks,
+            finished,
             load_tasks,
             results_by_method,
             tokenizer_metadata,
         )
         from tidaldecode.hf import apply
-        from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
 
         check_lm_eval()
@@ -100,19 +100,20 @@ def lm_eval(
         with tokenizer_metadata(tokenizer) as known:
             manager, names = find_tasks(settings, known)
             loaded = load_tasks(manager, names, settings, config)
-        name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
         where = environment(target)
-        identity = cell_identity(settings, name, model_shape(config).describe(), target, precision)
+        identity = cell_identity(settings, files.identity(config, target, precision))
         with Cells.open(results, identity, CELL_KEY, where) as cells:
-            status.update("loading the model")
-            weights = apply(files.model(target, precision), "full")
-            status.stop()
-            began = time.perf_counter()
-            with eval_options.progress_bar(console) as on_progress:
-                rows = evaluate_tasks(weights, tokenizer, loaded, settings, methods, cells, on_progress)
+            rows, began = finished(loaded, methods, cells), time.perf_counter()
+            if rows is None:
+                status.update("loading the model")
+                weights = apply(files.model(target, precision), "full")
+                status.stop()
+                began = time.perf_counter()
+                with eval_options.progress_bar(console) as on_progress:
+                    rows = evaluate_tasks(weights, tokenizer, loaded, settings, methods, cells, on_progress)
         report = LmEvalReport(
             environment=where,
-            model=name,
+            model=files.title,
             dtype=str(precision).removeprefix("torch."),
             settings=settings,
             seconds=round(time.perf_counter() - began, 3),
@@ -135,18 +136,24 @@ def _parse_metadata(text: str | None) -> dict[str, Any]:
 
 
 def _print(console: Console, report: LmEvalReport) -> None:
-    table = Table(title=Words(f"{report.model}: scores of lm-eval's tasks"))
-    for column in ("task", "metric", "method"):
-        table.add_column(column)
-    for column in ("budget", "documents", "score", "standard error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for score in lm_eval_summary(report.rows):
-        error = "" if score.stderr is None else f"{score.stderr:.4f}"
-        table.add_row(
-            *(Words(word) for word in (score.task, score.metric.removesuffix(",none"), score.variant.label)),
-            budget_label(score.budget),
-            f"{score.samples:,}",
-            f"{score.value:.4f}",
-            error,
-        )
-    console.print(table)
+    """A table for each task and metric: the names of both are long, and the methods are what is compared."""
+    scores = lm_eval_summary(report.rows)
+    for task, metric in dict.fromkeys((score.task, score.metric) for score in scores):
+        table = Table(title=Words(f"{report.model}, {task}: {metric.removesuffix(',none')}"))
+        table.add_column("method")
+        for column in ("budget", "documents", "score", "standard error"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for score in scores:
+            if (score.task, score.metric) == (task, metric):
+                table.add_row(
+                    Words(score.variant.label),
+                    budget_label(score.budget),
+                    f"{score.samples:,}",
+                    f"{score.value:.4f}",
+                    "" if score.stderr is None else f"{score.stderr:.4f}",
+                )
+        console.print(table)
+    cut = {row["task"]: row["truncated"] for row in report.rows if row.get("truncated")}  # by every method the same
+    for task, requests in cut.items():
+        what = "1 request" if requests == 1 else f"{requests:,} requests"
+        console.print(Words(f"{task}: {what} did not fit the model's positions and lost the prompt's start"))

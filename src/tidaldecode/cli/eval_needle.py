@@ -24,7 +24,9 @@ def needle(
     haystack: Annotated[
         str | None,
         typer.Option(
-            "--haystack", metavar="DIR|F", help="A text, or a folder of .txt files. Default: Paul Graham's essays."
+            "--haystack",
+            metavar="DIR|F",
+            help="A text, or a folder of .txt files, read whole, in the order of names. Default: Paul Graham's essays.",
         ),
     ] = None,
     lengths: Annotated[str, typer.Option("--lengths", metavar="N,...", help="Tokens of the prompts.")] = "4000",
@@ -59,12 +61,12 @@ def needle(
             NeedleSettings,
             cell_identity,
             find_needles,
+            finished,
             needle_cases,
             paul_graham_essays,
         )
         from tidaldecode.evaluate.text import Text, text_parts
         from tidaldecode.hf import apply
-        from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
         from tidaldecode.report.drawing import check_matplotlib
         from tidaldecode.report.evaluation_plots import plot_needle_heatmaps
@@ -83,18 +85,19 @@ def needle(
         tokenizer = files.tokenizer()
         text = Text.tokenize(tokenizer, parts)
         cases = needle_cases(tokenizer, text, settings, config)
-    name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
     where = environment(target)
-    identity = cell_identity(settings, name, model_shape(config).describe(), text, target, precision)
+    identity = cell_identity(settings, files.identity(config, target, precision), text)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
-        with console.status("loading the model"):
-            loaded = apply(files.model(target, precision), "full")
-        began = time.perf_counter()
-        with eval_options.progress_bar(console) as on_progress:
-            rows = find_needles(loaded, text, cases, methods, cells, on_progress)
+        rows, began = finished(cases, methods, cells), time.perf_counter()
+        if rows is None:
+            with console.status("loading the model"):
+                loaded = apply(files.model(target, precision), "full")
+            began = time.perf_counter()
+            with eval_options.progress_bar(console) as on_progress:
+                rows = find_needles(loaded, text, cases, methods, cells, on_progress)
     report = NeedleReport(
         environment=where,
-        model=name,
+        model=files.title,
         dtype=str(precision).removeprefix("torch."),
         haystack="Paul Graham's essays" if haystack is None else Path(haystack).name,
         settings=settings,

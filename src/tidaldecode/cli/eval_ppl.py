@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.report.labels import budget_label
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.perplexity import PerplexityReport
@@ -24,7 +25,9 @@ def ppl(
     text: Annotated[
         str | None,
         typer.Option(
-            "--text", metavar="F|DIR", help="A text, or a folder of .txt files. Default: Paul Graham's essays."
+            "--text",
+            metavar="F|DIR",
+            help="A text, or a folder of .txt files, read whole, in the order of names. Default: Paul Graham's essays.",
         ),
     ] = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of a window.")] = 8192,
@@ -63,11 +66,11 @@ def ppl(
             PerplexityReport,
             PerplexitySettings,
             cell_identity,
+            finished,
             perplexity,
         )
         from tidaldecode.evaluate.text import Text, text_parts
         from tidaldecode.hf import apply
-        from tidaldecode.hf.architecture import model_shape
         from tidaldecode.models import find_model
         from tidaldecode.report.drawing import check_matplotlib
         from tidaldecode.report.evaluation_plots import plot_budget_sweep, plot_perplexity_over_position
@@ -87,19 +90,20 @@ def ppl(
     with console.status("reading the text"):
         tokens = Text.tokenize(files.tokenizer(), parts)
         settings.check_text(tokens)
-    name = Path(model).name if Path(model).exists() else model  # of this machine's folders the last alone
     where = environment(target)
-    identity = cell_identity(settings, name, model_shape(config).describe(), tokens, target, precision)
+    identity = cell_identity(settings, files.identity(config, target, precision), tokens)
     with Cells.open(results, identity, CELL_KEY, where) as cells:
-        with console.status("loading the model"):
-            torch.manual_seed(seed)
-            loaded = apply(files.model(target, precision), "full")
-        began = time.perf_counter()
-        with eval_options.progress_bar(console) as on_progress:
-            rows = perplexity(loaded, tokens, settings, methods, cells, on_progress)
+        rows, began = finished(settings, methods, cells), time.perf_counter()
+        if rows is None:
+            with console.status("loading the model"):
+                torch.manual_seed(seed)
+                loaded = apply(files.model(target, precision), "full")
+            began = time.perf_counter()
+            with eval_options.progress_bar(console) as on_progress:
+                rows = perplexity(loaded, tokens, settings, methods, cells, on_progress)
     report = PerplexityReport(
         environment=where,
-        model=name,
+        model=files.title,
         dtype=str(precision).removeprefix("torch."),
         text="Paul Graham's essays" if text is None else Path(text).name,
         settings=settings,
@@ -108,7 +112,7 @@ def ppl(
         figures=() if results is None else tuple(str(results.with_name(name)) for name in _FIGURES),
     )
     for figure, plot in zip(report.figures, (plot_budget_sweep, plot_perplexity_over_position), strict=False):
-        plot(rows, Path(figure), f"{name}, {report.text}")
+        plot(rows, Path(figure), f"{report.model}, {report.text}")
     _print(console, report)
     if json_output:
         print(json.dumps(report.to_json()))
@@ -123,8 +127,7 @@ def _print(console: Console, report: PerplexityReport) -> None:
     for column in ("budget", "nats per token", "above full", "standard error"):
         table.add_column(column, justify="right", min_width=7)
     for row in report.rows:
-        budget = "" if row.budget is None else f"{row.budget:,}" if isinstance(row.budget, int) else f"{row.budget:g}"
         error = "" if row.gap_stderr is None else f"{row.gap_stderr:.4f}"
         gap, error = ("", "") if row.budget is None else (f"{row.gap:+.4f}", error)
-        table.add_row(Words(row.variant.label), budget, f"{row.nll:.4f}", gap, error)
+        table.add_row(Words(row.variant.label), budget_label(row.budget), f"{row.nll:.4f}", gap, error)
     console.print(table)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.attention import Attention
 from tidaldecode.baselines.methods import Method, tokens_of
+from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.architecture import model_shape
 from tidaldecode.hf.plans import find_plan
@@ -33,7 +34,9 @@ class MethodLM(HFLM):
 
     - of `generate_until`: the answer, by the model's `generate`;
     - of `loglikelihood`: the continuation, teacher-forced in one pass (`tidaldecode.hf.scoring`), float32;
-    - of `loglikelihood_rolling`: all of the text, window by window: the prompt is the one token before each window.
+    - of `loglikelihood_rolling`: all of the text, window by window. The prompt is the one token before a window; but
+      the last of several windows has few tokens left to score, and lm-eval fills its prompt up with the tokens before
+      them, which are read with full attention although they were decoded, and scored, in the window before.
 
     A budget that is a fraction is one of the prompt, and of the continuation too where there is one.
 
@@ -44,12 +47,14 @@ class MethodLM(HFLM):
     Attributes:
         method: may be changed between requests.
         on_request: told how many requests of how many are done.
+        truncated: requests so far whose prompt lost its start, for it did not fit the model's positions.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.method = Method("full")
         self.on_request: Callable[[int, int], None] = lambda done, total: None
+        self.truncated = 0
         self._cache: TidalCache | None = None
         self._attends: tuple[Method, int | None] | None = None
         self._done, self._total = 0, 0
@@ -58,6 +63,20 @@ class MethodLM(HFLM):
         """Answers, decoded under the method. The bar is `on_request`'s."""
         self._done, self._total = 0, len(requests)
         return super().generate_until(requests, disable_tqdm=True)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and mask of a prompt, [1, T]: of its last `left_truncate_len` tokens, and it is counted if cut."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len is None or ids.shape[1] <= left_truncate_len:
+            return ids, mask
+        self.truncated += 1
+        return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         prompt = context.shape[1]
@@ -71,10 +90,14 @@ class MethodLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Sum of the log probabilities of each continuation, and whether greedy decoding would say it."""
+        """Sum of the log probabilities of each continuation, and whether greedy decoding would say it.
+
+        Raises:
+            InputError: a continuation has more tokens than the model has positions.
+        """
         if override_bs is None:  # else one window of many, of `loglikelihood_rolling`
             self._done, self._total = 0, len(requests)
-        texts = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        texts = [self._fitting(context, continuation) for _, context, continuation in requests]
         cache = self._empty_cache(max(map(len, texts)))
         read: list[int] = []
         answers = []
@@ -88,13 +111,28 @@ class MethodLM(HFLM):
             scores = score_tokens(self.model, cache, torch.tensor([rest]))
             cache.crop(len(prompt) - cache.get_seq_length())
             answers.append((float(scores.log_probs.sum()), bool(scores.greedy.all())))
-            self._count_request()
+            if override_bs is None:
+                self._count_request()
         return answers
 
+    def _fitting(self, context: list[int], continuation: list[int]) -> list[int]:
+        """As many of the last tokens as the model can read and score."""
+        if len(continuation) > self.max_length:
+            raise InputError(
+                f"a continuation of {len(continuation)} tokens is beyond the model's {self.max_length} positions"
+            )
+        text = context + continuation
+        self.truncated += len(text) > self.max_length + 1
+        return text[-self.max_length - 1 :]
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log probability of each text, decoded under the method from its first token on."""
-        self._done, self._total = 0, 0  # how many windows there will be is lm-eval's business
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        """Log probability of each text, decoded under the method; the class says which few tokens are not."""
+        self._done, self._total = 0, len(requests)
+        answers = []
+        for request in requests:  # one at a time, for lm-eval does not say which request a window is of
+            answers += super().loglikelihood_rolling([request], disable_tqdm=True)
+            self._count_request()
+        return answers
 
     def _empty_cache(self, capacity: int) -> TidalCache:
         """The cache of the requests before, or a larger one."""
@@ -123,7 +161,7 @@ class MethodLM(HFLM):
 
     def _count_request(self) -> None:
         self._done += 1
-        self.on_request(self._done, max(self._done, self._total))
+        self.on_request(self._done, self._total)
 
 
 def _budget_in_tokens(method: Method, context: int) -> int | None:

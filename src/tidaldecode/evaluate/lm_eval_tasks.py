@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import random
 import tempfile
@@ -36,7 +37,19 @@ CELL_KEY = ("task", *METHOD_KEY)
 """Fields that tell one cell from another."""
 
 _COMMON = ("name", "alias", "sample_len")  # of lm-eval's results: no metrics
-_MOST_WORDS = 300  # characters of somebody else's error message
+_MOST_CHARACTERS = 300  # of somebody else's error message
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's warnings, of which there is one for many a request and task; its errors are told."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,7 @@ def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
     return f"task {name!r} is unknown to lm-eval {version('lm_eval')}{where}: {mend}{own}"
 
 
+@_quiet()
 def load_tasks(
     manager: TaskManager, names: Sequence[str], settings: TaskSettings, config: PreTrainedConfig
 ) -> LoadedTasks:
@@ -182,8 +196,8 @@ def load_tasks(
         config: the model's.
 
     Raises:
-        InputError: a task can't be loaded, or asks for what is not supported: images or sound, running code that the
-            model wrote, beam search, more new tokens than the model has positions.
+        InputError: a task can't be loaded, has no documents, or asks for what is not supported: images or sound,
+            running code that the model wrote, beam search, more new tokens than the model has positions.
     """
     tasks: dict[str, Task] = {}
     groups: dict[str, Group] = {}
@@ -192,10 +206,12 @@ def load_tasks(
         try:
             loaded = manager.load([name])
         except Exception as error:  # whatever data sets, task files and their code raise
-            raise InputError(f"task {name!r} can't be loaded: {_one_line(error)}") from error
+            hint = ", as one without documents" if isinstance(error, IndexError) else ""
+            raise InputError(f"task {name!r} can't be loaded{hint}: {_one_line(error)}") from error
         tasks |= loaded["tasks"]
         groups |= loaded["groups"]
     for name, task in tasks.items():
+        _check_documents(name, task)
         _check_task(name, task, config)
         _set_fewshot(task, settings.num_fewshot)
     digests = {name: _digest(task, settings.limit) for name, task in tasks.items()}
@@ -204,7 +220,16 @@ def load_tasks(
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MOST_WORDS else text[:_MOST_WORDS] + "..."
+    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
+
+
+def _check_documents(name: str, task: Task) -> None:
+    try:
+        first = next(iter(task.doc_iterator(limit=1)), None)
+    except Exception as error:  # as one without a test or validation split does
+        raise InputError(f"the documents of task {name!r} can't be read: {_one_line(error)}") from error
+    if first is None:
+        raise InputError(f"task {name!r} has no documents")
 
 
 def _check_task(name: str, task: Task, config: PreTrainedConfig) -> None:
@@ -265,28 +290,42 @@ def tokenizer_metadata(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         yield {"tokenizer": folder}
 
 
-def cell_identity(
-    settings: TaskSettings, name: str, model_shape: str, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def cell_identity(settings: TaskSettings, model: Mapping[str, Any]) -> dict[str, Any]:
     """What all cells of a file of results have in common.
 
     Args:
-        name, model_shape: of the model.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "lm-eval",
-        "model": name,
-        "model_shape": model_shape,
+        **model,
         "lm_eval": version("lm_eval"),
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "chat_template": settings.chat_template,
         "seed": settings.seed,
-        "device_type": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
+def finished(loaded: LoadedTasks, methods: Sequence[Method], cells: Cells) -> list[dict[str, Any]] | None:
+    """What `evaluate_tasks` returns, if nothing is left to be measured: then no model is needed.
+
+    Raises:
+        InputError: one plan's name stands for another in `cells`.
+    """
+    check_plan_names([*cells.rows, *(method.key() for method in methods)])
+    rows = [_finished_cell(loaded, name, method, cells) for name in loaded.tasks for method in methods]
+    found = [row for row in rows if row is not None]
+    return found if len(found) == len(rows) else None
+
+
+def _finished_cell(loaded: LoadedTasks, name: str, method: Method, cells: Cells) -> dict[str, Any] | None:
+    """The cell of a task as it is now: rules and documents may have changed since it was measured."""
+    row = cells.find(task=name, **method.key())
+    return row if row is not None and row["task_digest"] == loaded.digests[name] else None
+
+
+@_quiet()
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -308,10 +347,12 @@ def evaluate_tasks(
             next.
 
     Returns:
-        The cells of these tasks and methods, task by task: `metrics` are lm-eval's, `samples` its documents.
+        The cells of these tasks and methods, task by task: `metrics` are lm-eval's, `samples` its documents, and
+        `truncated` its requests whose prompt lost its start, for it did not fit the model's positions.
 
     Raises:
-        InputError: one plan's name stands for another in `cells`.
+        InputError: one plan's name stands for another in `cells`, or a task fails, as one does whose metrics can't be
+            computed.
     """
     from tidaldecode.evaluate.lm_eval_model import MethodLM
 
@@ -321,8 +362,7 @@ def evaluate_tasks(
     lm = MethodLM(model, tokenizer)
     for name, task in loaded.tasks.items():
         for method in methods:
-            row = cells.find(task=name, **method.key())
-            if row is None or row["task_digest"] != loaded.digests[name]:
+            if _finished_cell(loaded, name, method, cells) is None:
                 what, before, count = f"{name}: {method.label}", done, documents[name]
 
                 def show(part: int, parts: int, what: str = what, before: int = before, count: int = count) -> None:
@@ -334,33 +374,40 @@ def evaluate_tasks(
                 cells.append({"task": name, **method.key(), "task_digest": loaded.digests[name], **found})
             done += documents[name]
     on_progress(done, total, "done")
-    return [_row(cells, name, method) for name in loaded.tasks for method in methods]
-
-
-def _row(cells: Cells, name: str, method: Method) -> dict[str, Any]:
-    row = cells.find(task=name, **method.key())
-    assert row is not None
-    return row
+    rows = finished(loaded, methods, cells)
+    assert rows is not None
+    return rows
 
 
 def _run(lm: MethodLM, name: str, task: Task, settings: TaskSettings) -> dict[str, Any]:
-    """One task by the method that `lm` has."""
+    """One task by the method that `lm` has.
+
+    Raises:
+        InputError: it fails.
+    """
     from lm_eval.evaluator import evaluate
 
     began = time.perf_counter()
     _set_seeds(settings.seed)
     task.set_fewshot_seed(settings.seed)
-    found = evaluate(
-        lm=lm,
-        task_dict={"tasks": {name: task}, "groups": {}},
-        limit=settings.limit,
-        log_samples=False,
-        apply_chat_template=settings.chat_template,
-        fewshot_as_multiturn=settings.chat_template,
-    )["results"][name]
+    lm.truncated = 0
+    try:
+        found = evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: task}, "groups": {}},
+            limit=settings.limit,
+            log_samples=False,
+            apply_chat_template=settings.chat_template,
+            fewshot_as_multiturn=settings.chat_template,
+        )["results"][name]
+    except torch.OutOfMemoryError:  # no fault of the task's
+        raise
+    except Exception as error:  # whatever its prompts, filters and metrics raise
+        raise InputError(f"task {name!r} by {lm.method.label} failed: {_one_line(error)}") from error
     return {
         "alias": found["alias"],
         "samples": found["sample_len"],
+        "truncated": lm.truncated,
         "metrics": {metric: _number(value) for metric, value in found.items() if metric not in _COMMON},
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -374,6 +421,7 @@ def _number(value: Any) -> float | int | str | None:
     return value if isinstance(value, int | float | str) else str(value)
 
 
+@_quiet()
 def results_by_method(
     rows: Sequence[Mapping[str, Any]], methods: Sequence[Method], loaded: LoadedTasks
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -387,9 +435,26 @@ def results_by_method(
     results = {}
     for method in methods:
         metrics = {
-            row["task"]: {"name": row["task"], "alias": row["alias"], "sample_len": row["samples"], **row["metrics"]}
+            row["task"]: {
+                "name": row["task"],
+                "alias": row["alias"],
+                "sample_len": row["samples"],
+                **_with_nan(row["metrics"]),
+            }
             for row in rows
             if {name: row[name] for name in METHOD_KEY} == method.key()
         }
-        results[method.label] = aggregate_groups(EvalAcc(metrics=metrics, groups=loaded.groups)).collect()[0]
+        found = aggregate_groups(EvalAcc(metrics=metrics, groups=loaded.groups)).collect()[0]
+        results[method.label] = {name: _with_none_for_nan(scores) for name, scores in found.items()}
     return results
+
+
+def _with_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """For lm-eval to compute with: a group over a score that is not finite has none that is."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def _with_none_for_nan(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in scores.items()
+    }

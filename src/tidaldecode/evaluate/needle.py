@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -200,23 +200,37 @@ def _check_positions(case: NeedleCase, config: PreTrainedConfig) -> None:
         )
 
 
-def cell_identity(
-    settings: NeedleSettings, name: str, model_shape: str, haystack: Text, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def cell_identity(settings: NeedleSettings, model: Mapping[str, Any], haystack: Text) -> dict[str, Any]:
     """What all cells of a file of results have in common.
 
     Args:
-        name, model_shape: of the model.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "needle",
-        "model": name,
-        "model_shape": model_shape,
+        **model,
         "text": haystack.digest(),
         "seed": settings.seed,
-        "device_type": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def finished(cases: Sequence[NeedleCase], methods: Sequence[Method], cells: Cells) -> list[NeedleSummary] | None:
+    """What `find_needles` returns, if nothing is left to be measured: then no model is needed.
+
+    Raises:
+        InputError: one plan's name stands for another in `cells`.
+    """
+    methods = _with_full(methods)
+    check_plan_names([*cells.rows, *(method.key() for method in methods)])
+    # the cells of these cases and methods alone: the file may hold others
+    rows = [cells.find(**_key(case, method)) for method in methods for case in cases]
+    found = [row for row in rows if row is not None]
+    return needle_summary(found) if len(found) == len(rows) else None
+
+
+def _with_full(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """Full attention, then each of the others once."""
+    return tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
 
 
 def find_needles(
@@ -250,7 +264,7 @@ def find_needles(
     Raises:
         InputError: one plan's name stands for another in `cells`.
     """
-    methods = tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
+    methods = _with_full(methods)
     check_plan_names([*cells.rows, *(method.key() for method in methods)])
     total, done = len(cases) * (1 + len(methods)), 0
     capacity = max(case.length + len(case.answer) for case in cases)
@@ -268,20 +282,13 @@ def find_needles(
             cells.append({**_key(case, method), "correct": int(found), "total": 1})
             done += 1
     on_progress(done, total, "done")
-    return needle_summary(_rows(cells, cases, methods))
+    summary = finished(cases, methods, cells)
+    assert summary is not None
+    return summary
 
 
 def _key(case: NeedleCase, method: Method) -> dict[str, Any]:
     return {"length": case.length, "depth": case.depth, "repeat": case.repeat, **method.key()}
-
-
-def _rows(cells: Cells, cases: Sequence[NeedleCase], methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
-    """The cells of these cases and methods alone: the file may hold others."""
-    for method in methods:
-        for case in cases:
-            row = cells.find(**_key(case, method))
-            assert row is not None
-            yield row
 
 
 def _read_prompt(model: PreTrainedModel, cache: TidalCache, prompt: Tensor) -> Tensor:

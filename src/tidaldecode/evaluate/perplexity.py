@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.summary import PplSummary, ppl_summary
 from tidaldecode.evaluate.text import Text
 from tidaldecode.hf import TidalCache
@@ -25,17 +27,6 @@ CELL_KEY = ("window", *METHOD_KEY)
 
 BIN_TOKENS = 32
 """Positions that a cell's `nll_by_position` averages over."""
-
-
-class FinishedCells(Protocol):
-    """What has been measured: a `tidaldecode.evaluate.cells.Cells` with `CELL_KEY`."""
-
-    @property
-    def rows(self) -> list[dict[str, Any]]: ...
-
-    def find(self, **key: Any) -> dict[str, Any] | None: ...
-
-    def append(self, cell: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,10 +51,14 @@ class PerplexitySettings:
     stride: int = 15000
 
     def __post_init__(self) -> None:
+        if self.context < 3:
+            raise InputError(
+                f"a context of {self.context} is too small: 3 tokens at least, one to read, one to decode, one to score"
+            )
         if self.decode > self.context - 2:  # one token to read, one that is decoded and not scored
             raise InputError(
                 f"{self.decode} decoded tokens leave no prompt in a context of {self.context}: "
-                f"decode {max(1, self.context - 2)} at most"
+                f"decode {self.context - 2} at most"
             )
 
     @property
@@ -125,24 +120,38 @@ class PerplexityReport:
         return {**fields.pop("environment"), **fields.pop("settings"), **fields, **single, "rows": rows}
 
 
-def cell_identity(
-    settings: PerplexitySettings, name: str, model_shape: str, text: Text, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def cell_identity(settings: PerplexitySettings, model: Mapping[str, Any], text: Text) -> dict[str, Any]:
     """What all cells of a file of results have in common.
 
     Args:
-        name, model_shape: of the model.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "ppl",
-        "model": name,
-        "model_shape": model_shape,
+        **model,
         "text": text.digest(),
         "context": settings.context,
         "decode": settings.decode,
-        "device_type": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def finished(settings: PerplexitySettings, methods: Sequence[Method], cells: Cells) -> list[PplSummary] | None:
+    """What `perplexity` returns, if nothing is left to be measured: then no model is needed.
+
+    Raises:
+        InputError: one plan's name stands for another in `cells`.
+    """
+    methods = _with_full(methods)
+    check_plan_names([*cells.rows, *(method.key() for method in methods)])
+    # the cells of these methods and windows alone: the file may hold others
+    rows = [cells.find(window=start, **method.key()) for method in methods for start in settings.starts]
+    found = [row for row in rows if row is not None]
+    return ppl_summary(found) if len(found) == len(rows) else None
+
+
+def _with_full(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """Full attention, then each of the others once."""
+    return tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
 
 
 def perplexity(
@@ -150,7 +159,7 @@ def perplexity(
     text: Text,
     settings: PerplexitySettings,
     methods: Sequence[Method],
-    cells: FinishedCells,
+    cells: Cells,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[PplSummary]:
     """Negative log-likelihood of the last tokens of windows of a text, by full attention and by each method.
@@ -173,11 +182,12 @@ def perplexity(
         A summary of full attention, then of each method in the order given; each window counts the same.
 
     Raises:
-        InputError: the text is too short, or one plan's name stands for another in `cells`.
+        InputError: the text is too short, one plan's name stands for another in `cells`, or a likelihood is not
+            finite.
     """
     settings.check(model.config)
     settings.check_text(text)
-    methods = tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
+    methods = _with_full(methods)
     check_plan_names([*cells.rows, *(method.key() for method in methods)])
     total, done = settings.windows * (1 + len(methods)), 0
     cache = TidalCache(model.config, find_plan("full", model.config), settings.context)
@@ -193,16 +203,9 @@ def perplexity(
             cells.append(_cell(model, cache, window, start, method, cells))
             done += 1
     on_progress(done, total, "done")
-    return ppl_summary(_rows(cells, settings, methods))
-
-
-def _rows(cells: FinishedCells, settings: PerplexitySettings, methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
-    """The cells of these methods and windows alone: the file may hold others."""
-    for method in methods:
-        for start in settings.starts:
-            row = cells.find(window=start, **method.key())
-            assert row is not None
-            yield row
+    summary = finished(settings, methods, cells)
+    assert summary is not None
+    return summary
 
 
 def _read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decode: int) -> Tensor:
@@ -214,8 +217,15 @@ def _read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, deco
     return rest
 
 
+def _mend(dtype: torch.dtype) -> str:
+    """bfloat16 reaches as far as float32, so that only float16 overflows where they do not."""
+    if dtype == torch.float16:
+        return "float16 overflows; give --dtype bfloat16 or float32"
+    return f"the model's weights are damaged, for {str(dtype).removeprefix('torch.')} does not overflow"
+
+
 def _cell(
-    model: PreTrainedModel, cache: TidalCache, rest: Tensor, start: int, method: Method, cells: FinishedCells
+    model: PreTrainedModel, cache: TidalCache, rest: Tensor, start: int, method: Method, cells: Cells
 ) -> dict[str, Any]:
     """Scores the rest of a window under a method, and takes it out of the cache again."""
     began, prompt = time.perf_counter(), cache.get_seq_length()
@@ -224,6 +234,8 @@ def _cell(
         nll = -score_tokens(model, cache, rest).log_probs.double().cpu()
     cache.crop(prompt - cache.get_seq_length())
     mean = float(nll.mean())
+    if not math.isfinite(mean):  # which JSON can't hold
+        raise InputError(f"{method.label} at token {start}: the likelihood is not finite: {_mend(model.dtype)}")
     full = cells.find(window=start, **Method("full").key())
     return {
         "window": start,
