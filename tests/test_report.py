@@ -582,6 +582,35 @@ def test_methods_keep_their_colours_and_plans_differ():
     alone, beside = drawing.line_styles(["tidal"]), drawing.line_styles(["full", "tidal", "tidal", "tidal", "new"])
     assert alone[0].color == beside[1].color
     assert len({style.color for style in beside}) == len({style.marker for style in beside}) == 5
+    many = drawing.line_styles(["full", *["tidal"] * 5, "quest", "streaming", "oracle", "oracle"])
+    assert len({style.color for style in many}) == len({style.marker for style in many}) == 10
+
+
+def test_long_titles_of_panels_do_not_meet():
+    cells = [
+        needle_cell(length, 0.5, method, budget, 1, plan and "smollm2-135m-medium")
+        for length in (4000, 7600)
+        for method, budget, plan in [("full", None, None), *(("tidal", budget, "p") for budget in (1, 2, 3, 4, 5))]
+    ]
+    figure = evaluation_plots.needle_heatmaps(needle_summary(cells), WIDE)
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 6
+    for axis in figure.axes:
+        assert max(title.get_window_extent().x1 for title in (axis.title, axis._left_title)) <= axis.bbox.x1
+
+
+def test_needles_are_told_method_by_method(bare):
+    rows = [
+        needle_cell(200, 0.5, "tidal", budget, correct, plan)
+        for budget, correct in ((64, 1), (128, 3))
+        for plan in ("shipped", "paper")
+    ]
+    write_cells(bare / "needle.jsonl", "needle", ("length", "depth", "plan", "budget"), rows)
+    results = [result for result in read_results(bare)[0] if result.kind == "needle"]
+    (table,) = needle_article(results[0], "a").tables
+    assert [row[:2] for row in table.rows] == [
+        (f"tidal, {plan}", budget) for plan in ("shipped", "paper") for budget in ("64", "128")
+    ]
 
 
 def test_numbers_are_set_flush_right():

@@ -23,14 +23,15 @@ _COLORS = {
     "ink": "#1c2430", "muted": "#5a6675", "grid": "#d6dce3", "paper": "#fefefe",
     "slate": "#5f6b7a", "silver": "#8893a2", "blue": "#0a6cc4", "teal": "#00857a", "orange": "#cc5500",
     "magenta": "#b0267e", "gold": "#8a6a00", "violet": "#7048d6", "green": "#4c8a1f", "red": "#b3372f",
+    "brown": "#7a5238",
 }  # fmt: skip
 INK, MUTED, GRID, PAPER = (_COLORS[name] for name in ("ink", "muted", "grid", "paper"))
 _METHODS = {
     "full": "slate", "sdpa": "silver", "tidal": "blue", "tidal unified": "teal", "quest": "orange",
     "streaming": "magenta", "oracle": "gold",
 }  # fmt: skip
-_SPARE = ("teal", "violet", "green", "red")
-_MARKERS = "os^DvPX*"
+_SPARE = ("teal", "violet", "green", "red", "brown")
+_MARKERS = "os^DvPX*<>"
 
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": MUTED, "axes.grid": True, "axes.grid.axis": "y", "axes.labelcolor": MUTED, "axes.labelsize": 8.5,

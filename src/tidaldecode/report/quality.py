@@ -228,7 +228,11 @@ def _ppl_table(summaries: Sequence[PplSummary]) -> Table:
 
 
 def _needle_table(summaries: Sequence[NeedleSummary], marked_below: int) -> Table:
+    """Full attention first, then method by method."""
     lengths = sorted({cell.length for summary in summaries for cell in summary.cells})
+    order = sorted(
+        dict.fromkeys(summary.variant for summary in summaries), key=lambda variant: variant.method != "full"
+    )
     rows = [
         (
             summary.variant.label,
@@ -236,7 +240,7 @@ def _needle_table(summaries: Sequence[NeedleSummary], marked_below: int) -> Tabl
             *(_found(*summary.of_length(length)) for length in lengths),
             _found(summary.correct, summary.total) + _mark(summary.total, marked_below),
         )
-        for summary in sorted(summaries, key=lambda summary: summary.variant.method != "full")
+        for summary in sorted(summaries, key=lambda summary: order.index(summary.variant))
     ]
     columns = ("method", "budget", *(f"{length:,} tokens" for length in lengths), "all")
     title = f"Needles found; † of fewer than all {marked_below:,}" if marked_below else "Needles found"
