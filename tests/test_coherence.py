@@ -11,6 +11,7 @@ import torch
 from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, apply
+from tidaldecode.calibrate import coherence as module
 from tidaldecode.calibrate.coherence import Coherence, CoherenceSettings, coherence, recall_of_steps
 from tidaldecode.calibrate.observed import ObservedAttention
 from tidaldecode.evaluate.text import Text
@@ -42,7 +43,7 @@ def double(tiny):
 def read(model, capacity=PROMPT + STEPS):
     """A cache that holds the prompt."""
     cache = TidalCache(model.config, find_plan("full", model.config), capacity)
-    model(IDS[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
+    model(IDS[:, :PROMPT].to(model.device), past_key_values=cache, logits_to_keep=1)
     return cache
 
 
@@ -75,8 +76,10 @@ def dense_recall(model, rule, budget=BUDGET, sink_tokens=0):
     return recall
 
 
-@pytest.mark.parametrize("sink_tokens", [0, 3])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "sink_tokens"),
+    [("llama", 0), ("llama", 3), ("gpt_neox", 0), ("mistral", 0), ("gemma3_text", 3), ("qwen3_moe", 0)],
+)
 def test_recall_equals_the_formula_on_dense_attention(double, family, sink_tokens):
     found = measure(double(family), sink_tokens=sink_tokens)
     for rule in RULES:
@@ -112,13 +115,27 @@ def test_layers_that_attend_alike_cover_each_other(double):
         assert (recall[torch.ones(LAYERS, LAYERS).triu().bool()] == 1).all()
 
 
-def test_how_many_steps_go_in_one_pass_does_not_matter(double, monkeypatch):
-    expected = measure(double())
-    for count in (4, 1):
-        monkeypatch.setattr(scoring, "steps_at_once", lambda model, capacity, count=count: count)
-        found = measure(double())
-        for rule in RULES:
-            torch.testing.assert_close(found[rule], expected[rule], rtol=0, atol=1e-12, equal_nan=True)
+@pytest.mark.parametrize("count", [4, 1])
+@pytest.mark.parametrize("bound", ["scores", "sets"])
+def test_how_many_steps_go_in_one_pass_does_not_matter(double, monkeypatch, bound, count):
+    expected, passes = measure(double()), []
+    begin = ObservedAttention.begin
+    monkeypatch.setattr(ObservedAttention, "begin", lambda *args: passes.append(len(args[1])) or begin(*args))
+    if bound == "scores":
+        monkeypatch.setattr(scoring, "steps_at_once", lambda model, capacity: count)
+    else:  # 9 sets of 8 tokens in each layer
+        monkeypatch.setattr(module, "_MOST_BYTES", count * 4 * LAYERS * 9 * BUDGET)
+    found = measure(double())
+    assert passes == [count] * (STEPS // count) + [STEPS % count] * (STEPS % count > 0)
+    for rule in RULES:
+        torch.testing.assert_close(found[rule], expected[rule], rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_kernels_find_the_same(tiny):
+    found, expected = measure(tiny().cuda()), measure(tiny())
+    for rule in RULES:
+        torch.testing.assert_close(found[rule], expected[rule], rtol=0, atol=1e-2, equal_nan=True)  # scores may tie
 
 
 def test_rules_alone_are_those_together(double):

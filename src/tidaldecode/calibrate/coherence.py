@@ -200,6 +200,9 @@ def coherence(
     return Coherence({rule: torch.stack([recall[rule] for recall in measured]) for rule in settings.selections})
 
 
+_MOST_BYTES = 2**29  # of the index sets of all layers, which wait for the layers above
+
+
 def recall_of_steps(
     model: PreTrainedModel,
     cache: TidalCache,
@@ -235,8 +238,11 @@ def recall_of_steps(
             _add_recall(observed, rule, total)
 
     cache.attention = ObservedAttention(shape, selections, budget, sink_tokens, observe)
-    for _ in step_logits(model, cache, token_ids):
-        pass
+    sets = sum(map(shape.num_sets, selections))
+    steps = max(1, _MOST_BYTES // (4 * shape.num_layers * sets * min(budget, cache.capacity)))
+    for part in torch.split(token_ids, steps, 1):
+        for _ in step_logits(model, cache, part):
+            pass
     unmeasured = ~measured[..., None]
     return {
         rule: (total / token_ids.shape[1]).cpu().masked_fill(unmeasured, torch.nan) for rule, total in totals.items()

@@ -120,7 +120,7 @@ def _print(console: Console, report: CoherenceReport) -> None:
     settings = report.settings
     title = f"{report.model}, {report.text}: recall of {settings.budget:,} of {settings.windows.context:,} tokens"
     table = Table(title=Words(title))
-    table.add_column("layers between", justify="right")
+    table.add_column("layers apart", justify="right")
     for rule in settings.selections:
         table.add_column(rule, justify="right")
     distances = report.coherence.distances.values()

@@ -67,7 +67,7 @@ def recall_over_distance(distances: Mapping[str, Shares], width: float) -> Figur
             [distance for distance, _ in known], [share for _, share in known], color=style.color, marker=style.marker,
             markersize=3, label=rule,
         )  # fmt: skip
-    axis.set(xlabel="layers between choosing and attending", ylabel="recall", ylim=(0, 1.03))
+    axis.set(xlabel="layers apart", ylabel="recall", ylim=(0, 1.03))
     axis.locator_params(axis="x", integer=True)
     add_legend(figure, width)
     return figure
