@@ -13,7 +13,7 @@ from families import LAYERS
 from tidaldecode import InputError, TidalCache, apply
 from tidaldecode.calibrate import coherence as module
 from tidaldecode.calibrate.coherence import Coherence, CoherenceSettings, coherence, recall_of_steps
-from tidaldecode.calibrate.observed import ObservedAttention
+from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows
 from tidaldecode.hf import scoring
@@ -171,6 +171,13 @@ def test_what_is_observed(double):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     assert seen == [1, 2, 4, 5, 7, 8, 9]
     assert cache.attention.kv_read_fraction(50) == 1
+
+
+def test_mass_is_of_the_valid_entries():
+    probabilities = torch.tensor([[[0.1, 0.2, 0.3, 0.4]] * 2, [[0.5, 0.5, 0.0, 0.0]] * 2])
+    observed = ObservedLayer(0, probabilities, {}, counts=torch.tensor([3, 2], dtype=torch.int32))
+    indices = torch.tensor([[[3, 1, 2], [0, 1, 2]], [[1, 0, 0], [0, 1, 1]]], dtype=torch.int32)
+    torch.testing.assert_close(observed.mass(probabilities, indices), torch.tensor([[0.9, 0.6], [1.0, 1.0]]))
 
 
 # ---- a text
