@@ -17,11 +17,12 @@ from tidaldecode import InputError, TidalCache, TidalPlan, apply
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_methods, check_plan_names, every_method
 from tidaldecode.evaluate import perplexity as module
 from tidaldecode.evaluate.cells import Cells, read_cells
-from tidaldecode.evaluate.perplexity import CELL_KEY, PerplexitySettings, perplexity
+from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.evaluate.text import Text, text_parts
+from tidaldecode.evaluate.windows import Windows
 from tidaldecode.hf.architecture import model_shape
 
-SETTINGS = PerplexitySettings(context=64, decode=40, windows=3, offset=5, stride=30)
+SETTINGS = Windows(context=64, decode=40, windows=3, offset=5, stride=30)
 TEXT = Text(torch.randint(2, 260, (129,), generator=torch.Generator().manual_seed(3), dtype=torch.int32))
 
 
@@ -86,13 +87,13 @@ def test_full_attention_is_the_models_own(llama, tiny):
 
 
 def test_each_window_is_read_once(llama, monkeypatch):
-    read, original = [], module._read_prompt
+    read, original = [], module.read_prompt
 
     def read_prompt(model, cache, window, decode):
         read.append(window[0, 0].item())
         return original(model, cache, window, decode)
 
-    monkeypatch.setattr(module, "_read_prompt", read_prompt)
+    monkeypatch.setattr(module, "read_prompt", read_prompt)
     progress = []
     perplexity(llama, TEXT, SETTINGS, methods_for(llama, 16, 24), in_memory(), lambda *what: progress.append(what))
     assert read == [TEXT.tokens[start].item() for start in (5, 35, 65)]
@@ -128,7 +129,7 @@ def test_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
         for row, wanted in zip(found, expected, strict=True):
             assert row.nll == pytest.approx(wanted.nll, abs=1e-6)
         # other windows and budgets of the same file are left out
-        perplexity(llama, TEXT, PerplexitySettings(64, 40, 1, 20), methods_for(llama, 24), cells)
+        perplexity(llama, TEXT, Windows(64, 40, 1, 20), methods_for(llama, 24), cells)
         assert perplexity(llama, TEXT, SETTINGS, methods, cells) == found
     assert len(scored) == 12
 
@@ -193,9 +194,9 @@ def test_a_text_in_parts(tmp_path, byte_tokenizer):
 def test_windows_begin_as_the_tokenizer_begins():
     text = Text(torch.arange(10, 20, dtype=torch.int32), prefix=(1,))
     assert text.window(2, 4).tolist() == [[1, 12, 13, 14]]
-    PerplexitySettings(context=11, decode=2, windows=1).check_text(text)
+    Windows(context=11, decode=2, windows=1).check_text(text)
     with pytest.raises(InputError, match="the text has 10 tokens, 1 too few for 1 windows of 12 tokens"):
-        PerplexitySettings(context=12, decode=2, windows=1).check_text(text)
+        Windows(context=12, decode=2, windows=1).check_text(text)
 
 
 def test_wrong_texts(tmp_path, byte_tokenizer):

@@ -119,6 +119,10 @@ DECODE = {
         for method, budget, ms in (("full", None, 8.0), ("tidal", 64, 4.0), ("tidal", 128, 3.2))
     ],
 }  # fmt: skip
+COHERENCE = {
+    **ENVIRONMENT, "budget": 64, "recall": [[1.0, None, 0.5], [None, None, None], [None, None, 1.0]],
+    "distance": [1.0, None, 0.5], "distances": {"unified": [1.0, None, 0.5], "per_head": [1.0, 0.25, 0.0]},
+}  # fmt: skip
 OPERATIONS = {
     "dtype": "bfloat16", "layers": 4, **ENVIRONMENT,
     "rows": [
@@ -148,7 +152,8 @@ def fill(folder: Path, model: str = "smollm2") -> Path:
     objects = {
         "decode": DECODE | {"model": model},
         "ops": OPERATIONS,
-        "coherence": {"model": model, "recall": [[1.0, 0.5], [0.25, 1.0]]},
+        "coherence": COHERENCE | {"model": model, "recalls": {"unified": COHERENCE["recall"], model: [[1.0]]}},
+        "recall": {"model": model, "recall": [[1.0, 0.5], [0.25, 1.0]]},
         "plan": {"model": model, "calibration_gap": 0.03, "heldout_gap": 0.04, "seconds": 12.5},
         "found": {"found": {"full": {"generate": 48}, "paper": {"generate": 1}}, **ENVIRONMENT},
         "profile": {"rows": [{"kernel": "_attend_kernel", "grid": [8, 16], "us": 1.5}, {"kernel": model}]},
@@ -192,7 +197,7 @@ def test_every_kind_has_its_place(page):
     ):
         assert words in page.text
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 1 + 2 * 7  # each figure for wide and for narrow windows, and the brand
+    assert page.tags.count("svg") == 1 + 2 * 9  # each figure for wide and for narrow windows, and the brand
 
 
 def test_headlines_are_computed_from_the_rows(page):
@@ -217,6 +222,7 @@ def test_tables_hold_the_numbers(page):
     assert "tidal 128 3.200 1.000 2.50× 10 %" in page.text
     assert "tidaldecode eval ppl --seed 7" in page.text and "torch 2.11.0" in page.text
     assert "generate full 48 paper 1" in page.text
+    assert "Coherence of smollm2" in page.text and "Recall over distance" in page.text
 
 
 def test_nothing_is_loaded(text, page):
@@ -275,6 +281,7 @@ def test_foreign_files_are_left_out_and_said(run, bare, tmp_path):
         "broken.json": (json.dumps(broken_row), "rows lack"),
         "infinite.json": (json.dumps(infinite), "finite"),
         "matrix.json": ('{"recall": [[1, 0], [1]]}', "square"),
+        "matrices.json": ('{"recall": [[1]], "recalls": {"unified": [[1, 0]]}}', "square"),
         "samples.jsonl": ('{"doc_id": 0}\n', "no cells"),
     }
     for name, (content, _) in foreign.items():

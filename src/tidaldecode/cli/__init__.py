@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from tidaldecode.cli.bench import bench
+from tidaldecode.cli.coherence import coherence
 from tidaldecode.cli.eval import evaluate
 from tidaldecode.cli.generate import generate
 from tidaldecode.cli.report import report
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(generate)
+app.command()(coherence)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 app.command()(report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,7 +150,7 @@ def _results_file(name: str | None) -> Path | None:
     path = Path(name)
     if path.is_dir():
         raise InputError(f"--results {name} is a folder: give a file")
-    _check_writable("--results", path)
+    options.check_writable("--results", path)
     return path
 
 
@@ -164,19 +163,9 @@ def _figure_file(name: str | None, default: str) -> Path | None:
     check_matplotlib()
     path = Path(name) if name.lower().endswith(".png") else Path(name) / default
     if path.parent == Path(name):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output {name} can't be made a folder: {error.strerror}") from None
-    _check_writable("--output", path)
+        options.make_folder("--output", path.parent)
+    options.check_writable("--output", path)
     return path
-
-
-def _check_writable(option: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{option} {path}: the folder {path.parent} can't be written to")
 
 
 def _shower(status: Status) -> Callable[[str], None]:

@@ -64,12 +64,12 @@ def ppl(
         from tidaldecode.evaluate.perplexity import (
             CELL_KEY,
             PerplexityReport,
-            PerplexitySettings,
             cell_identity,
             finished,
             perplexity,
         )
         from tidaldecode.evaluate.text import Text, text_parts
+        from tidaldecode.evaluate.windows import Windows
         from tidaldecode.hf import apply
         from tidaldecode.models import find_model
         from tidaldecode.report.drawing import check_matplotlib
@@ -79,7 +79,7 @@ def ppl(
             check_matplotlib()
         eval_options.check_names(method, budget, plan)
         parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
-        settings = PerplexitySettings(context, decode, windows, offset, stride)
+        settings = Windows(context, decode, windows, offset, stride)
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
         files = find_model(model, trust_remote_code=trust_remote_code)

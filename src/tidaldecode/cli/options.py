@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -127,3 +129,27 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
     dtype = dtypes.get(name) or default_dtype(device)
     check_dtype(device, dtype)
     return dtype
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Makes a folder of results, unless it is there.
+
+    Raises:
+        InputError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {folder} can't be made a folder: {error.strerror}") from None
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Refuses a file whose folder is missing or can't be written to.
+
+    Raises:
+        InputError: it is, or can't.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{option} {path}: the folder {path.parent} can't be written to")

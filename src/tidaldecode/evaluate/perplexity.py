@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.summary import PplSummary, ppl_summary
 from tidaldecode.evaluate.text import Text
+from tidaldecode.evaluate.windows import Windows, read_prompt
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.architecture import model_shape
 from tidaldecode.hf.plans import find_plan
@@ -27,67 +28,6 @@ CELL_KEY = ("window", *METHOD_KEY)
 
 BIN_TOKENS = 32
 """Positions that a cell's `nll_by_position` averages over."""
-
-
-@dataclass(frozen=True)
-class PerplexitySettings:
-    """Which tokens of a text are read, and which are scored.
-
-    Attributes:
-        context: tokens of a window.
-        decode: last tokens of a window, which are scored.
-        windows: how many.
-        offset: place of the first window's first token in the text.
-        stride: tokens from the start of one window to that of the next.
-
-    Raises:
-        InputError: no two tokens of a window are left to be its prompt.
-    """
-
-    context: int = 8192
-    decode: int = 384
-    windows: int = 10
-    offset: int = 0
-    stride: int = 15000
-
-    def __post_init__(self) -> None:
-        if self.context < 3:
-            raise InputError(
-                f"a context of {self.context} is too small: 3 tokens at least, one to read, one to decode, one to score"
-            )
-        if self.decode > self.context - 2:  # one token to read, one that is decoded and not scored
-            raise InputError(
-                f"{self.decode} decoded tokens leave no prompt in a context of {self.context}: "
-                f"decode {self.context - 2} at most"
-            )
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """Place of each window's first token."""
-        return tuple(self.offset + window * self.stride for window in range(self.windows))
-
-    def check(self, config: PreTrainedConfig) -> None:
-        """Refuses a context beyond the model's positions.
-
-        Raises:
-            InputError: it is.
-        """
-        positions = config.max_position_embeddings
-        if self.context > positions:
-            raise InputError(f"a context of {self.context} tokens is beyond the model's {positions} positions")
-
-    def check_text(self, text: Text) -> None:
-        """Refuses a text that ends before the last window.
-
-        Raises:
-            InputError: it does; says how many tokens are missing.
-        """
-        needed, there = self.starts[-1] + self.context - len(text.prefix), len(text.tokens)
-        if there < needed:
-            raise InputError(
-                f"the text has {there} tokens, {needed - there} too few for {self.windows} windows of {self.context} "
-                f"tokens, one every {self.stride} from token {self.offset} on: lower windows, stride or context"
-            )
 
 
 @dataclass(frozen=True)
@@ -106,7 +46,7 @@ class PerplexityReport:
     model: str
     dtype: str
     text: str
-    settings: PerplexitySettings
+    settings: Windows
     seconds: float
     rows: tuple[PplSummary, ...]
     figures: tuple[str, ...] = ()
@@ -120,7 +60,7 @@ class PerplexityReport:
         return {**fields.pop("environment"), **fields.pop("settings"), **fields, **single, "rows": rows}
 
 
-def cell_identity(settings: PerplexitySettings, model: Mapping[str, Any], text: Text) -> dict[str, Any]:
+def cell_identity(settings: Windows, model: Mapping[str, Any], text: Text) -> dict[str, Any]:
     """What all cells of a file of results have in common.
 
     Args:
@@ -135,7 +75,7 @@ def cell_identity(settings: PerplexitySettings, model: Mapping[str, Any], text: 
     }
 
 
-def finished(settings: PerplexitySettings, methods: Sequence[Method], cells: Cells) -> list[PplSummary] | None:
+def finished(settings: Windows, methods: Sequence[Method], cells: Cells) -> list[PplSummary] | None:
     """What `perplexity` returns, if nothing is left to be measured: then no model is needed.
 
     Raises:
@@ -157,7 +97,7 @@ def _with_full(methods: Sequence[Method]) -> tuple[Method, ...]:
 def perplexity(
     model: PreTrainedModel,
     text: Text,
-    settings: PerplexitySettings,
+    settings: Windows,
     methods: Sequence[Method],
     cells: Cells,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
@@ -173,7 +113,7 @@ def perplexity(
 
     Args:
         model: with a plan applied.
-        text: long enough, see `PerplexitySettings.check_text`.
+        text: long enough, see `Windows.check_text`.
         methods: checked, see `check_methods`; `full` is added where it is missing.
         cells: what was measured before, which is not measured again; each new cell is appended when it is done.
         on_progress: told how many prefills and cells of how many are done, and in words what comes next.
@@ -196,7 +136,7 @@ def perplexity(
         where = f"window {number} of {settings.windows}"
         if missing:
             on_progress(done, total, f"{where}: reading")
-            window = _read_prompt(model, cache, text.window(start, settings.context), settings.decode)
+            window = read_prompt(model, cache, text.window(start, settings.context), settings.decode)
         done += 1 + len(methods) - len(missing)
         for method in missing:
             on_progress(done, total, f"{where}: {method.label}")
@@ -206,15 +146,6 @@ def perplexity(
     summary = finished(settings, methods, cells)
     assert summary is not None
     return summary
-
-
-def _read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decode: int) -> Tensor:
-    """Fills the cache with a window's prompt but for its last token. Returns the rest, [1, decode + 1]."""
-    cache.reset()
-    prompt, rest = window[:, : -decode - 1], window[:, -decode - 1 :]
-    with torch.inference_mode():
-        model(prompt.to(model.device), past_key_values=cache, logits_to_keep=1)
-    return rest
 
 
 def _mend(dtype: torch.dtype) -> str:

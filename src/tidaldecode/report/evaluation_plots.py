@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tidaldecode.evaluate.summary import NeedleSummary, PplSummary, TaskScore, Variant, budgets_of
 from tidaldecode.report.drawing import (
+    COLOR_MAP,
     INK,
     MUTED,
     PAPER,
@@ -25,8 +26,6 @@ from tidaldecode.report.labels import budget_label, budget_words
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_COLOR_MAP = "cividis"  # tells more from less for colour-blind readers too
 
 
 def plot_budget_sweep(summaries: Sequence[PplSummary], path: Path, title: str) -> bool:
@@ -171,24 +170,6 @@ def task_scores(scores: Sequence[TaskScore], width: float) -> Figure:
     return figure
 
 
-def matrix_heatmap(values: Sequence[Sequence[float]], width: float) -> Figure:
-    """Recall between layers: how much of the column layer's choice the row layer's covers, 0 to 1.
-
-    Args:
-        values: [layers, layers].
-        width: inches.
-    """
-    figure = new_figure(width, min(width, 5.2) * 0.86)
-    axis = figure.subplots()
-    layers = range(len(values))
-    shown = axis.pcolormesh(layers, layers, values, vmin=0, vmax=1, cmap=_COLOR_MAP, rasterized=len(values) > 40)
-    axis.set(aspect="equal", xlabel="layer that attends", ylabel="layer that chooses")
-    axis.invert_yaxis()
-    axis.grid(visible=False)
-    figure.colorbar(shown, ax=axis, shrink=0.8)
-    return figure
-
-
 _LETTER = 0.068  # inches of a letter in a panel's title
 
 
@@ -197,7 +178,7 @@ def _heatmap(axis: Axes, summary: NeedleSummary, lengths: list[int], depths: lis
 
     shares = {(cell.length, cell.depth): cell.correct / cell.total for cell in summary.cells}
     grid = [[shares.get((length, depth), math.nan) for length in lengths] for depth in depths]
-    axis.pcolormesh(grid, vmin=0, vmax=1, cmap=matplotlib.colormaps[_COLOR_MAP], edgecolors=PAPER, linewidth=1)
+    axis.pcolormesh(grid, vmin=0, vmax=1, cmap=matplotlib.colormaps[COLOR_MAP], edgecolors=PAPER, linewidth=1)
     for (length, depth), share in shares.items():
         place = (lengths.index(length) + 0.5, depths.index(depth) + 0.5)
         color = "white" if share < 0.5 else "#111111"

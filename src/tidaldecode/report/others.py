@@ -16,25 +16,39 @@ from tidaldecode.report.article import (
     page_figure,
     written,
 )
-from tidaldecode.report.evaluation_plots import matrix_heatmap
+from tidaldecode.report.coherence_plots import recall_heatmaps, recall_over_distance
 from tidaldecode.report.labels import signed
 from tidaldecode.report.results import Result
 
 
 def recall_article(result: Result, name: str) -> Article:
     """How much of what one layer attends to another layer's choice covers."""
-    figure = page_figure(
-        f"{name}-recall",
-        "Recall between layers",
-        "Share of the column layer’s attention that the row layer’s choice of tokens covers, 0 to 1.",
-        partial(matrix_heatmap, result.fields["recall"]),
-    )
-    fields = {key: value for key, value in result.fields.items() if key != "recall"}
+    fields = dict(result.fields)
+    recall = fields.pop("recall")
+    recalls, distances = fields.pop("recalls", None) or {"": recall}, fields.pop("distances", None)
+    figures = [
+        page_figure(
+            f"{name}-recall",
+            "Recall between layers",
+            "Share of the column layer’s attention that the row layer’s choice of tokens covers, 0 to 1.",
+            partial(recall_heatmaps, recalls),
+        )
+    ]
+    if distances:
+        fields.pop("distance", None)
+        figures.append(
+            page_figure(
+                f"{name}-distance",
+                "Recall over distance",
+                "The mean over all pairs of layers so far apart.",
+                partial(recall_over_distance, distances),
+            )
+        )
     return Article(
         title=f"Coherence of {model_of(result)}",
         file=result.file,
         facts=tuple(flattened(fields)),
-        figures=(figure,),
+        figures=tuple(figures),
         environments=environments_of(result),
     )
 

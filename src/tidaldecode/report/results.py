@@ -96,8 +96,15 @@ class _OperationRow(_Row):
     speedup_vs_full: Number | None
 
 
+_Shares = Annotated[list[Share | None], Field(min_length=1, max_length=512)]
+_Matrix = Annotated[list[_Shares], Field(min_length=1, max_length=512)]
+
+
 class _Recall(_Row):
-    recall: list[list[Share]] = Field(min_length=1, max_length=512)
+    recall: _Matrix
+    recalls: dict[Name, _Matrix] = Field(default={}, max_length=8)
+    distance: _Shares | None = None
+    distances: dict[Name, _Shares] = Field(default={}, max_length=8)
 
 
 class _Calibration(_Row):
@@ -239,9 +246,10 @@ def _kind(content: dict[str, Any]) -> Kind:
     if isinstance(first, dict) and {"task", "metrics"} <= first.keys():
         return "lm-eval"
     if "recall" in content:
-        TypeAdapter(_Recall).validate_python(content)
-        if {len(row) for row in content["recall"]} != {len(content["recall"])}:
-            raise InputError("recall is no square matrix")
+        coherence = TypeAdapter(_Recall).validate_python(content)
+        for matrix in (coherence.recall, *coherence.recalls.values()):
+            if {len(row) for row in matrix} != {len(matrix)}:
+                raise InputError("recall is no square matrix")
         return "recall"
     if "calibration_gap" in content:
         TypeAdapter(_Calibration).validate_python(content)

@@ -1,0 +1,258 @@
+"""Coherence of layers: how much of what a layer attends to, an earlier layer's choice of tokens covers.
+
+TidalDecode (arXiv 2410.05076) rests on it: the tokens with the highest attention scores are nearly the same in
+neighbouring layers. In one decode step let `p_j[s, t]` be the probabilities of layer `j`, averaged over the query heads
+of set `s` (one head, the heads of a KV head, or all heads, as the rule of selection says), and `S_i[s]` the `k` tokens
+that layer `i` chooses for set `s`. Then
+
+    recall[i, j, s] = sum of p_j[s, t] over t in S_i[s]  /  sum of p_j[s, t] over t in S_j[s]
+
+for `i <= j`: of the mass that layer `j` would read by its own choice, the share that it reads by layer `i`'s. Tokens
+of `S_i` that are not in `S_j` count with what mass they have. `S_j` is the best choice there is, so recall is at most
+1, and 1 where `i = j`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
+from tidaldecode.errors import InputError
+from tidaldecode.evaluate.text import Text
+from tidaldecode.evaluate.windows import Windows, read_prompt
+from tidaldecode.hf import TidalCache
+from tidaldecode.hf.architecture import check_architecture, model_shape
+from tidaldecode.hf.plans import find_plan
+from tidaldecode.hf.scoring import step_logits
+from tidaldecode.plan import Selection
+
+
+@dataclass(frozen=True)
+class CoherenceSettings:
+    """What is chosen, and at which decode steps of a text.
+
+    Attributes:
+        windows: the decode steps; the prompts before them are read with full attention.
+        selections: the rules by which tokens are chosen.
+        budget: tokens of a choice, sinks and the new token included.
+        sink_tokens: first tokens that every choice holds.
+
+    Raises:
+        InputError: the budget leaves nothing to choose.
+    """
+
+    windows: Windows
+    selections: tuple[Selection, ...]
+    budget: int
+    sink_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget < self.sink_tokens + 2:
+            raise InputError(
+                f"budget {self.budget} leaves nothing to choose: {self.sink_tokens} sinks, the new token and a chosen "
+                f"one make {self.sink_tokens + 2}"
+            )
+        shortest = self.windows.context - self.windows.decode
+        if self.budget >= shortest:
+            raise InputError(
+                f"budget {self.budget} leaves nothing to choose: the first decode step of a window has a context of "
+                f"{shortest} tokens"
+            )
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses a model that can't be measured.
+
+        Raises:
+            InputError: its architecture is not supported, or the context is beyond its positions.
+        """
+        check_architecture(config)
+        self.windows.check(config)
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """Recall between the layers of a model.
+
+    Attributes:
+        recalls: for each rule [windows, layers, layers, sets], float64, on the CPU; the mean over the decode steps of
+            a window of `recall[i, j, s]` (see above). NaN where `i > j`, and where a layer attends to a sliding window.
+    """
+
+    recalls: dict[Selection, Tensor]
+
+    @property
+    def matrices(self) -> dict[str, list[list[float | None]]]:
+        """The mean over windows and sets by rule, [layers, layers]: row `i` chooses, column `j` attends."""
+        return {
+            rule: [[_number(value) for value in row] for row in recall.mean((0, 3)).tolist()]
+            for rule, recall in self.recalls.items()
+        }
+
+    @property
+    def distances(self) -> dict[str, list[float | None]]:
+        """The mean over all pairs of layers `j - i` apart by rule, for each distance from 0 on."""
+        return {
+            rule: [_number(recall.mean((0, 3)).diagonal(apart).nanmean().item()) for apart in range(recall.shape[1])]
+            for rule, recall in self.recalls.items()
+        }
+
+
+def _number(value: float) -> float | None:
+    """For JSON, in which there is no NaN."""
+    return None if math.isnan(value) else round(value, 6)
+
+
+@dataclass(frozen=True)
+class CoherenceReport:
+    """Coherence, and what it was measured on.
+
+    Attributes:
+        environment: command, versions, device.
+        text: name of the text.
+        seconds: without loading.
+        figure: heatmaps of recall, a PNG file, if it was written.
+        distance_figure: recall over the distance between layers, likewise.
+    """
+
+    environment: dict[str, object]
+    model: str
+    dtype: str
+    text: str
+    settings: CoherenceSettings
+    seed: int
+    seconds: float
+    coherence: Coherence
+    figure: str | None = None
+    distance_figure: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one flat object; `recall` and `distance` are those of the first rule."""
+        settings = asdict(self.settings)
+        matrices, distances = self.coherence.matrices, self.coherence.distances
+        first = self.settings.selections[0]
+        return {
+            **self.environment,
+            "model": self.model,
+            "dtype": self.dtype,
+            "text": self.text,
+            **settings.pop("windows"),
+            **settings,
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "recall": matrices[first],
+            "recalls": matrices,
+            "distance": distances[first],
+            "distances": distances,
+            "figure": self.figure,
+            "distance_figure": self.distance_figure,
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes the report as JSON, a line a key; an existing file stays whole until the new one is complete."""
+        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in self.to_json().items())
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def coherence(
+    model: PreTrainedModel,
+    text: Text,
+    settings: CoherenceSettings,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Coherence:
+    """Measures recall between the layers of a model on decode steps of a text, with full attention throughout.
+
+    Args:
+        model: with a plan applied (any: every layer reads everything).
+        text: long enough, see `Windows.check_text`.
+        settings: what is chosen, and where.
+        on_progress: told how many windows of how many are done, and in words what comes next.
+
+    Returns:
+        Recall by rule, window, pair of layers and set.
+
+    Raises:
+        InputError: the text is too short, or the model can't be measured.
+    """
+    windows = settings.windows
+    settings.check(model.config)
+    windows.check_text(text)
+    cache = TidalCache(model.config, find_plan("full", model.config), windows.context)
+    measured = []
+    for number, start in enumerate(windows.starts):
+        on_progress(number, windows.windows, f"window {number + 1} of {windows.windows}")
+        rest = read_prompt(model, cache, text.window(start, windows.context), windows.decode)
+        measured.append(
+            recall_of_steps(model, cache, rest[:, :-1], settings.selections, settings.budget, settings.sink_tokens)
+        )
+    on_progress(windows.windows, windows.windows, "done")
+    return Coherence({rule: torch.stack([recall[rule] for recall in measured]) for rule in settings.selections})
+
+
+_MOST_BYTES = 2**29  # of the index sets of all layers, which wait for the layers above
+
+
+def recall_of_steps(
+    model: PreTrainedModel,
+    cache: TidalCache,
+    token_ids: Tensor,
+    selections: Sequence[Selection],
+    budget: int,
+    sink_tokens: int = 0,
+) -> dict[Selection, Tensor]:
+    """Recall between layers, averaged over the decode steps of given tokens.
+
+    Args:
+        model: with a plan applied.
+        cache: holds one prompt, read by the model; afterwards the tokens, too. Its attention is replaced.
+        token_ids: [1, n]; the tokens of the steps.
+        selections, budget, sink_tokens: as in `CoherenceSettings`; a context no longer than the budget is chosen whole.
+
+    Returns:
+        For each rule [layers, layers, sets], float64, on the CPU; NaN as in `Coherence`.
+
+    Raises:
+        InputError: as `tidaldecode.hf.scoring.step_logits`.
+    """
+    shape = model_shape(model.config)
+    size = (shape.num_layers, shape.num_layers)
+    totals = {
+        rule: torch.zeros(*size, shape.num_sets(rule), dtype=torch.float64, device=model.device) for rule in selections
+    }
+    measured = torch.zeros(*size, dtype=torch.bool)
+
+    def observe(observed: ObservedLayer) -> None:
+        measured[list(observed.chosen), observed.layer] = True
+        for rule, total in totals.items():
+            _add_recall(observed, rule, total)
+
+    cache.attention = ObservedAttention(shape, selections, budget, sink_tokens, observe)
+    sets = sum(map(shape.num_sets, selections))
+    steps = max(1, _MOST_BYTES // (4 * shape.num_layers * sets * min(budget, cache.capacity)))
+    for part in torch.split(token_ids, steps, 1):
+        for _ in step_logits(model, cache, part):
+            pass
+    unmeasured = ~measured[..., None]
+    return {
+        rule: (total / token_ids.shape[1]).cpu().masked_fill(unmeasured, torch.nan) for rule, total in totals.items()
+    }
+
+
+def _add_recall(observed: ObservedLayer, rule: Selection, total: Tensor) -> None:
+    """Adds each step's recall of a layer by its own choice and by those of the layers below: column of `total`."""
+    probabilities = observed.averaged(total.shape[2])
+    own = observed.mass(probabilities, observed.chosen[observed.layer][rule])  # [n, sets]
+    for below, chosen in observed.chosen.items():
+        recall = observed.mass(probabilities, chosen[rule]) / own
+        total[below, observed.layer] += recall.clamp(max=1).sum(0, dtype=torch.float64)  # sums round differently

@@ -1,0 +1,96 @@
+"""Windows of a text: the first tokens of each are read, the last ones decoded, teacher-forced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tidaldecode.errors import InputError
+from tidaldecode.evaluate.text import Text
+from tidaldecode.hf import TidalCache
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which tokens of a text are read, and which are decoded.
+
+    Of a window `w[0 .. context)`, the tokens `w[0 .. context - decode - 1)` are its prompt, and decode steps take
+    `w[context - decode - 1 .. context - 1)`: their logits predict the last `decode` tokens.
+
+    Attributes:
+        context: tokens of a window.
+        decode: last tokens of a window, which decode steps predict.
+        windows: how many.
+        offset: place of the first window's first token in the text.
+        stride: tokens from the start of one window to that of the next.
+
+    Raises:
+        InputError: no two tokens of a window are left to be its prompt.
+    """
+
+    context: int = 8192
+    decode: int = 384
+    windows: int = 10
+    offset: int = 0
+    stride: int = 15000
+
+    def __post_init__(self) -> None:
+        if self.context < 3:
+            raise InputError(
+                f"a context of {self.context} is too small: 3 tokens at least, one to read, one to decode, one to score"
+            )
+        if self.decode > self.context - 2:  # one token to read, one that is decoded and not scored
+            raise InputError(
+                f"{self.decode} decoded tokens leave no prompt in a context of {self.context}: "
+                f"decode {self.context - 2} at most"
+            )
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Place of each window's first token."""
+        return tuple(self.offset + window * self.stride for window in range(self.windows))
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses a context beyond the model's positions.
+
+        Raises:
+            InputError: it is.
+        """
+        positions = config.max_position_embeddings
+        if self.context > positions:
+            raise InputError(f"a context of {self.context} tokens is beyond the model's {positions} positions")
+
+    def check_text(self, text: Text) -> None:
+        """Refuses a text that ends before the last window.
+
+        Raises:
+            InputError: it does; says how many tokens are missing.
+        """
+        needed, there = self.starts[-1] + self.context - len(text.prefix), len(text.tokens)
+        if there < needed:
+            raise InputError(
+                f"the text has {there} tokens, {needed - there} too few for {self.windows} windows of {self.context} "
+                f"tokens, one every {self.stride} from token {self.offset} on: lower windows, stride or context"
+            )
+
+
+def read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decode: int) -> Tensor:
+    """Fills the cache with a window's prompt but for its last token, which is decoded. Returns the rest.
+
+    Args:
+        model: with a plan applied.
+        cache: emptied first.
+        window: [1, context], int64.
+        decode: tokens that decode steps predict.
+
+    Returns:
+        [1, decode + 1].
+    """
+    cache.reset()
+    prompt, rest = window[:, : -decode - 1], window[:, -decode - 1 :]
+    with torch.inference_mode():
+        model(prompt.to(model.device), past_key_values=cache, logits_to_keep=1)
+    return rest
