@@ -239,6 +239,8 @@ def test_eval_ppl(run, command, tmp_path):
     assert answer["gap"] == row["gap"] == pytest.approx(answer["nll"] - answer["full_nll"])
     assert [Path(figure).name for figure in answer["figures"]] == ["ppl_budgets.png", "ppl_positions.png"]
     assert all(Path(figure).read_bytes()[:4] == b"\x89PNG" for figure in answer["figures"])
+    status, out, err = run(*command, "--method", "full", "--output", str(tmp_path / "full"), "--json")
+    assert [Path(figure).name for figure in json.loads(out)["figures"]] == ["ppl_positions.png"]  # there is no gap
     file = read_cells(tmp_path / "results" / "ppl.jsonl")
     assert len(file.rows) == 4 and file.header["model"] == "tiny-llama0"
     assert str(tmp_path) not in json.dumps(file.header)

@@ -404,7 +404,7 @@ def test_an_older_page_stays_whole(bare, tmp_path, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tidaldecode.report.whole_file.os.replace", fail)
+    monkeypatch.setattr("tidaldecode.whole_file.os.replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_report(bare, output)
     assert output.read_text() == "older" and sorted(tmp_path.iterdir()) == [bare, output]

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from tidaldecode.errors import InputError
+from tidaldecode.whole_file import whole_file
 
 Role = Literal["full", "select", "sparse"]
 Selection = Literal["per_head", "per_group", "unified"]
@@ -281,11 +282,13 @@ class TidalPlan(BaseModel):
             raise InputError(f"plan file {path}: {_first_line(error)}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, one line a field; an existing file stays whole until the new one is complete."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        os.replace(temporary, path)
+        """Writes the plan as JSON, one line a field; an existing file stays whole until the new one is complete.
+
+        Raises:
+            InputError: the file can't be written.
+        """
+        with whole_file(Path(path)) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """The plan as JSON text: a line for each field, and for each layer of `sources`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from tidaldecode.whole_file import whole_file
 
 
 def save_results(results: dict[str, Any], path: Path) -> None:
@@ -13,6 +14,5 @@ def save_results(results: dict[str, Any], path: Path) -> None:
     rows = ",\n".join(f"    {json.dumps(row)}" for row in results["rows"])
     fields = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in results.items() if key != "rows"]
     text = "{\n" + ",\n".join([*fields, f'  "rows": [\n{rows}\n  ]']) + "\n}\n"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

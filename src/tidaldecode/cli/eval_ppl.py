@@ -101,18 +101,22 @@ def ppl(
             began = time.perf_counter()
             with eval_options.progress_bar(console) as on_progress:
                 rows = perplexity(loaded, tokens, settings, methods, cells, on_progress)
+    name = "Paul Graham's essays" if text is None else Path(text).name
+    figures = []
+    if results is not None:
+        for file, plot in zip(_FIGURES, (plot_budget_sweep, plot_perplexity_over_position), strict=True):
+            if plot(rows, results.with_name(file), f"{files.title}, {name}"):
+                figures.append(str(results.with_name(file)))
     report = PerplexityReport(
         environment=where,
         model=files.title,
         dtype=str(precision).removeprefix("torch."),
-        text="Paul Graham's essays" if text is None else Path(text).name,
+        text=name,
         settings=settings,
         seconds=round(time.perf_counter() - began, 3),
         rows=tuple(rows),
-        figures=() if results is None else tuple(str(results.with_name(name)) for name in _FIGURES),
+        figures=tuple(figures),
     )
-    for figure, plot in zip(report.figures, (plot_budget_sweep, plot_perplexity_over_position), strict=False):
-        plot(rows, Path(figure), f"{report.model}, {report.text}")
     _print(console, report)
     if json_output:
         print(json.dumps(report.to_json()))

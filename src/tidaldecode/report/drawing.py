@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tidaldecode.errors import InputError
-from tidaldecode.report.whole_file import whole_file
+from tidaldecode.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from tidaldecode.report.others import calibration_article, other_article, recall
 from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
 from tidaldecode.report.results import Result, Skipped, read_results
 from tidaldecode.report.speed import decode_article, operations_article
-from tidaldecode.report.whole_file import whole_file
+from tidaldecode.whole_file import whole_file
 
 _ARTICLES: dict[str, Callable[[Result, str], Article]] = {
     "ppl": ppl_article,
