@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from tidaldecode.hf.architecture import check_architecture, model_shape
 from tidaldecode.hf.plans import find_plan
 from tidaldecode.hf.scoring import step_logits
 from tidaldecode.plan import Selection
+from tidaldecode.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,8 @@ class CoherenceReport:
     def save(self, path: Path) -> None:
         """Writes the report as JSON, a line a key; an existing file stays whole until the new one is complete."""
         lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in self.to_json().items())
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def coherence(
