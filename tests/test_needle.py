@@ -138,11 +138,11 @@ def test_summaries(llama, cases, haystack):
 def test_a_stopped_run_goes_on(llama, cases, haystack, tmp_path, monkeypatch):
     methods, path, cases = methods_for(llama, 8)[:2], tmp_path / "needle.jsonl", cases[:3]
     read, decoded = [], []
-    read_prompt, says_answer = module._read_prompt, module._says_answer
+    read_prompt, says_answer = module.read_prompt, module._says_answer
 
-    def counted_read(model, cache, prompt):
+    def counted_read(model, cache, prompt, decode):
         read.append(prompt)
-        return read_prompt(model, cache, prompt)
+        return read_prompt(model, cache, prompt, decode)
 
     def counted_says(model, cache, last, case, method):
         if len(decoded) == 4:
@@ -150,7 +150,7 @@ def test_a_stopped_run_goes_on(llama, cases, haystack, tmp_path, monkeypatch):
         decoded.append((case, method.name))
         return says_answer(model, cache, last, case, method)
 
-    monkeypatch.setattr(module, "_read_prompt", counted_read)
+    monkeypatch.setattr(module, "read_prompt", counted_read)
     monkeypatch.setattr(module, "_says_answer", counted_says)
     with Cells.open(path, {"kind": "needle"}, CELL_KEY) as cells, pytest.raises(KeyboardInterrupt):
         find_needles(llama, haystack, cases, methods, cells)

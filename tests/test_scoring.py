@@ -166,6 +166,14 @@ def test_decoding_goes_on_behind_a_pass(llama, name):
     torch.testing.assert_close(torch.cat([before, between, behind], 1), expected, rtol=0, atol=1e-9)
 
 
+def test_a_likelihood_that_is_not_finite_is_no_score(tiny):
+    """float16 overflows: neither a perplexity nor a needle that was missed."""
+    model = apply(tiny("llama").half(), "full")
+    model.lm_head.weight.data.mul_(60000)
+    with pytest.raises(InputError, match="not finite: float16 overflows; give --dtype bfloat16 or float32"):
+        score_tokens(model, prompt_cache(model), IDS[:, PROMPT : PROMPT + STEPS])
+
+
 def test_frequencies_that_vary_with_the_context(tiny):
     """RoPE of a whole pass goes by its largest position: each step has a pass of its own."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}

@@ -174,6 +174,11 @@ def every_method(
                 yield Method(name, budget)
 
 
+def with_full(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """Full attention, then each of the others once."""
+    return tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
+
+
 def check_methods(methods: Sequence[Method], config: PreTrainedConfig, context: int) -> None:
     """Refuses what would fail on a model only after it was loaded.
 

@@ -96,7 +96,7 @@ def coherence(
         found = measure(loaded, tokens, settings, on_progress)
     report = CoherenceReport(
         environment=environment(target),
-        model=Path(model).name if Path(model).exists() else model,  # of this machine's folders the last alone
+        model=files.title,
         dtype=str(precision).removeprefix("torch."),
         text="Paul Graham's essays" if text is None else Path(text).name,
         settings=settings,

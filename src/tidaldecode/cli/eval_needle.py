@@ -47,7 +47,6 @@ def needle(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Hides a number in a long text and asks for it at the end: who finds it, at which length and depth."""
-    eval_options.check_names(method, budget, plan)
     sizes = options.parse_integers("--lengths", lengths)
     results = eval_options.results_file(output, "needle.jsonl")
     console = Console(stderr=True)
@@ -73,6 +72,8 @@ def needle(
 
         if results is not None:
             check_matplotlib()
+        eval_options.check_names(method, budget, plan)
+        parts: Iterable[str] = [paul_graham_essays()] if haystack is None else text_parts(Path(haystack))
         settings = NeedleSettings(sizes, depths, repeats, seed)
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
@@ -81,7 +82,6 @@ def needle(
         methods = eval_options.make_methods(config, method, budget, plan, selection, page_size, full_layers)
         check_methods(methods, config, min(sizes))
     with console.status("reading the haystack"):
-        parts: Iterable[str] = [paul_graham_essays()] if haystack is None else text_parts(Path(haystack))
         tokenizer = files.tokenizer()
         text = Text.tokenize(tokenizer, parts)
         cases = needle_cases(tokenizer, text, settings, config)

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
+from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names, with_full
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.summary import NeedleSummary, needle_summary
 from tidaldecode.evaluate.text import Text
+from tidaldecode.evaluate.windows import read_prompt
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.architecture import model_shape
 from tidaldecode.hf.plans import find_plan
@@ -220,17 +221,12 @@ def finished(cases: Sequence[NeedleCase], methods: Sequence[Method], cells: Cell
     Raises:
         InputError: one plan's name stands for another in `cells`.
     """
-    methods = _with_full(methods)
+    methods = with_full(methods)
     check_plan_names([*cells.rows, *(method.key() for method in methods)])
     # the cells of these cases and methods alone: the file may hold others
     rows = [cells.find(**_key(case, method)) for method in methods for case in cases]
     found = [row for row in rows if row is not None]
     return needle_summary(found) if len(found) == len(rows) else None
-
-
-def _with_full(methods: Sequence[Method]) -> tuple[Method, ...]:
-    """Full attention, then each of the others once."""
-    return tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
 
 
 def find_needles(
@@ -262,9 +258,9 @@ def find_needles(
         A summary of full attention, then of each method in the order given.
 
     Raises:
-        InputError: one plan's name stands for another in `cells`.
+        InputError: one plan's name stands for another in `cells`, or a likelihood is not finite.
     """
-    methods = _with_full(methods)
+    methods = with_full(methods)
     check_plan_names([*cells.rows, *(method.key() for method in methods)])
     total, done = len(cases) * (1 + len(methods)), 0
     capacity = max(case.length + len(case.answer) for case in cases)
@@ -274,7 +270,7 @@ def find_needles(
         where = f"{case.length:,} tokens, depth {case.depth:.2f}"
         if missing:
             on_progress(done, total, f"{where}: reading")
-            last = _read_prompt(model, cache, case.prompt(haystack))
+            last = read_prompt(model, cache, case.prompt(haystack), decode=0)  # [1, 1]
         done += 1 + len(methods) - len(missing)
         for method in missing:
             on_progress(done, total, f"{where}: {method.label}")
@@ -289,14 +285,6 @@ def find_needles(
 
 def _key(case: NeedleCase, method: Method) -> dict[str, Any]:
     return {"length": case.length, "depth": case.depth, "repeat": case.repeat, **method.key()}
-
-
-def _read_prompt(model: PreTrainedModel, cache: TidalCache, prompt: Tensor) -> Tensor:
-    """Fills the cache with a prompt but for its last token, which is returned, [1, 1]."""
-    cache.reset()
-    with torch.inference_mode():
-        model(prompt[:, :-1].to(model.device), past_key_values=cache, logits_to_keep=1)
-    return prompt[:, -1:]
 
 
 def _says_answer(model: PreTrainedModel, cache: TidalCache, last: Tensor, case: NeedleCase, method: Method) -> bool:

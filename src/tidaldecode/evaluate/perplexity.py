@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
+from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names, with_full
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.summary import PplSummary, ppl_summary
@@ -81,17 +80,12 @@ def finished(settings: Windows, methods: Sequence[Method], cells: Cells) -> list
     Raises:
         InputError: one plan's name stands for another in `cells`.
     """
-    methods = _with_full(methods)
+    methods = with_full(methods)
     check_plan_names([*cells.rows, *(method.key() for method in methods)])
     # the cells of these methods and windows alone: the file may hold others
     rows = [cells.find(window=start, **method.key()) for method in methods for start in settings.starts]
     found = [row for row in rows if row is not None]
     return ppl_summary(found) if len(found) == len(rows) else None
-
-
-def _with_full(methods: Sequence[Method]) -> tuple[Method, ...]:
-    """Full attention, then each of the others once."""
-    return tuple({tuple(method.key().values()): method for method in (Method("full"), *methods)}.values())
 
 
 def perplexity(
@@ -127,7 +121,7 @@ def perplexity(
     """
     settings.check(model.config)
     settings.check_text(text)
-    methods = _with_full(methods)
+    methods = with_full(methods)
     check_plan_names([*cells.rows, *(method.key() for method in methods)])
     total, done = settings.windows * (1 + len(methods)), 0
     cache = TidalCache(model.config, find_plan("full", model.config), settings.context)
@@ -148,25 +142,19 @@ def perplexity(
     return summary
 
 
-def _mend(dtype: torch.dtype) -> str:
-    """bfloat16 reaches as far as float32, so that only float16 overflows where they do not."""
-    if dtype == torch.float16:
-        return "float16 overflows; give --dtype bfloat16 or float32"
-    return f"the model's weights are damaged, for {str(dtype).removeprefix('torch.')} does not overflow"
-
-
 def _cell(
     model: PreTrainedModel, cache: TidalCache, rest: Tensor, start: int, method: Method, cells: Cells
 ) -> dict[str, Any]:
     """Scores the rest of a window under a method, and takes it out of the cache again."""
     began, prompt = time.perf_counter(), cache.get_seq_length()
     cache.attention = method.attention(model_shape(model.config), cache.capacity)
-    with torch.inference_mode():
-        nll = -score_tokens(model, cache, rest).log_probs.double().cpu()
+    try:
+        with torch.inference_mode():
+            nll = -score_tokens(model, cache, rest).log_probs.double().cpu()
+    except InputError as error:
+        raise InputError(f"{method.label} at token {start}: {error}") from None
     cache.crop(prompt - cache.get_seq_length())
     mean = float(nll.mean())
-    if not math.isfinite(mean):  # which JSON can't hold
-        raise InputError(f"{method.label} at token {start}: the likelihood is not finite: {_mend(model.dtype)}")
     full = cells.find(window=start, **Method("full").key())
     return {
         "window": start,

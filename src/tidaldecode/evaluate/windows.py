@@ -84,7 +84,7 @@ def read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decod
         model: with a plan applied.
         cache: emptied first.
         window: [1, context], int64.
-        decode: tokens that decode steps predict.
+        decode: tokens of the window that decode steps predict; 0 where what they predict lies behind it.
 
     Returns:
         [1, decode + 1].

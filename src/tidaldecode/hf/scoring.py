@@ -79,7 +79,7 @@ def score_tokens(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) -
         Scores of the n tokens behind the first, on the model's device.
 
     Raises:
-        InputError: as `step_logits`.
+        InputError: as `step_logits`, or a log probability is not finite.
     """
     expected = token_ids[0, 1:].to(model.device)
     log_probs, greedy, start = [], [], 0
@@ -90,7 +90,17 @@ def score_tokens(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) -
         greedy.append(logits.argmax(1) == token[:, 0])
         start += len(logits)
         del part, logits
-    return TokenScores(torch.cat(log_probs), torch.cat(greedy))
+    scores = TokenScores(torch.cat(log_probs), torch.cat(greedy))
+    if not scores.log_probs.isfinite().all():
+        raise InputError(f"the likelihood is not finite: {_mend(model.dtype)}")
+    return scores
+
+
+def _mend(dtype: torch.dtype) -> str:
+    """bfloat16 reaches as far as float32, so that only float16 overflows where they do not."""
+    if dtype == torch.float16:
+        return "float16 overflows; give --dtype bfloat16 or float32"
+    return f"the model's weights are damaged, for {str(dtype).removeprefix('torch.')} does not overflow"
 
 
 def steps_at_once(model: PreTrainedModel, capacity: int) -> int:
