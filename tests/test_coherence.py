@@ -11,7 +11,7 @@ import torch
 from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, apply
-from tidaldecode.calibrate import coherence as module
+from tidaldecode.calibrate import observed as module
 from tidaldecode.calibrate.coherence import Coherence, CoherenceSettings, coherence, recall_of_steps
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
 from tidaldecode.evaluate.text import Text

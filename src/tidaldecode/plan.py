@@ -100,6 +100,42 @@ class ModelShape(BaseModel):
         )
 
 
+class Calibration(BaseModel):
+    """How a plan was found, and what it loses: what `tidaldecode calibrate` writes into it.
+
+    Attributes:
+        text, heldout_text: names of the text that the plan was chosen on, and of the one it was checked on.
+        context, windows, decode: tokens of a window, how many windows, and decode steps of each that chose the plan.
+        heldout_windows, heldout_decode: likewise, of the check.
+        loss: what the search made small: the Kullback-Leibler divergence of the plan's next-token distribution from
+            full attention's, in nats, averaged over the steps.
+        calibration_gap, heldout_gap: nats per token above full attention, teacher-forced; `heldout_gap` is `None` where
+            the calibration was stopped before the check.
+        heldout_error: standard error of `heldout_gap` over the windows.
+        kv_read_fraction: share of the KV cache that a step reads at `context` tokens.
+        versions: of the packages that it was made with.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    heldout_text: str | None = None
+    context: int
+    windows: int
+    decode: int
+    heldout_windows: int | None = None
+    heldout_decode: int | None = None
+    seed: int
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    loss: float
+    calibration_gap: float
+    heldout_gap: float | None = None
+    heldout_error: float | None = None
+    kv_read_fraction: float
+
+
 class TidalPlan(BaseModel):
     """Position persistent sparse attention (TidalDecode, arXiv 2410.05076), layer by layer.
 
@@ -118,12 +154,14 @@ class TidalPlan(BaseModel):
             the set of the same head of the nearest `select` layer below.
         model: the model that the plan was made for; `None` fits every model with this many layers.
         origin: where the plan comes from, in words.
+        calibration: how it was found and what it loses, of a plan that `tidaldecode calibrate` made.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str | None = None
     origin: str | None = None
+    calibration: Calibration | None = None
     model: ModelShape | None = None
     roles: Annotated[tuple[Role | None, ...], Field(min_length=1)]
     selection: Selection

@@ -223,5 +223,5 @@ def tokens_of(budget: int | float, context: int) -> int:
 
 def _digest(plan: TidalPlan) -> str:
     """Of everything that decides what a plan reads, but its budget."""
-    rules = plan.model_dump_json(exclude={"name", "origin", "model", "token_budget"})
+    rules = plan.model_dump_json(exclude={"name", "origin", "calibration", "model", "token_budget"})
     return hashlib.sha256(rules.encode()).hexdigest()[:12]

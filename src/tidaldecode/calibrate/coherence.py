@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
+from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer, observe_steps
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows, read_prompt
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.architecture import check_architecture, model_shape
 from tidaldecode.hf.plans import find_plan
-from tidaldecode.hf.scoring import step_logits
 from tidaldecode.plan import Selection
 from tidaldecode.whole_file import whole_file
 
@@ -199,9 +198,6 @@ def coherence(
     return Coherence({rule: torch.stack([recall[rule] for recall in measured]) for rule in settings.selections})
 
 
-_MOST_BYTES = 2**29  # of the index sets of all layers, which wait for the layers above
-
-
 def recall_of_steps(
     model: PreTrainedModel,
     cache: TidalCache,
@@ -236,12 +232,7 @@ def recall_of_steps(
         for rule, total in totals.items():
             _add_recall(observed, rule, total)
 
-    cache.attention = ObservedAttention(shape, selections, budget, sink_tokens, observe)
-    sets = sum(map(shape.num_sets, selections))
-    steps = max(1, _MOST_BYTES // (4 * shape.num_layers * sets * min(budget, cache.capacity)))
-    for part in torch.split(token_ids, steps, 1):
-        for _ in step_logits(model, cache, part):
-            pass
+    observe_steps(model, cache, token_ids, ObservedAttention(shape, selections, budget, sink_tokens, observe))
     unmeasured = ~measured[..., None]
     return {
         rule: (total / token_ids.shape[1]).cpu().masked_fill(unmeasured, torch.nan) for rule, total in totals.items()

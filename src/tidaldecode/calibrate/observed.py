@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tidaldecode import ops
+from tidaldecode.hf import TidalCache
+from tidaldecode.hf.scoring import step_logits
 from tidaldecode.plan import ModelShape, Selection
+
+_MOST_BYTES = 2**29  # of the index sets of all layers, which wait for the layers above
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,17 @@ class ObservedLayer:
 class ObservedAttention:
     """Full attention in every layer; an observer is shown each layer of each step, in order.
 
-    What a layer would choose is what a `select` layer of a plan chooses: `token_budget` tokens, the new one and the
-    sinks always among them. Hidden states are full attention's. Of all that is observed, the index sets alone are kept
-    until the pass ends; scores and probabilities are one layer's.
+    What a layer would choose is what a `select` layer of a plan chooses: `token_budget` tokens, the sinks and the
+    recent ones always among them. Hidden states are full attention's. Of all that is observed, the index sets alone are
+    kept until the pass ends; scores and probabilities are one layer's.
 
     Args:
         shape: heads and layers of the model.
         selections: the rules by which tokens are chosen.
-        token_budget: tokens of each set; at least `sink_tokens + 2`.
+        token_budget: tokens of each set; at least `sink_tokens + recent_tokens + 1`.
         sink_tokens: first tokens that are always chosen.
         observe: called with each layer that attends to the whole context.
+        recent_tokens: last tokens that are always chosen, the new one among them.
     """
 
     def __init__(
@@ -71,11 +77,13 @@ class ObservedAttention:
         token_budget: int,
         sink_tokens: int,
         observe: Callable[[ObservedLayer], None],
+        recent_tokens: int = 1,
     ) -> None:
         self.shape = shape
         self.selections = tuple(selections)
         self.token_budget = token_budget
         self.sink_tokens = sink_tokens
+        self.recent_tokens = recent_tokens
         self._observe = observe
         self._chosen: dict[int, dict[Selection, Tensor]] = {}
         self._capacity = 0
@@ -118,7 +126,7 @@ class ObservedAttention:
         """The index sets that importances [n, sets, T] choose, [n, sets, k]."""
         steps, sets, _ = importance.shape
         indices = lengths.new_zeros(steps, sets, min(self.token_budget, self._capacity))
-        budgets, recents = torch.full_like(lengths, self.token_budget), torch.ones_like(lengths)
+        budgets, recents = torch.full_like(lengths, self.token_budget), torch.full_like(lengths, self.recent_tokens)
         ops.select_tokens(importance, lengths, budgets, recents, self.sink_tokens, indices)
         return indices
 
@@ -133,3 +141,24 @@ class ObservedAttention:
     def kv_read_fraction(self, context: int) -> float:
         """Everything."""
         return 1.0
+
+
+def observe_steps(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, attention: ObservedAttention) -> None:
+    """Runs the decode steps of given tokens under full attention that is watched.
+
+    Args:
+        model: with a plan applied.
+        cache: holds one prompt, read by the model; afterwards the tokens, too. Its attention is replaced.
+        token_ids: [1, n]; the tokens of the steps.
+        attention: sees so many of the steps at once as memory allows.
+
+    Raises:
+        InputError: as `tidaldecode.hf.scoring.step_logits`.
+    """
+    cache.attention = attention
+    sets = sum(map(attention.shape.num_sets, attention.selections))
+    width = min(attention.token_budget, cache.capacity)
+    steps = max(1, _MOST_BYTES // (4 * attention.shape.num_layers * sets * width))
+    for part in torch.split(token_ids, steps, 1):
+        for _ in step_logits(model, cache, part):
+            pass

@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from tidaldecode.cli.bench import bench
+from tidaldecode.cli.calibrate import calibrate
 from tidaldecode.cli.coherence import coherence
 from tidaldecode.cli.eval import evaluate
 from tidaldecode.cli.generate import generate
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(coherence)
+app.command()(calibrate)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 app.command()(report)

@@ -107,8 +107,8 @@ def _items(text: str) -> Sequence[str]:
     return tuple(dict.fromkeys(item.strip() for item in text.split(",")))
 
 
-def results_file(output: str | None, name: str) -> Path | None:
-    """The results file in the folder of `--output`, which need not exist.
+def results_file(output: str | None, name: str, option: str = "--output") -> Path | None:
+    """The results file in the folder of an option, which need not exist.
 
     Raises:
         InputError: the name is a file's.
@@ -116,7 +116,7 @@ def results_file(output: str | None, name: str) -> Path | None:
     if output is None:
         return None
     if Path(output).exists() and not Path(output).is_dir():
-        raise InputError(f"--output {output} is a file: give a folder")
+        raise InputError(f"{option} {output} is a file: give a folder")
     return Path(output) / name
 
 

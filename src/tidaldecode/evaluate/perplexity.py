@@ -147,13 +147,14 @@ def _cell(
 ) -> dict[str, Any]:
     """Scores the rest of a window under a method, and takes it out of the cache again."""
     began, prompt = time.perf_counter(), cache.get_seq_length()
+    mark = cache.mark()
     cache.attention = method.attention(model_shape(model.config), cache.capacity)
     try:
         with torch.inference_mode():
             nll = -score_tokens(model, cache, rest).log_probs.double().cpu()
     except InputError as error:
         raise InputError(f"{method.label} at token {start}: {error}") from None
-    cache.crop(prompt - cache.get_seq_length())
+    cache.rewind(mark)
     mean = float(nll.mean())
     full = cells.find(window=start, **Method("full").key())
     return {

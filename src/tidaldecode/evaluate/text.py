@@ -44,6 +44,11 @@ class Text:
         rest = self.tokens[start : start + length - len(self.prefix)]
         return torch.cat([torch.tensor(self.prefix, dtype=torch.int64), rest.long()])[None]
 
+    def halves(self) -> tuple[Text, Text]:
+        """The first half of the tokens, and the second."""
+        middle = len(self.tokens) // 2
+        return Text(self.tokens[:middle], self.prefix), Text(self.tokens[middle:], self.prefix)
+
     def digest(self) -> str:
         """Tells the text, and its tokenizer, from others."""
         digest = hashlib.sha256(self.tokens.numpy().tobytes())

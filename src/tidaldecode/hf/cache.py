@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -212,6 +213,14 @@ class WindowLayer(StaticSlidingWindowLayer):
         """Allocates the window for [B, Hkv, N, D] states."""
         with torch.inference_mode(False):
             super().lazy_initialization(key_states, value_states)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a cache stood: its tokens, left padding counted, and copies of the layers that keep a window alone."""
+
+    padded_length: int
+    windows: dict[int, WindowLayer]
 
 
 class TidalCache(Cache):
@@ -425,6 +434,30 @@ class TidalCache(Cache):
             for rows in (layer.keys, layer.values):
                 rows[:, :, :tokens].normal_(generator=generator)
             layer.padded_length = tokens
+
+    def mark(self) -> Mark:
+        """Remembers where the cache stands, for `rewind`; the windows of sliding-window layers are copied."""
+        windows = {
+            index: copy.deepcopy(layer) for index, layer in enumerate(self.layers) if isinstance(layer, WindowLayer)
+        }
+        return Mark(self.sequences.padded_length, windows)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forgets the tokens that came since `mark`, in every layer; a mark can be used again.
+
+        Raises:
+            InputError: the cache holds fewer tokens than it did.
+        """
+        removed = self.sequences.padded_length - mark.padded_length
+        if removed < 0:
+            raise InputError(f"the cache holds {-removed} tokens fewer than when it was marked: fill it again")
+        self.sequences.crop(removed)
+        self._prepared = False
+        for index, layer in enumerate(self.layers):
+            if index in mark.windows:
+                self.layers[index] = copy.deepcopy(mark.windows[index])
+            else:
+                layer.padded_length -= removed
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every sequence (the number is negative, as in Transformers).

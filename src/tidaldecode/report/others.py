@@ -16,6 +16,7 @@ from tidaldecode.report.article import (
     page_figure,
     written,
 )
+from tidaldecode.report.calibration_plots import frontier_figure
 from tidaldecode.report.coherence_plots import recall_heatmaps, recall_over_distance
 from tidaldecode.report.labels import signed
 from tidaldecode.report.results import Result
@@ -55,14 +56,26 @@ def recall_article(result: Result, name: str) -> Article:
 
 def calibration_article(result: Result, name: str) -> Article:
     """What the search for a plan found."""
-    gaps = [
-        (signed(result.fields[f"{on}_gap"]), words)
-        for on, words in (("calibration", "searched"), ("heldout", "held out"))
-    ]
+    fields = dict(result.fields)
+    frontier, gaps = fields.pop("frontier", None) or [], []
+    for on, words in (("calibration", "searched"), ("heldout", "held out")):
+        if fields[f"{on}_gap"] is not None:
+            gaps.append((signed(fields[f"{on}_gap"]), words))
+    figures = []
+    if frontier:
+        figures.append(
+            page_figure(
+                f"{name}-frontier",
+                "Loss over cost",
+                "The best plans found: nats per token over the share of the KV cache that a step reads. Numbers at "
+                "the points are full and select layers; bars are standard errors over windows.",
+                partial(frontier_figure, frontier),
+            )
+        )
     return Article(
         title=f"Calibration: {model_of(result)}",
         file=result.file,
-        facts=tuple(flattened(result.fields)),
+        facts=tuple(flattened(fields)),
         cards=(
             Card(
                 "Gap of the calibrated plan",
@@ -71,6 +84,16 @@ def calibration_article(result: Result, name: str) -> Article:
                 "text",
                 "Nats per token above full attention.",
             ),
+        ),
+        figures=tuple(figures),
+        tables=tuple(
+            [
+                _table(
+                    "The best plans", [{key: value for key, value in row.items() if key != "plan"} for row in frontier]
+                )
+            ]
+            if frontier
+            else []
         ),
         environments=environments_of(result),
     )

@@ -107,10 +107,22 @@ class _Recall(_Row):
     distances: dict[Name, _Shares] = Field(default={}, max_length=8)
 
 
+class _FrontierRow(_Row):
+    full_layers: Count
+    select_layers: Count
+    token_budget: Positive
+    kv_read_fraction: Number
+    loss: Number
+    calibration_gap: Number
+    heldout_gap: Number | None
+    heldout_error: Number | None
+
+
 class _Calibration(_Row):
     calibration_gap: Number
-    heldout_gap: Number
+    heldout_gap: Number | None
     seconds: Time | None = None
+    frontier: list[_FrontierRow] = Field(default=[], max_length=4096)
 
 
 _ROWS: dict[str, TypeAdapter[Any]] = {

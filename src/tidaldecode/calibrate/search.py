@@ -1,0 +1,146 @@
+"""The search for the layers that read everything: many plans are predicted, few are tried, and the loss decides.
+
+The prediction is the attention mass that the sparse layers lose, times a weight for each layer: how much a unit of
+mass that it loses costs. The weights start out equal and are fitted to every plan that was tried, so that the
+prediction gets better as the search goes on. From the plans with few such layers to those with more, one layer is added
+at a time; at each size a layer moves as long as that makes the loss smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tidaldecode.calibrate.assignment import Assignment
+
+_RIDGE = 0.3  # how strongly the weights hold on to their common mean, in units of lost mass
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a plan that read everything, and those of them that choose."""
+
+    reading: frozenset[int]
+    select: frozenset[int]
+
+
+@dataclass
+class Search:
+    """One search; it can be stopped at any time.
+
+    Args:
+        assignment: what is known of the layers; its weights are fitted as the search goes on.
+        measure: the loss of a plan with these layers.
+        full_layers: how many of the layers that read everything may not choose; 0 lets all of them.
+        tries: plans that are tried in a row without finding a better one, before a size is given up.
+        most_tries: plans that are tried at a size in all.
+
+    Attributes:
+        measured: the loss of each plan that was tried.
+    """
+
+    assignment: Assignment
+    measure: Callable[[Layers], float]
+    full_layers: int = 0
+    tries: int = 12
+    most_tries: int = 48
+    measured: dict[Layers, float] = field(default_factory=dict)
+
+    def sizes(self, first: int, last: int) -> Iterator[Layers]:
+        """The best layers found of each size, one size after another.
+
+        Args:
+            first, last: how many layers read everything.
+        """
+        best = self.start(first)
+        for size in range(first, last + 1):
+            self._end = len(self.measured) + self.most_tries
+            for layers in [best] if size == first else self._untried(self._grown(best)):
+                self._try(layers)
+            best = self._moved(self._best(size))
+            yield best
+
+    def start(self, size: int) -> Layers:
+        """The first layers that can have a role; beyond three, those whose absence the prediction misses most."""
+        layers = self.assignment.layers
+        reading = frozenset(layers[: min(size, 3)])
+        while len(reading) < size:
+            reading = min(self._grown(self._chosen(reading)), key=self._rank).reading
+        return self._chosen(reading)
+
+    def _best(self, size: int) -> Layers:
+        """The best layers of a size that were tried."""
+        return min((layers for layers in self.measured if len(layers.reading) == size), key=self._order)
+
+    def _order(self, layers: Layers) -> tuple[float, list[int]]:
+        return self.measured[layers], sorted(layers.reading)
+
+    def _rank(self, layers: Layers) -> tuple[float, list[int]]:
+        return self.assignment.predicted(layers.reading, layers.select), sorted(layers.reading)
+
+    def _chosen(self, reading: Iterable[int]) -> Layers:
+        reading = frozenset(reading)
+        most = max(1, len(reading) - self.full_layers)
+        return Layers(reading, self.assignment.select_layers(reading, most))
+
+    def _others(self, layers: Layers) -> list[int]:
+        return [layer for layer in self.assignment.layers if layer not in layers.reading]
+
+    def _grown(self, layers: Layers) -> list[Layers]:
+        """The same layers and one more."""
+        return [self._chosen(layers.reading | {new}) for new in self._others(layers)]
+
+    def _neighbours(self, layers: Layers) -> list[Layers]:
+        """The same layers, but for one."""
+        others = self._others(layers)
+        return [self._chosen(layers.reading - {old} | {new}) for old in sorted(layers.reading) for new in others]
+
+    def _moved(self, best: Layers) -> Layers:
+        """Moves one layer at a time, as long as that makes the loss smaller."""
+        while True:
+            neighbours = self._neighbours(best)
+            better = self._tried_better(neighbours, best) or self._first_better(neighbours, best)
+            if better is None:
+                return best
+            best = better
+
+    def _tried_better(self, candidates: list[Layers], best: Layers) -> Layers | None:
+        """The best candidate of those tried, if it is better than `best`."""
+        better = [layers for layers in candidates if self.measured.get(layers, math.inf) < self.measured[best]]
+        return min(better, key=self._order, default=None)
+
+    def _first_better(self, candidates: list[Layers], best: Layers) -> Layers | None:
+        """The first candidate in the order of prediction that turns out to be better than `best`."""
+        for candidate in self._untried(candidates):
+            self._try(candidate)
+            if self.measured[candidate] < self.measured[best]:
+                return candidate
+        return None
+
+    def _untried(self, candidates: list[Layers]) -> Iterator[Layers]:
+        """The most promising candidates that were not tried, each by the weights of that moment; `tries` of them."""
+        for _ in range(self.tries):
+            left = [layers for layers in candidates if layers not in self.measured]
+            candidate = min(left, key=self._rank, default=None)
+            if candidate is None or math.isinf(self._rank(candidate)[0]) or len(self.measured) >= self._end:
+                return
+            yield candidate
+
+    def _try(self, layers: Layers) -> None:
+        if layers not in self.measured:
+            self.measured[layers] = self.measure(layers)
+            self._fit()
+
+    def _fit(self) -> None:
+        """Fits the weights to what was measured: ridge regression towards their common mean, none negative."""
+        features = torch.stack([self.assignment.losses(layers.reading, layers.select) for layers in self.measured])
+        losses = torch.tensor(list(self.measured.values()), dtype=torch.float64)
+        mean = float(losses.sum() / features.sum().clamp(min=1e-9))
+        size = features.shape[1]
+        rows = torch.cat([features, _RIDGE * torch.eye(size, dtype=torch.float64)])
+        wanted = torch.cat([losses - features.sum(1) * mean, losses.new_zeros(size)])
+        change = torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0]
+        self.assignment = replace(self.assignment, weights=(change + mean).clamp(min=0.1 * mean))

@@ -1,0 +1,159 @@
+"""What is calibrated, and on which parts of which texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+from tidaldecode.calibrate.prompts import Probes
+from tidaldecode.errors import InputError
+from tidaldecode.evaluate.text import Text
+from tidaldecode.evaluate.windows import Windows
+from tidaldecode.hf.architecture import check_architecture, sliding_windows
+from tidaldecode.plan import Selection
+
+_RUN = 64  # tokens in a row by which two texts are told to overlap
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What plan is looked for, and on which decode steps.
+
+    Attributes:
+        select_layers: how many layers may choose; the best plans with fewer are found on the way.
+        full_layers: how many layers beside them read everything.
+        max_gap: instead of numbers of layers, the largest divergence from full attention, in nats; the cheapest plan
+            within it is looked for.
+        budgets: tokens that a sparse layer reads; several only with `max_gap`, the search goes by the middle one.
+        context: tokens of a window.
+        decode: decode steps of a window that predict the text's own tokens.
+        windows: of the text that the plan is chosen on.
+        heldout_windows, heldout_decode: of the text that it is checked on.
+        selections: the rules by which layers may choose.
+        per_query_head: whether each query head reads a set of its own, at the price of more rows, instead of one for
+            the query heads of a KV head.
+        probes: stretches of each prompt that are said again behind its text.
+        tries: see `Search`.
+        seed: of the windows' places, and the probes'.
+
+    Raises:
+        InputError: the settings contradict each other, or leave nothing to calibrate.
+    """
+
+    select_layers: int | None = None
+    full_layers: int = 2
+    max_gap: float | None = None
+    budgets: tuple[int, ...] = (256,)
+    context: int = 8192
+    decode: int = 192
+    windows: int = 4
+    heldout_windows: int = 8
+    heldout_decode: int = 384
+    selections: tuple[Selection, ...] = ("unified", "per_group")
+    per_query_head: bool = False
+    probes: Probes = field(default_factory=Probes)
+    tries: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.select_layers is None) == (self.max_gap is None):
+            raise InputError("give a number of select layers or a largest gap: one of them")
+        if self.max_gap is not None and not 0 < self.max_gap < float("inf"):
+            raise InputError(f"a largest gap of {self.max_gap} nats must be positive")
+        if self.max_gap is None and len(self.budgets) > 1:
+            raise InputError("several budgets need a largest gap: a number of select layers takes one")
+        if self.first_step <= 2 * self.probes.steps:
+            raise InputError(
+                f"a context of {self.context} tokens is too short for {self.decode} decode steps and the "
+                f"{self.probes.steps} of the probes: lower the decode steps"
+            )
+        if max(self.budgets) >= self.first_step:
+            raise InputError(
+                f"budget {max(self.budgets)} leaves nothing to calibrate: the first decode step of a window has a "
+                f"context of {self.first_step} tokens, and all of it would be read"
+            )
+
+    @property
+    def first_step(self) -> int:
+        """Tokens that the first decode step of a window sees."""
+        return self.context - self.decode - self.probes.steps
+
+    @property
+    def budget(self) -> int:
+        """The budget that the search goes by."""
+        return sorted(self.budgets)[len(self.budgets) // 2]
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses a model that can't be calibrated so.
+
+        Raises:
+            InputError: its architecture is not supported, the context is beyond its positions, or it has too few
+                layers.
+        """
+        check_architecture(config)
+        Windows(self.context, self.decode, 1).check(config)
+        layers = sum(window is None for window in sliding_windows(config))
+        select = self.select_layers or 1
+        full = 0 if self.select_layers is None else self.full_layers
+        if full + select >= layers:
+            raise InputError(
+                f"{full} full and {select} select layers leave no sparse one among the {layers} layers of the model "
+                "that attend to the whole context: ask for fewer"
+            )
+
+    def starts(self, text: Text) -> tuple[int, ...]:
+        """Places of the windows in the text that the plan is chosen on: apart, and random by the seed.
+
+        Raises:
+            InputError: the text is too short.
+        """
+        there, needed = len(text.tokens), self.windows * self.context - len(text.prefix)
+        if there < needed:
+            raise InputError(
+                f"the text to calibrate on has {there} tokens, {needed - there} too few for {self.windows} windows of "
+                f"{self.context}: give more text, or lower the windows or the context"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        offsets = torch.randint(there - needed + 1, (self.windows,), generator=generator).sort().values.tolist()
+        return tuple(offset + number * self.context for number, offset in enumerate(offsets))
+
+    def heldout(self, text: Text) -> Windows:
+        """Windows of the text that the plan is checked on: evenly spaced, the same for every seed.
+
+        Raises:
+            InputError: the text is too short.
+        """
+        there, needed = len(text.tokens), self.heldout_windows * self.context - len(text.prefix)
+        if there < needed:
+            raise InputError(
+                f"the held-out text has {there} tokens, {needed - there} too few for {self.heldout_windows} windows of "
+                f"{self.context}: give more text, or lower the held-out windows or the context"
+            )
+        stride = (there + len(text.prefix) - self.context) // max(1, self.heldout_windows - 1)
+        decode = min(self.heldout_decode, self.context - 2)
+        return Windows(self.context, decode, self.heldout_windows, 0, max(1, stride))
+
+
+def check_apart(text: Text, starts: Sequence[int], heldout: Text, windows: Windows) -> None:
+    """Refuses a check on what the plan was chosen on.
+
+    Args:
+        text, starts: where the windows of the one begin.
+        heldout, windows: of the other.
+
+    Raises:
+        InputError: they share a run of tokens.
+    """
+    chosen = (text.tokens[start : start + windows.context] for start in starts)
+    seen = {run.tobytes() for window in chosen for run in window.unfold(0, min(_RUN, len(window)), 1).numpy()}
+    for start in windows.starts:
+        window = heldout.tokens[start : start + windows.context]
+        for run in window.unfold(0, min(_RUN, len(window)), 1).numpy():
+            if run.tobytes() in seen:
+                raise InputError(
+                    f"the held-out text overlaps the text to calibrate on (in its window from token {start} on), and a "
+                    "gap measured there would say nothing: give another text"
+                )
