@@ -185,7 +185,7 @@ class Favouring(LogitsProcessor):
     """Keeps none; holds a tensor and a list."""
 
     def __init__(self):
-        self.bias, self.rest = torch.arange(260) / 100, [Ellipsis, object()]
+        self.bias, self.rest = torch.arange(260) / 100, [Ellipsis, max]
 
     def __call__(self, input_ids, scores):
         return scores + self.bias

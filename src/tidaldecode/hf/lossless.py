@@ -104,12 +104,12 @@ class _Speculation:
                 self._round(release.closed)
                 release.hand_out()
             if cache_is_kept:
-                self._level(release.width)
+                self._level(release.sequences)
         except BaseException:  # the user's too: the sequences end together, where the shortest does
             self.tokens.cut([min(self.tokens.counts)] * len(self.tokens.counts))
             self._align()
             raise
-        return self.tokens.ids[:, : release.width].clone()
+        return release.sequences.clone()
 
     def _round(self, closed: list[bool]) -> None:
         tokens = self.tokens
@@ -180,9 +180,9 @@ class _Speculation:
             self._padded_origin + max(self.tokens.counts) - 1, self._device(self.tokens.ends) + self._origin - 1
         )
 
-    def _level(self, width: int) -> None:
-        """Lets the cache hold `width - 1` tokens of each sequence: the padding behind closed ones too."""
-        tokens = self.tokens
+    def _level(self, sequences: Tensor) -> None:
+        """Lets the cache hold all tokens of [B, W] but the last column: the padding behind closed ones too."""
+        tokens, width = self.tokens, sequences.shape[1]
         start = min(*tokens.counts, width) - 1
         tokens.cut([min(count, width) for count in tokens.counts])
         self._align()
@@ -192,7 +192,7 @@ class _Speculation:
             new_lengths = (stop - ends).clamp(min=0, max=stop - first)
             self.cache.rewind(self._padded_origin + first, self.cache.sequences.lengths)
             positions = torch.arange(first, stop, device=ends.device) + (self._origin + self._offset)[:, None]
-            ids = self._device(tokens.ids[:, first:stop])
+            ids = self._device(sequences[:, first:stop])
             full_pass(self.model, self.cache, ids, positions, new_lengths=new_lengths, last_logits=True, capture=False)
             ends = ends + new_lengths
 

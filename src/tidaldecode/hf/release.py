@@ -17,7 +17,7 @@ class Release:
     and no more is generated for it.
 
     Args:
-        tokens: the sequences; what is written behind the end of a closed one is taken back.
+        tokens: the sequences; a closed one is cut where it ended.
         stopping_criteria: Transformers' own and the user's.
         streamer: gets the tokens, or `None`.
         padding: [], int64; the padding token; `None` if there is none.
@@ -39,9 +39,15 @@ class Release:
         self.closed = [False] * len(tokens.counts)
         self.done = False
         self._tokens, self._criteria, self._streamer = tokens, stopping_criteria, streamer
+        self._ids = tokens.ids.clone()  # for behind the end of a closed sequence drafts are written all the same
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._padding = None if padding is None or not has_end else padding.to(tokens.ids.device)
         self._unfinished = ones(len(tokens.counts), dtype=torch_bool, device=tokens.ids.device)
+
+    @property
+    def sequences(self) -> Tensor:
+        """What was handed out behind the prompts, with them: [B, width]."""
+        return self._ids[:, : self.width]
 
     def hand_out(self) -> None:
         """Hands out what all open sequences have, until all are finished."""
@@ -55,9 +61,10 @@ class Release:
     def _hand_out_one(self) -> None:
         column = self._tokens.ids[:, self.width]
         if self._padding is not None:
-            column.copy_(where(self._unfinished, column, self._padding))
+            column = where(self._unfinished, column, self._padding)
+        self._ids[:, self.width] = column
         self.width += 1
-        self._unfinished &= ~self._criteria(self._tokens.ids[:, : self.width], None)
+        self._unfinished &= ~self._criteria(self.sequences, None)
         if self._streamer is not None:
             self._streamer.put(column.cpu())
         unfinished = self._unfinished.tolist()
