@@ -515,17 +515,12 @@ class TidalCache(Cache):
                 f"crop({tokens_to_remove}) of a cache of {self.sequences.padded_length} tokens: give the tokens to "
                 "remove as a negative number"
             )
-        if not self.can_be_cropped:
+        if not all(isinstance(layer, TidalLayer) for layer in self.layers):
             raise InputError("a cache with sliding-window layers can't be cropped")
         lengths = (self.sequences.lengths + tokens_to_remove).clamp(min=0)
         self.rewind(self.sequences.padded_length + tokens_to_remove, lengths)
         if self.correction is not None:
             self.correction.forget(-tokens_to_remove)
-
-    @property
-    def can_be_cropped(self) -> bool:
-        """Whether all layers keep all tokens; a sliding window's older ones are gone."""
-        return all(isinstance(layer, TidalLayer) for layer in self.layers)
 
     def rewind(self, padded_length: int, lengths: Tensor) -> None:
         """Lets every sequence end at its own length; the rows behind are free. Also after a pass that was stopped.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import rope_varies
+from tidaldecode.hf.architecture import rope_varies, sliding_windows
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.full_pass import full_pass
 
@@ -72,7 +72,7 @@ class Correction:
         del self._steps[0 if tokens is None else max(0, len(self) - tokens) :]
 
 
-def check_second_pass(model: PreTrainedModel, cache_can_be_cropped: bool, option: str) -> None:
+def check_second_pass(config: PreTrainedConfig, option: str) -> None:
     """Refuses a model whose tokens can't run a second time.
 
     Args:
@@ -81,8 +81,7 @@ def check_second_pass(model: PreTrainedModel, cache_can_be_cropped: bool, option
     Raises:
         InputError: some layers keep a sliding window, or RoPE's frequencies go by the length of the pass.
     """
-    name = model.config.model_type
-    if not cache_can_be_cropped:
-        raise InputError(f"{name!r} has sliding-window layers, which can't take tokens back: leave out {option}")
-    if rope_varies(model.config):
-        raise InputError(f"{name!r} has RoPE frequencies that vary with the context: leave out {option}")
+    if any(window is not None for window in sliding_windows(config)):
+        raise InputError(f"{config.model_type!r} has sliding-window layers, which can't forget: leave out {option}")
+    if rope_varies(config):
+        raise InputError(f"{config.model_type!r} has RoPE frequencies that vary with the context: leave out {option}")

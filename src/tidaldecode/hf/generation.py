@@ -54,6 +54,9 @@ def tidal_generate(
     correction = None if correction_interval is None else Correction(correction_interval)
     if length is not None and correction is not None:
         raise InputError("lossless decoding corrects the cache in each round: leave out correction_interval")
+    for name, asked in (("lossless", length), ("correction_interval", correction)):
+        if asked is not None:
+            check_second_pass(model.config, name)
     tokens = _prompt_tokens(kwargs.get("inputs"), kwargs)
     new_tokens = setting("max_new_tokens") or (setting("max_length") or 0) - tokens
     capacity = tokens + (new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS)
@@ -67,10 +70,8 @@ def tidal_generate(
         _check_cache(cache, capacity)
         cache_is_kept = True
     if correction is not None:
-        check_second_pass(model, cache.can_be_cropped, "correction_interval")
         return _corrected(generate, cache, correction, kwargs)
     if length is not None:
-        check_second_pass(model, cache.can_be_cropped, "lossless")
         _refuse_beside_lossless(setting, kwargs)
         _keep_stop_strings(kwargs)
         kwargs["custom_generate"] = lossless_loop(length, kwargs.get("streamer"), cache_is_kept)
