@@ -10,6 +10,7 @@ import tidaldecode
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache, TidalPlan
 from tidaldecode.hf.correction import Correction
+from tidaldecode.hf.scoring import score_tokens
 
 OPTIONS = {"do_sample": False, "eos_token_id": None}
 FAMILIES_WITHOUT_WINDOWS = [family for family in FAMILIES if family != "gemma3_text"]
@@ -92,6 +93,26 @@ def test_a_loop_of_its_own_and_a_second_prompt(tiny):
     model(ids[:, :1], past_key_values=cache)
     cache.crop(-1)
     assert len(cache.correction) == 0
+
+
+@pytest.mark.parametrize("interval", [1, 3, 5, 20])
+def test_scored_in_a_few_passes(tiny, interval):
+    """Teacher-forced decoding with correction, against step after step."""
+    model = tiny("llama").double()
+    plan = plan_for(model.config, token_budget=4)
+    tidaldecode.apply(model, plan)
+    ids = ragged_batch((40,))[0]
+    one, other = (TidalCache(model.config, plan, 60) for _ in range(2))
+    other.correction = Correction(interval)
+    for cache in (one, other):
+        model(ids[:, :24], past_key_values=cache)
+    scores = score_tokens(model, one, ids[:, 24:], correction_interval=interval)
+    logits = [model(token.view(1, 1), past_key_values=other).logits[0, 0] for token in ids[0, 24:-1]]
+    expected = torch.stack(logits).log_softmax(1).gather(1, ids[0, 25:, None])[:, 0]
+    torch.testing.assert_close(scores.log_probs.double(), expected, rtol=0, atol=1e-5)
+    assert one.get_seq_length() == other.get_seq_length() == 39
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        torch.testing.assert_close(mine.keys[..., :39, :], theirs.keys[..., :39, :], rtol=0, atol=1e-9)
 
 
 def test_a_budget_of_the_whole_context_is_full_attention(tiny):
