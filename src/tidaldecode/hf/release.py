@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, ones, where
-from torch import bool as torch_bool
+import torch
+from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -42,7 +42,7 @@ class Release:
         self._ids = tokens.ids.clone()  # for behind the end of a closed sequence drafts are written all the same
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._padding = None if padding is None or not has_end else padding.to(tokens.ids.device)
-        self._unfinished = ones(len(tokens.counts), dtype=torch_bool, device=tokens.ids.device)
+        self._unfinished = torch.ones(len(tokens.counts), dtype=torch.bool, device=tokens.ids.device)
 
     @property
     def sequences(self) -> Tensor:
@@ -61,7 +61,7 @@ class Release:
     def _hand_out_one(self) -> None:
         column = self._tokens.ids[:, self.width]
         if self._padding is not None:
-            column = where(self._unfinished, column, self._padding)
+            column = torch.where(self._unfinished, column, self._padding)
         self._ids[:, self.width] = column
         self.width += 1
         self._unfinished &= ~self._criteria(self.sequences, None)
