@@ -17,6 +17,7 @@ from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
 from tidaldecode.hf.cache import Sequences, TidalLayer
+from tidaldecode.hf.full_pass import full_pass
 from tidaldecode.hf.merged import merged_products
 from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import ModelShape
@@ -75,6 +76,28 @@ def test_the_traced_step_is_the_models_own(tiny, family):
     assert torch.equal(own.sequences.lengths, traced.sequences.lengths)
 
 
+@pytest.mark.parametrize("family", GLOBAL_FAMILIES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_traced_pass_over_a_chunk_is_the_models_own(tiny, family, tokens):
+    torch._dynamo.reset()
+    model = tiny(family)
+    plan = find_plan("paper", model.config).with_budget(8)
+    apply(model, plan)
+    own, traced = read_prompt(model, plan, 40), read_prompt(model, plan, 40)
+    step = torch.compile(captured.decode_step, fullgraph=True, dynamic=False, backend="eager")
+    ids = PROMPT[:, :tokens].contiguous()
+    for _ in range(2):
+        positions = own.sequences.lengths[:, None].long() + torch.arange(tokens)
+        expected = full_pass(model, own, ids, positions)
+        traced.advance_chunk(tokens)
+        with torch.no_grad(), captured.running(traced, chunk=True), merged_products(model):
+            logits = step(model._tidaldecode.forward, ids, positions)
+        traced.count(tokens)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert torch.equal(own.sequences.lengths, traced.sequences.lengths)
+    assert own.get_seq_length() == traced.get_seq_length() == 20 + 2 * tokens
+
+
 @pytest.mark.parametrize("recent", [1, 7, 0.0, 0.25, 0.9])
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 1 / 3, 0.5, 1.0])
 def test_budgets_on_the_device_are_the_plans(fraction, recent):
@@ -119,6 +142,28 @@ def test_a_failed_capture_leaves_the_cache_as_it_was(tiny, monkeypatch, caplog):
     assert "RuntimeError: no graph today" in caplog.text and "more lines" not in caplog.text
     assert torch.equal(cache.sequences.lengths, before)
     assert cache.step_refused
+
+
+def test_a_chunk_that_can_not_be_captured_runs_all_the_same(tiny, monkeypatch, caplog):
+    model = apply(tiny("llama"), "paper")
+    cache = read_prompt(model, model._tidaldecode.plan, 100)
+    before, made = cache.sequences.lengths.clone(), []
+
+    def fails(model, cache, chunk):
+        made.append(chunk)
+        cache.advance_chunk(chunk)
+        raise RuntimeError("no graph today")
+
+    monkeypatch.setattr(captured, "CapturedStep", fails)
+    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    with caplog.at_level(logging.WARNING, "tidaldecode"):
+        for tokens in (4, 4, 70, 7):
+            assert captured.captured_chunk(model, cache, tokens) is None
+    assert made == [4, 7]  # each once, and no try where there is no kernel
+    assert "the pass over 4 tokens with full attention runs without a CUDA graph" in caplog.text
+    assert "no kernel for chunks of more than 65 tokens" in caplog.text
+    assert torch.equal(cache.sequences.lengths, before)
+    assert copy.deepcopy(cache).chunks == {}
 
 
 def test_a_compilation_that_the_user_stops_leaves_the_cache_as_it_was(tiny, monkeypatch):
@@ -226,6 +271,39 @@ def test_captured_steps_equal_uncaptured_ones(gpu_model, tiny, family, plan):
     assert one.step is not None and other.step is None
     assert one.get_seq_length() == other.get_seq_length() == 60
     assert torch.equal(one.sequences.lengths, other.sequences.lengths)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 9, 33, 65])
+def test_captured_chunks_equal_uncaptured_ones(gpu_model, tiny, tokens):
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    one, other = read_prompt(model, plan, 300), read_prompt(model, plan, 300)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        ids = torch.randint(0, 200, (2, tokens), generator=generator).cuda()
+        positions = one.sequences.lengths[:, None].long() + torch.arange(tokens, device="cuda")
+        logits = full_pass(model, one, ids, positions)
+        expected = full_pass(model, other, ids, positions, capture=False)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert one.chunks.keys() == {tokens} and not other.chunks
+    assert torch.equal(one.sequences.lengths, other.sequences.lengths)
+
+
+@on_gpu
+def test_lossless_rounds_replay_graphs(gpu_model, tiny):
+    """In float32 the tokens are full attention's, and the cache's rows are corrected by captured passes too."""
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    arguments = {"attention_mask": MASK.cuda(), "max_new_tokens": 40, "pad_token_id": 0, "do_sample": False}
+    cache = TidalCache(model.config, PLANS["full"](model.config), 80)
+    expected = model.generate(PROMPT.cuda(), past_key_values=cache, **arguments)
+    cache = TidalCache(model.config, plan, 80)
+    assert torch.equal(model.generate(PROMPT.cuda(), past_key_values=cache, lossless=4, **arguments), expected)
+    assert cache.step is not None and cache.chunks.keys() == {5}
+    cache = TidalCache(model.config, plan, 80)
+    model.generate(PROMPT.cuda(), past_key_values=cache, correction_interval=6, **arguments)
+    assert cache.step is not None and cache.chunks.keys() == {6}
 
 
 @on_gpu

@@ -40,7 +40,7 @@ def test_answers_and_tables(run, tiny):
     assert out.strip("\n")
     assert "context, tokens" in err
     assert "51" in err
-    assert "tokens read per step in each of 4 sparse layers" in err
+    assert "tokens read per new token in each of 4 sparse layers" in err
 
 
 def test_json_is_all_of_stdout(run, tiny, tmp_path):
@@ -113,6 +113,42 @@ def test_compare_with_layers_that_keep_a_window(run, byte_tokenizer, tmp_path):
     assert answer["full"]["token_ids"] == answer["token_ids"]
 
 
+def test_lossless(run, tiny):
+    options = ("generate", "Call me Ishmael. " * 4, *tiny, "--json", "--max-new-tokens", "24")
+    for length in ("3", "auto"):
+        status, out, err = run(*options, "--compare", "--lossless", length, "--budget", "40")
+        answer = json.loads(out)
+        assert status == 0
+        assert answer["first_difference"] is None
+        assert answer["token_ids"] == answer["full"]["token_ids"]
+        assert answer["lossless"] == (int(length) if length != "auto" else "auto")
+        assert 1 <= answer["accepted_per_round"] <= 17
+        assert answer["decode_ms_per_token"] > 0
+        assert "tokens out per round" in err
+    everything = json.loads(run(*options, "--lossless", "3", "--budget", "1.0")[1])
+    assert everything["accepted_per_round"] == pytest.approx(23 / 6, abs=1e-4)  # six rounds, the last one cut
+    reads = 5 * 4 + 3  # drafts and verification all read everything
+    assert everything["kv_read_fraction"] == pytest.approx(reads / 23, abs=1e-5)
+
+
+def test_correction(run, tiny):
+    options = ("generate", "Call me Ishmael. " * 4, *tiny, "--json", "--max-new-tokens", "11")
+    answers = [json.loads(run(*options, *more)[1]) for more in ([], ["--correction-interval", "4"])]
+    plain, corrected = (answer["kv_read_fraction"] for answer in answers)
+    assert corrected == pytest.approx(plain + 2 / 10, abs=1e-5)
+    assert answers[1]["correction_interval"] == 4
+    assert "accepted_per_round" not in answers[1]
+
+
+def test_models_whose_tokens_cannot_run_again(run, byte_tokenizer, tmp_path, no_model):
+    FAMILIES["gemma3_text"](architectures=["Gemma3ForCausalLM"]).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for option in ("--lossless", "--correction-interval"):
+        result = run("generate", "Call me Ishmael.", "--model", str(tmp_path), "--plan", "paper", option, "4")
+        assert_one_line(result, f"sliding-window layers, which can't forget: leave out {option}")
+
+
 def test_sampling_follows_the_seed(run, tiny):
     def sample(seed):
         return run("generate", "Call me Ishmael.", *tiny, "--temperature", "1.5", "--top-p", "0.95", "--seed", seed)[1]
@@ -152,6 +188,11 @@ def test_standard_input(run, tiny):
         (["--seed", "99999999999999999999"], ["--seed"]),
         (["--device", "meta"], ["--device 'meta' is not supported"]),
         (["--question", "\udcff?"], ["--question is not UTF-8"]),
+        (["--lossless", "0"], ["--lossless '0': give the tokens to draft in a round, at least 1, or auto"]),
+        (["--lossless", "often"], ["--lossless 'often'"]),
+        (["--correction-interval", "0"], ["--correction-interval 0 must be at least 1 token"]),
+        (["--lossless", "4", "--correction-interval", "4"], ["leave out --correction-interval"]),
+        (["--lossless", "4", "--method", "full"], ["--method full", "--lossless"]),
         (["--budget", "2.5"], ["--budget 2.5: a fraction of the context lies in (0, 1]"]),
     ],
 )

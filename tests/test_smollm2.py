@@ -50,6 +50,22 @@ def test_budget_of_the_context_gives_full_attentions_tokens(demo_model, demo_tok
     assert torch.equal(demo_model.generate(**ids, **options), expected)
 
 
+def test_lossless_tokens_are_full_attentions(demo_model, demo_tokenizer, essays):
+    """A part of what `benchmarks/lossless_exact.py` does: twenty prompts and 256 tokens take a CPU an hour."""
+    ids = demo_tokenizer([essays[:3000], essays[5000:7000]], return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None}
+    expected = demo_model.generate(**ids, **options)
+    for name, budget in (("smollm2-135m", 128), ("smollm2-135m-paper", 32)):
+        plan = shipped_plans()[name].with_budget(budget)
+        tidaldecode.apply(demo_model, plan)
+        for length in (3, 8):
+            cache = tidaldecode.TidalCache(demo_model.config, plan, 1000)
+            output = demo_model.generate(**ids, past_key_values=cache, lossless=length, **options)
+            assert torch.equal(output, expected)
+            assert cache.rounds.accepted_per_round > 1.5
+        tidaldecode.remove(demo_model)
+
+
 def test_the_demo(tmp_path):
     """What `make demo` runs: the question about the long document, answered."""
     command = [sys.executable, "-m", "tidaldecode", "generate", "--json", "--compare", "--max-new-tokens", "24"]

@@ -72,7 +72,7 @@ def measure_lost_mass(
     for prompt in prompts:
         with torch.inference_mode():
             observe_steps(model, prompt.cache, prompt.steps[:, :-1], attention)
-        prompt.cache.rewind(prompt.mark)
+        prompt.cache.go_back(prompt.mark)
     steps = sum(len(prompt.log_probs) for prompt in prompts)
     return LostMass(sets, (total / steps).cpu().masked_fill(~measured[..., None, None], torch.inf))
 

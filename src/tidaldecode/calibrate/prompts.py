@@ -131,7 +131,7 @@ def _log_probs(
     cache.attention = attention
     with torch.inference_mode():
         parts = [logits[0].float().log_softmax(1) for logits in step_logits(model, cache, steps[:, :-1])]
-    cache.rewind(mark)
+    cache.go_back(mark)
     return parts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from tidaldecode.cli.eval_correction import correction
 from tidaldecode.cli.eval_lm_eval import lm_eval
 from tidaldecode.cli.eval_needle import needle
 from tidaldecode.cli.eval_ppl import ppl
@@ -13,4 +14,5 @@ evaluate = typer.Typer(
 )
 evaluate.command()(ppl)
 evaluate.command()(needle)
+evaluate.command()(correction)
 evaluate.command("lm-eval")(lm_eval)

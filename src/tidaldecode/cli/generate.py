@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from tidaldecode.hf.drafting import Lossless
     from tidaldecode.hf.measured import Generation
     from tidaldecode.plan import TidalPlan
 
@@ -39,6 +40,16 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode with full attention too, and show both times.")
     ] = False,
+    lossless: Annotated[
+        str | None,
+        typer.Option(
+            "--lossless", metavar="T|auto", help="Draft T tokens by the plan, verify: the text is full attention's."
+        ),
+    ] = None,
+    correction_interval: Annotated[
+        int | None,
+        typer.Option("--correction-interval", metavar="T", help="Run every T new tokens again with full attention."),
+    ] = None,
     model: options.Model = "smollm2-135m",
     plan: options.Plan = "auto",
     budget: options.Budget = None,
@@ -53,6 +64,8 @@ def generate(
     _check_combination(method, compare, temperature, top_p)
     if method == "full" and (plan != "auto" or token_budget is not None):
         raise InputError("--method full reads everything: leave out --plan and --budget")
+    rounds = _parse_lossless(lossless)
+    _check_passes(method, rounds, correction_interval)
     text = read_prompt(prompt, prompt_file, question)
     _check_plan_file(plan, token_budget, model)
 
@@ -63,7 +76,8 @@ def generate(
         from tidaldecode.environment import environment
         from tidaldecode.hf import apply
         from tidaldecode.hf.architecture import check_architecture, check_plan
-        from tidaldecode.hf.measured import Sampling, compare_with_full, first_difference, generate_measured
+        from tidaldecode.hf.correction import check_second_pass
+        from tidaldecode.hf.measured import Passes, Sampling, compare_with_full, first_difference, generate_measured
         from tidaldecode.models import find_model
 
     if not console.is_terminal:
@@ -74,6 +88,9 @@ def generate(
     check_architecture(config)
     chosen = _plan(plan, method, token_budget, config)
     check_plan(chosen, config)
+    for option, given in (("--lossless", rounds), ("--correction-interval", correction_interval)):
+        if given is not None:
+            check_second_pass(config, option)
     tokenizer = files.tokenizer()
     tokens = _tokens(tokenizer, text)
     _check_length(tokens.shape[1], max_new_tokens, config)
@@ -81,7 +98,8 @@ def generate(
 
     sampling = Sampling(temperature, top_p, seed)
     with _Stream(console, tokens.shape[1], sys.stderr if json_output else sys.stdout) as stream:
-        done, cache = generate_measured(loaded, tokenizer, tokens, max_new_tokens, sampling, stream.write)
+        passes = Passes(rounds, correction_interval)
+        done, cache = generate_measured(loaded, tokenizer, tokens, max_new_tokens, sampling, stream.write, passes)
     full = None
     if compare:
         with console.status("decoding with full attention"):
@@ -97,6 +115,10 @@ def generate(
             "token_budget": chosen.token_budget,
         }
         answer |= _figures(done)
+        if rounds is not None:
+            answer |= {"lossless": rounds, "accepted_per_round": _rounded(done.accepted_per_round, 4)}
+        if correction_interval is not None:
+            answer["correction_interval"] = correction_interval
         if full is not None:
             answer["full"] = _figures(full)
             answer["first_difference"] = first_difference(done.token_ids, full.token_ids)
@@ -115,6 +137,25 @@ def _check_combination(method: str, compare: bool, temperature: float, top_p: fl
         raise InputError("--top-p must be above 0")
     if top_p < 1 and temperature == 0:
         raise InputError("--top-p samples, and greedy decoding does not: give a --temperature above 0")
+
+
+def _parse_lossless(text: str | None) -> Lossless | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--lossless {text!r}: give the tokens to draft in a round, at least 1, or auto")
+    return int(text)
+
+
+def _check_passes(method: str, lossless: Lossless | None, correction_interval: int | None) -> None:
+    if correction_interval is not None and correction_interval < 1:
+        raise InputError(f"--correction-interval {correction_interval} must be at least 1 token")
+    if lossless is not None and correction_interval is not None:
+        raise InputError("--lossless corrects the cache in each round: leave out --correction-interval")
+    if method == "full" and (lossless is not None or correction_interval is not None):
+        raise InputError("--method full reads everything: leave out --lossless and --correction-interval")
 
 
 def _check_plan_file(name: str, budget: int | float | None, model: str) -> None:
@@ -180,8 +221,12 @@ def _figures(generation: Generation) -> dict[str, Any]:
         "text": generation.text,
         "token_ids": generation.token_ids,
         "kv_read_fraction": round(generation.kv_read_fraction, 6),
-        "decode_ms_per_token": None if ms is None else round(ms, 3),
+        "decode_ms_per_token": _rounded(ms, 3),
     }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _ratio(one: Generation, other: Generation) -> float | None:
@@ -201,9 +246,11 @@ def _table(plan: TidalPlan, method: str, done: Generation, full: Generation | No
     for role in ("full", "select", "sparse"):
         layers = [layer for layer, its_role in enumerate(plan.roles) if its_role == role]
         if layers:
-            label = f"tokens read per step in each of {len(layers)} {role} layers"
+            label = f"tokens read per new token in each of {len(layers)} {role} layers"
             table.add_row(label, *(f"{_mean_reads(column, layers):,.0f}" for column in columns))
     table.add_row("share of the KV cache read", *(f"{column.kv_read_fraction:.1%}" for column in columns))
+    if done.accepted_per_round is not None:
+        table.add_row("tokens out per round", f"{done.accepted_per_round:.2f}", *[""] * (len(columns) - 1))
     table.add_row("ms per token", *(_ms(column) for column in columns))
     if full is not None and (ratio := _ratio(done, full)) is not None:
         table.add_row("step time over full attention's", f"{ratio:.2f}", "1.00")

@@ -154,7 +154,7 @@ def _cell(
             nll = -score_tokens(model, cache, rest).log_probs.double().cpu()
     except InputError as error:
         raise InputError(f"{method.label} at token {start}: {error}") from None
-    cache.rewind(mark)
+    cache.go_back(mark)
     mean = float(nll.mean())
     full = cells.find(window=start, **Method("full").key())
     return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ from tidaldecode.plan import TidalPlan
 
 if TYPE_CHECKING:
     from tidaldecode.hf.captured import CapturedStep
+    from tidaldecode.hf.correction import Correction
+    from tidaldecode.hf.drafting import Rounds
 
 
 @dataclass
@@ -74,6 +78,23 @@ class Sequences:
         self.step_lengths = self.lengths + torch.arange(1 - steps, 1, dtype=torch.int32, device=device)
         return self.step_lengths
 
+    def begin_chunk(self, new_tokens: int, new_lengths: Tensor | None) -> None:
+        """Starts a forward pass over a chunk behind a prompt, in which each token attends to all before it.
+
+        Also one token alone, which `begin` would take for a decode step.
+
+        Args:
+            new_tokens: tokens of the chunk, left padding included.
+            new_lengths: [B], integer; tokens of each sequence, without padding; `None` for all of them.
+        """
+        if new_lengths is None:
+            self.new_lengths.fill_(new_tokens)
+        else:
+            self.new_lengths.copy_(new_lengths)
+        self.lengths.add_(self.new_lengths)
+        self.padded_length += new_tokens
+        self.decoding, self.step_lengths = False, None
+
     def _start(self, batch: int, device: torch.device) -> None:
         """Makes all sequences empty; the tensors stay where the batch is as large, so that graphs stay valid."""
         if len(self.lengths) == batch and self.lengths.device == device:
@@ -84,10 +105,10 @@ class Sequences:
             self.new_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.block_table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
 
-    def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens` tokens of every sequence."""
-        self.lengths.sub_(tokens).clamp_(min=0)
-        self.padded_length -= tokens
+    def rewind(self, padded_length: int, lengths: Tensor) -> None:
+        """Lets every sequence end at its own length, in place, so that graphs stay valid."""
+        self.lengths.copy_(lengths)
+        self.padded_length = padded_length
 
     def reset(self) -> None:
         """Forgets all sequences."""
@@ -220,6 +241,7 @@ class Mark:
     """Where a cache stood: its tokens, left padding counted, and copies of the layers that keep a window alone."""
 
     padded_length: int
+    lengths: Tensor
     windows: dict[int, WindowLayer]
 
 
@@ -237,12 +259,18 @@ class TidalCache(Cache):
     Attributes:
         attention: the plan at work, with the index sets of the latest step.
         sequences: lengths of the sequences.
+        correction: when decoded tokens run again with full attention; `None` for never.
+        rounds: what the rounds of the latest lossless generation drafted and accepted; `None` before the first.
     """
 
     def __init__(self, config: PreTrainedConfig, plan: TidalPlan, capacity: int) -> None:
         self.config = config
         self.capacity = capacity
         self.sequences = Sequences()
+        self.correction: Correction | None = None
+        self.rounds: Rounds | None = None
+        self.chunks: dict[int, CapturedStep] = {}  # captured passes over so many tokens with full attention
+        self.chunks_refused: set[int] = set()
         self.use_plan(plan)
         windows = sliding_windows(config)
         num_global = windows.count(None)
@@ -292,11 +320,26 @@ class TidalCache(Cache):
         self.sequences.begin(batch, new_tokens, attention_mask, device)
         if self.sequences.lengths is not lengths:
             self.step = None
+            self.chunks.clear()
         self._attended = 0
         self._prepared = self._prepared and self.sequences.decoding
         if self.sequences.decoding:
             self.prepare()
             self.attention.begin(self.sequences.lengths, self.capacity)
+
+    def begin_chunk(self, new_tokens: int, new_lengths: Tensor | None = None) -> None:
+        """Starts a forward pass over a chunk behind a prompt, in which each token attends to all before it.
+
+        Args:
+            new_tokens: tokens of the chunk, left padding included.
+            new_lengths: [batch], integer; tokens of each sequence, without padding; `None` for all of them.
+
+        Raises:
+            InputError: the tokens do not fit.
+        """
+        self.check_chunk(new_tokens)
+        self.sequences.begin_chunk(new_tokens, new_lengths)
+        self._attended, self._prepared = 0, False
 
     def begin_steps(self, steps: int, device: torch.device) -> None:
         """Starts a forward pass over `steps` tokens of one sequence in which each attends as in a decode step.
@@ -330,16 +373,25 @@ class TidalCache(Cache):
             )
         self._check_whole()
 
+    def check_chunk(self, new_tokens: int) -> None:
+        """Refuses a chunk that the cache has no room for, before anything is written.
+
+        Raises:
+            InputError: it does not fit.
+        """
+        self._check_room(new_tokens)
+        self._check_whole()
+
     def _check_whole(self) -> None:
         lengths = {layer.padded_length for layer in self.layers if isinstance(layer, TidalLayer)}
         if lengths - {self.sequences.padded_length}:
             raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
 
-    def count_step(self) -> None:
-        """Counts, on the host, the token per sequence that a captured step adds on the device."""
-        self.sequences.padded_length += 1
+    def count(self, tokens: int) -> None:
+        """Counts, on the host, the tokens per sequence that a captured pass adds on the device."""
+        self.sequences.padded_length += tokens
         for layer in self.layers:
-            layer.padded_length += 1
+            layer.padded_length += tokens
 
     def advance(self) -> None:
         """Starts a decode step on the device alone, so that it can be captured in a CUDA graph."""
@@ -347,6 +399,11 @@ class TidalCache(Cache):
         sequences.new_lengths.fill_(1)
         sequences.lengths.add_(1)
         self.attention.begin(sequences.lengths, self.capacity)
+
+    def advance_chunk(self, new_tokens: int) -> None:
+        """Starts a pass over a chunk on the device alone, so that it can be captured in a CUDA graph."""
+        self.sequences.new_lengths.fill_(new_tokens)
+        self.sequences.lengths.add_(new_tokens)
 
     def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Writes a new token's K and V in one layer and attends, after `advance`.
@@ -360,12 +417,33 @@ class TidalCache(Cache):
         Returns:
             [B, 1, Hq, D].
         """
-        sequences = self.sequences
-        k_cache, v_cache = self.layers[layer].blocks()
-        table, lengths = sequences.block_table, sequences.lengths
-        new = key.transpose(1, 2), value.transpose(1, 2)
-        ops.write_kv(*new, k_cache, v_cache, table, lengths, sequences.new_lengths)
+        k_cache, v_cache = self._write(layer, key, value)
+        table, lengths = self.sequences.block_table, self.sequences.lengths
         return self.attention.attend(layer, query[:, :, 0], k_cache, v_cache, table, lengths, scale)[:, None]
+
+    def attend_chunk(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Writes the K and V of a chunk in one layer and attends to everything, after `advance_chunk`.
+
+        Args:
+            layer: index of the layer.
+            query: [B, Hq, N, D].
+            key, value: [B, Hkv, N, D].
+            scale: factor of the scores.
+
+        Returns:
+            [B, N, Hq, D].
+        """
+        sequences = self.sequences
+        cache = *self._write(layer, key, value), sequences.block_table
+        return ops.multi_query_attention(query.transpose(1, 2), *cache, sequences.lengths, sequences.new_lengths, scale)
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes new K and V, [B, Hkv, N, D], in one layer; returns its blocks."""
+        sequences = self.sequences
+        blocks: tuple[Tensor, Tensor] = self.layers[layer].blocks()
+        new = key.transpose(1, 2), value.transpose(1, 2)
+        ops.write_kv(*new, *blocks, sequences.block_table, sequences.lengths, sequences.new_lengths)
+        return blocks
 
     def attended_everywhere(self) -> bool:
         """Whether every layer with a role attended through this cache in the latest forward pass."""
@@ -436,28 +514,24 @@ class TidalCache(Cache):
             layer.padded_length = tokens
 
     def mark(self) -> Mark:
-        """Remembers where the cache stands, for `rewind`; the windows of sliding-window layers are copied."""
+        """Remembers where the cache stands, for `go_back`; the windows of sliding-window layers are copied."""
         windows = {
             index: copy.deepcopy(layer) for index, layer in enumerate(self.layers) if isinstance(layer, WindowLayer)
         }
-        return Mark(self.sequences.padded_length, windows)
+        return Mark(self.sequences.padded_length, self.sequences.lengths.clone(), windows)
 
-    def rewind(self, mark: Mark) -> None:
+    def go_back(self, mark: Mark) -> None:
         """Forgets the tokens that came since `mark`, in every layer; a mark can be used again.
 
         Raises:
             InputError: the cache holds fewer tokens than it did.
         """
-        removed = self.sequences.padded_length - mark.padded_length
-        if removed < 0:
-            raise InputError(f"the cache holds {-removed} tokens fewer than when it was marked: fill it again")
-        self.sequences.crop(removed)
-        self._prepared = False
-        for index, layer in enumerate(self.layers):
-            if index in mark.windows:
-                self.layers[index] = copy.deepcopy(mark.windows[index])
-            else:
-                layer.padded_length -= removed
+        missing = mark.padded_length - self.sequences.padded_length
+        if missing > 0:
+            raise InputError(f"the cache holds {missing} tokens fewer than when it was marked: fill it again")
+        for index, layer in mark.windows.items():
+            self.layers[index] = copy.deepcopy(layer)
+        self.rewind(mark.padded_length, mark.lengths)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every sequence (the number is negative, as in Transformers).
@@ -473,14 +547,39 @@ class TidalCache(Cache):
             )
         if not all(isinstance(layer, TidalLayer) for layer in self.layers):
             raise InputError("a cache with sliding-window layers can't be cropped")
-        self.sequences.crop(-tokens_to_remove)
+        lengths = (self.sequences.lengths + tokens_to_remove).clamp(min=0)
+        self.rewind(self.sequences.padded_length + tokens_to_remove, lengths)
+        if self.correction is not None:
+            self.correction.forget(-tokens_to_remove)
+
+    def rewind(self, padded_length: int, lengths: Tensor) -> None:
+        """Lets every sequence end at its own length; the rows behind are free. Also after a pass that was stopped.
+
+        Args:
+            padded_length: tokens with left padding, at least the longest length.
+            lengths: [B], integer; all rows up to them must have been written.
+        """
+        self.sequences.rewind(padded_length, lengths)
         self._prepared = False
         for layer in self.layers:
-            layer.padded_length += tokens_to_remove
+            if isinstance(layer, TidalLayer):
+                layer.padded_length = padded_length
+
+    @contextmanager
+    def kept_if_stopped(self) -> Iterator[None]:
+        """Gives every sequence the length that it has now, if what runs inside is stopped by an error or the user."""
+        padded_length, lengths = self.sequences.padded_length, self.sequences.lengths.clone()
+        try:
+            yield
+        except BaseException:
+            self.rewind(padded_length, lengths)
+            raise
 
     def reset(self) -> None:
         """Forgets all sequences; what is allocated stays."""
         self.sequences.reset()
+        if self.correction is not None:
+            self.correction.forget()
         for layer in self.layers:
             layer.reset()
 

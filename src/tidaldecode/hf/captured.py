@@ -1,5 +1,7 @@
 """A decode step as one CUDA graph: the model's own code, compiled, with the plan's attention as one opaque operation.
 
+So is a pass over a chunk of new tokens with full attention: cache correction and verification, one graph a length.
+
 `torch.compile` sees the attention of a layer as a call that takes the new token's query, key and value, and knows
 nothing of cache, plan or length. So one compilation serves every cache and plan of a model, and the graph captured
 from it stays right as the context grows: lengths are on the device and are counted up inside.
@@ -32,26 +34,26 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("tidaldecode")
 _RECOMPILE_LIMIT = 256  # one compilation for each model and batch size, of which a process may see many
 
-_running = threading.local()  # its `cache` is that of the step that is warmed up or captured
+_running = threading.local()  # its `attend` is the cache's, of the pass that is warmed up or captured
 _capturing = threading.Lock()
 _refused: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()  # reasons that were said
 
 
 @torch.library.custom_op("tidaldecode::decode_attention", mutates_args=())
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
-    """Writes a new token's K and V, and attends by the plan, through the cache of the running step.
+    """Writes the K and V of new tokens, and attends, through the cache of the running pass.
 
     Args:
-        query: [B, Hq, 1, D].
-        key, value: [B, Hkv, 1, D].
+        query: [B, Hq, N, D]; one token in a decode step, which goes by the plan.
+        key, value: [B, Hkv, N, D].
         layer: index of the layer.
         scale: factor of the scores.
 
     Returns:
-        [B, 1, Hq, D].
+        [B, N, Hq, D].
     """
-    cache: TidalCache = _running.cache
-    return cache.decode(layer, query, key, value, scale)
+    attend: Callable[..., Tensor] = _running.attend
+    return attend(layer, query, key, value, scale)
 
 
 @decode_attention.register_fake
@@ -92,14 +94,14 @@ _step_cache = StepCache()
 
 
 def decode_step(forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """The model's forward pass over one new token per sequence, inside `running`.
+    """The model's forward pass over N new tokens per sequence, inside `running`; one in a decode step.
 
     Args:
         forward: the model's own forward pass.
-        input_ids, position_ids: [B, 1], int64.
+        input_ids, position_ids: [B, N], int64.
 
     Returns:
-        Logits, [B, 1, V].
+        Logits, [B, N, V].
     """
     return forward(
         input_ids=input_ids,
@@ -115,33 +117,35 @@ _compiled_step = torch.compile(decode_step, fullgraph=True, dynamic=False)
 
 
 @contextmanager
-def running(cache: TidalCache) -> Iterator[None]:
-    """Makes a cache the one that `decode_attention` works on."""
-    _running.cache = cache
+def running(cache: TidalCache, chunk: bool = False) -> Iterator[None]:
+    """Makes a cache the one that `decode_attention` works on: in a decode step, or over a chunk."""
+    _running.attend = cache.attend_chunk if chunk else cache.decode
     try:
         yield
     finally:
-        del _running.cache
+        del _running.attend
 
 
 class CapturedStep:
-    """A decode step in a CUDA graph.
+    """A decode step, or a pass over a chunk with full attention, in a CUDA graph.
 
     Args:
         model: a model with a plan, on a GPU.
-        cache: holds the sequences to go on with; its next step must still fit.
+        cache: holds the sequences to go on with; its next step, or the chunk, must still fit.
+        chunk: tokens of the chunk; `None` for a decode step.
 
     Raises:
         Exception: whatever PyTorch says when a model can't be compiled or captured.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: TidalCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: TidalCache, chunk: int | None = None) -> None:
         # no reference to the cache, which holds this step: both would stay until the garbage collector comes by
         self._model, self._weights = weakref.ref(model), _weights(model)
+        self._chunk = chunk
         lengths = cache.sequences.lengths
         with torch.inference_mode(False):
-            self._input_ids = torch.zeros(len(lengths), 1, dtype=torch.int64, device=lengths.device)
-            self._position_ids = (lengths[:, None] - 1).long()
+            self._input_ids = torch.zeros(len(lengths), chunk or 1, dtype=torch.int64, device=lengths.device)
+            self._position_ids = (lengths[:, None] - 1).long() + torch.arange(chunk or 1, device=lengths.device)
         with torch.cuda.device(lengths.device), merged_products(model):
             self._capture(cache, model._tidaldecode.forward)
 
@@ -152,7 +156,7 @@ class CapturedStep:
         before = lengths.clone()
         stream.wait_stream(torch.cuda.current_stream(lengths.device))
         try:
-            with torch.no_grad(), running(cache), torch.cuda.stream(stream):
+            with torch.no_grad(), running(cache, self._chunk is not None), torch.cuda.stream(stream):
                 with _more_compilations():
                     for _ in range(2):  # compiles, lets kernels compile and allocate what they keep
                         self._run(cache, forward)
@@ -164,7 +168,10 @@ class CapturedStep:
             torch.cuda.current_stream(lengths.device).wait_stream(stream)
 
     def _run(self, cache: TidalCache, forward: Callable[..., Any]) -> Tensor:
-        cache.advance()
+        if self._chunk is None:
+            cache.advance()
+        else:
+            cache.advance_chunk(self._chunk)
         return _compiled_step(forward, self._input_ids, self._position_ids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -179,11 +186,11 @@ class CapturedStep:
         """Runs the step.
 
         Args:
-            input_ids: [B, 1], the new tokens.
-            position_ids: [B, 1] or [1, 1], their positions.
+            input_ids: [B, N], the new tokens; N is 1 for a decode step.
+            position_ids: [B, N] or [1, N], their positions.
 
         Returns:
-            Logits, [B, 1, V]; overwritten by the next step.
+            Logits, [B, N, V]; overwritten by the next replay.
         """
         with torch.cuda.device(self._input_ids.device):
             self._input_ids.copy_(input_ids)
@@ -209,26 +216,51 @@ def captured_step(model: PreTrainedModel, cache: TidalCache) -> CapturedStep | N
     cache.step = None
     reason = _obstacle(model, cache)
     if reason is None and not cache.step_refused:
-        reason = _capture(model, cache)
+        cache.step, reason = _capture(model, cache)
         cache.step_refused = reason is not None
-    if reason is not None and reason not in _refused.setdefault(model, set()):
-        _refused[model].add(reason)
-        _logger.warning("the decode step runs without a CUDA graph, and slower: %s", reason)
+    _say_once(model, "the decode step", reason)
     return cache.step
 
 
-def _capture(model: PreTrainedModel, cache: TidalCache) -> str | None:
-    """Captures the step of a cache; why that failed, if it did."""
+def captured_chunk(model: PreTrainedModel, cache: TidalCache, tokens: int) -> CapturedStep | None:
+    """The pass of a model and a cache over a chunk of `tokens` tokens with full attention, as `captured_step`."""
+    pass_ = cache.chunks.get(tokens)  # `None` in a copy of a cache
+    if pass_ is not None and pass_.serves(model):
+        return pass_
+    cache.chunks.pop(tokens, None)
+    reason = _obstacle(model, cache)
+    if reason is None and tokens > ops.MOST_CHUNK_TOKENS:
+        reason = f"there is no kernel for chunks of more than {ops.MOST_CHUNK_TOKENS} tokens"
+    if reason is None and tokens not in cache.chunks_refused:
+        pass_, reason = _capture(model, cache, tokens)
+        if pass_ is not None:
+            cache.chunks[tokens] = pass_
+            return pass_
+        cache.chunks_refused.add(tokens)
+    _say_once(model, f"the pass over {tokens} tokens with full attention", reason)
+    return None
+
+
+def _say_once(model: PreTrainedModel, what: str, reason: str | None) -> None:
+    if reason is not None and reason not in _refused.setdefault(model, set()):
+        _refused[model].add(reason)
+        _logger.warning("%s runs without a CUDA graph, and slower: %s", what, reason)
+
+
+def _capture(
+    model: PreTrainedModel, cache: TidalCache, chunk: int | None = None
+) -> tuple[CapturedStep | None, str | None]:
+    """Captures the step of a cache, or its pass over a chunk; why that failed, if it did."""
     lengths = cache.sequences.lengths.clone()
+    chunks = () if chunk is None else (chunk,)
     try:
-        with _capturing, _progress(model, len(lengths)):
-            cache.step = CapturedStep(model, cache)
+        with _capturing, _progress(model, len(lengths), chunk):
+            return CapturedStep(model, cache, *chunks), None
     except BaseException as error:  # of any part of PyTorch, for any reason; or the user's
         cache.sequences.lengths.copy_(lengths)
         if not isinstance(error, Exception):
             raise
-        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-    return None
+        return None, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _obstacle(model: PreTrainedModel, cache: TidalCache) -> str | None:
@@ -249,18 +281,20 @@ def _more_compilations() -> Iterator[None]:
         yield
 
 
-_seen: WeakKeyDictionary[PreTrainedModel, set[int]] = WeakKeyDictionary()  # batch sizes that were compiled
+_seen: WeakKeyDictionary[PreTrainedModel, set[tuple[int, int]]] = WeakKeyDictionary()  # what was compiled
 
 
 @contextmanager
-def _progress(model: PreTrainedModel, batch: int) -> Iterator[None]:
+def _progress(model: PreTrainedModel, batch: int, chunk: int | None) -> Iterator[None]:
     """Says what is being waited for; the first compilation of a model takes a minute, later ones come from the disk."""
-    if batch in _seen.setdefault(model, set()):
+    shape = batch, chunk or 0
+    if shape in _seen.setdefault(model, set()):
         yield
         return
+    what = "the decode step" if chunk is None else f"the pass over {chunk} tokens"
     console = Console(file=sys.stderr)
     start = time.perf_counter()
-    with console.status("tidaldecode compiles the decode step: about a minute, once for a model on this machine"):
+    with console.status(f"tidaldecode compiles {what}: about a minute, once for a model on this machine"):
         yield
-    _logger.info("compiled and captured the decode step in %.0f s", time.perf_counter() - start)
-    _seen[model].add(batch)
+    _logger.info("compiled and captured %s in %.0f s", what, time.perf_counter() - start)
+    _seen[model].add(shape)

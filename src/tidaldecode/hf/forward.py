@@ -42,10 +42,29 @@ def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     cache = arguments.get("past_key_values")
     if not isinstance(cache, TidalCache):
         return forward(*args, **kwargs)
+    correction = cache.correction
+    if correction is None:
+        return _pass(model, cache, arguments)
+    past, tokens = cache.get_seq_length(), _tokens(arguments)
+    decoding = tokens.shape[1] == 1 and past > 0
+    if not decoding:
+        correction.correct(model, cache)  # while their tokens are the last ones
+        return _pass(model, cache, arguments)
+    with cache.kept_if_stopped():
+        output = _pass(model, cache, arguments)
+    positions = arguments.get("position_ids")
+    positions = torch.full_like(tokens[:, :1], past) if positions is None else positions
+    correction.decoded(model, cache, arguments.get("input_ids"), positions)
+    return output
+
+
+def _pass(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
+    """The model's forward pass with its cache: a captured decode step, or one chunk after another."""
     if _may_be_captured(arguments, cache):
         cache.check_step(len(arguments["input_ids"]))
         if (step := captured_step(model, cache)) is not None:
             return _replay(step, cache, arguments)
+    forward = model._tidaldecode.forward
     for chunk in _chunks(arguments, model.config):
         tokens = _tokens(chunk)
         cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
@@ -81,7 +100,7 @@ def _replay(step: CapturedStep, cache: TidalCache, arguments: dict[str, Any]) ->
     if positions is None:
         positions = torch.full_like(ids, cache.get_seq_length())
     logits = step.replay(ids, positions)
-    cache.count_step()
+    cache.count(1)
     return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)  # the next step overwrites them
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import Cache
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.correction import Correction, check_second_pass
+from tidaldecode.hf.drafting import DraftLength, Lossless
+from tidaldecode.hf.lossless import lossless_loop
 
 _DEFAULT_NEW_TOKENS = 20  # what Transformers generates when nobody says how much
 
@@ -19,28 +24,97 @@ def tidal_generate(
     inputs: Any = None,
     generation_config: GenerationConfig | None = None,
     *args: Any,
+    lossless: Lossless | None = None,
+    correction_interval: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The model's `generate`, decoding through a `TidalCache`; arguments and results as before."""
+    """The model's `generate`, decoding through a `TidalCache`; arguments and results as before, and two more.
+
+    Args:
+        lossless: tokens to draft by the plan in a round, or `auto`; the new tokens are full attention's. Also sampled
+            ones, in distribution.
+        correction_interval: decoded tokens after which those tokens run again with full attention.
+
+    Raises:
+        InputError: a mode or option that the cache can't follow, or a number that is not positive.
+    """
+    generate = model._tidaldecode.generate
+    kwargs |= _named(generate, inputs, generation_config, *args)
 
     def setting(name: str) -> Any:
         sources = (
             kwargs.get(name),
-            getattr(generation_config, name, None),
+            getattr(kwargs.get("generation_config"), name, None),
             getattr(model.generation_config, name, None),
         )
         return next((value for value in sources if value is not None), None)
 
     _refuse_modes(setting, kwargs)
-    tokens = _prompt_tokens(inputs, kwargs)
+    length = None if lossless is None else DraftLength(lossless)
+    correction = None if correction_interval is None else Correction(correction_interval)
+    if length is not None and correction is not None:
+        raise InputError("lossless decoding corrects the cache in each round: leave out correction_interval")
+    for name, asked in (("lossless", length), ("correction_interval", correction)):
+        if asked is not None:
+            check_second_pass(model.config, name)
+    tokens = _prompt_tokens(kwargs.get("inputs"), kwargs)
     new_tokens = setting("max_new_tokens") or (setting("max_length") or 0) - tokens
     capacity = tokens + (new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS)
+    if length is not None and _sequences(setting, kwargs) > 1:
+        capacity += length.longest  # one sequence may be done while another one still drafts
     cache = kwargs.get("past_key_values")
     if cache is None:
-        kwargs["past_key_values"] = TidalCache(model.config, model._tidaldecode.plan, capacity)
+        cache = kwargs["past_key_values"] = TidalCache(model.config, model._tidaldecode.plan, capacity)
+        cache_is_kept = bool(setting("return_dict_in_generate"))
     else:
         _check_cache(cache, capacity)
-    return model._tidaldecode.generate(inputs, generation_config, *args, **kwargs)
+        cache_is_kept = True
+    if correction is not None:
+        return _corrected(generate, cache, correction, kwargs)
+    if length is not None:
+        _refuse_beside_lossless(setting, kwargs)
+        _keep_stop_strings(kwargs)
+        kwargs["custom_generate"] = lossless_loop(length, kwargs.get("streamer"), cache_is_kept)
+    return generate(**kwargs)
+
+
+def _named(generate: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Arguments of `generate` that were given by place, by their names; those that are `None` left out."""
+    bound = inspect.signature(generate).bind_partial(*args).arguments
+    return {name: value for name, value in bound.items() if value is not None}
+
+
+def _corrected(generate: Callable[..., Any], cache: TidalCache, correction: Correction, kwargs: dict[str, Any]) -> Any:
+    before, cache.correction = cache.correction, correction
+    try:
+        return generate(**kwargs)
+    finally:
+        cache.correction = before
+
+
+def _refuse_beside_lossless(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("custom_generate") is not None:
+        raise InputError("lossless decoding is a loop of its own: leave out custom_generate, or lossless")
+    if kwargs.get("synced_gpus"):
+        raise InputError("lossless decoding runs on one GPU: leave out synced_gpus, or lossless")
+    for name in ("output_scores", "output_logits", "output_hidden_states"):
+        if setting(name):
+            raise InputError(f"lossless decoding keeps tokens alone: leave out {name}, or lossless")
+
+
+def _keep_stop_strings(kwargs: dict[str, Any]) -> None:
+    """Makes the criterion of stop strings here: Transformers hands no tokenizer on beside `custom_generate`."""
+    config = kwargs.get("generation_config")
+    strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if strings is None:
+        return
+    if kwargs.get("tokenizer") is None:
+        raise InputError("stop_strings need the tokenizer: pass tokenizer=... to generate")
+    if config is not None:
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    criterion = StopStringCriteria(stop_strings=strings, tokenizer=kwargs["tokenizer"])
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
 
 
 def tidal_prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -85,6 +159,13 @@ def _check_cache(cache: Cache, capacity: int) -> None:
             f"the TidalCache holds {cache.capacity} tokens; prompt and new tokens are {capacity}: start with "
             f"past_key_values=tidaldecode.TidalCache(model.config, plan, capacity={capacity}) or more"
         )
+
+
+def _sequences(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> int:
+    """Sequences that are decoded side by side."""
+    prompts = (kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    batch = max((len(prompt) for prompt in prompts if prompt is not None), default=1)
+    return batch * int(setting("num_return_sequences") or 1)
 
 
 def _prompt_tokens(inputs: Any, kwargs: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache, TidalLayer
+from tidaldecode.hf.drafting import Lossless, Rounds
 from tidaldecode.hf.plans import find_plan
 
 
@@ -28,11 +29,15 @@ class Generation:
         context_tokens: tokens of the prompt.
         token_ids: the new tokens.
         text: the new tokens as text, special tokens left out.
-        tokens_read: for each layer with a role, tokens read per decode step and KV head, averaged over the steps.
-        kv_read_fraction: share of the KV cache of those layers read per decode step, averaged over the steps; 1.0
-            where there was no step, the first new token being prefill's.
+        tokens_read: for each layer with a role, tokens read per new token and KV head, averaged over the new tokens;
+            passes with full attention, of correction or verification, are counted too.
+        kv_read_fraction: share of the KV cache of those layers read per new token, averaged likewise; 1.0 where there
+            was no decode step, the first new token being prefill's.
         decode_ms_per_token: median milliseconds of a decode step, prefill left out, and on a GPU the first step, which
-            is compiled and captured; `None` where there is no other.
+            is compiled and captured; with rounds or corrections, whose tokens take unlike times, the mean behind the
+            first of them. `None` where there is no other.
+        accepted_per_round: tokens that came out of a round of lossless decoding, full attention's own included; `None`
+            for other decoding, and where there was no round.
     """
 
     context_tokens: int
@@ -41,6 +46,41 @@ class Generation:
     tokens_read: dict[int, float]
     kv_read_fraction: float
     decode_ms_per_token: float | None
+    accepted_per_round: float | None = None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How full attention looks over the plan's shoulder: by lossless rounds, by correction, or not at all.
+
+    Attributes:
+        lossless: tokens drafted in a round, or `auto`.
+        correction_interval: decoded tokens after which they run again.
+    """
+
+    lossless: Lossless | None = None
+    correction_interval: int | None = None
+
+    def read_at(self, context: int, new_tokens: int, rounds: Rounds | None) -> Iterator[tuple[int, bool]]:
+        """The passes of `new_tokens` tokens behind prefill's: the context of each, and whether it read all of it."""
+        if self.lossless is not None and rounds is not None:
+            for drafted, tokens in zip(rounds.drafted, rounds.tokens, strict=True):
+                yield from ((context + step, False) for step in range(1, drafted + 1))
+                yield context + drafted + 1, True
+                context += tokens
+            return
+        for step in range(1, new_tokens + 1):
+            yield context + step, False
+            if self.correction_interval is not None and step % self.correction_interval == 0:
+                yield context + step, True
+
+    def unlike_tokens(self, rounds: Rounds | None) -> int | None:
+        """New tokens of the first round or up to the first correction; `None` where every token takes as long."""
+        if self.correction_interval is not None:
+            return self.correction_interval
+        if self.lossless is not None:
+            return rounds.tokens[0] if rounds is not None and rounds.tokens else 1
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,6 +105,7 @@ def generate_measured(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     on_text: Callable[[str], None] = lambda text: None,
+    passes: Passes | None = None,
 ) -> tuple[Generation, TidalCache]:
     """Generates from one prompt by the model's plan.
 
@@ -74,6 +115,7 @@ def generate_measured(
         max_new_tokens: most tokens to generate.
         sampling: greedy if left out.
         on_text: called with each piece of text as it comes, and with nothing whenever a token came.
+        passes: lossless rounds or corrections; neither if left out.
 
     Returns:
         The generation, and the cache that holds prompt and new tokens.
@@ -82,7 +124,7 @@ def generate_measured(
     if plan is None:
         raise InputError("the model has no plan: call tidaldecode.apply first")
     cache = TidalCache(model.config, plan, prompt.shape[1] + max_new_tokens)
-    sampling = sampling or Sampling()
+    sampling, passes = sampling or Sampling(), passes or Passes()
     torch.manual_seed(sampling.seed)
     streamer = _TimedStreamer(tokenizer, on_text)
     output = model.generate(
@@ -91,10 +133,15 @@ def generate_measured(
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         streamer=streamer,
+        lossless=passes.lossless,
+        correction_interval=passes.correction_interval,
         **sampling.options(),
     )
     new = output[0, prompt.shape[1] :].tolist()
-    return _generation(tokenizer, cache, prompt.shape[1], new, streamer.step_ms(_compilations(model))), cache
+    unlike = passes.unlike_tokens(cache.rounds)
+    compiled = _compilations(model)
+    ms = streamer.step_ms(compiled) if unlike is None else streamer.mean_ms(compiled * unlike)
+    return _generation(tokenizer, cache, prompt.shape[1], new, ms, passes), cache
 
 
 def compare_with_full(
@@ -144,19 +191,29 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
 
 
 def _generation(
-    tokenizer: Tokenizer, cache: TidalCache, context: int, new: list[int], step_ms: float | None
+    tokenizer: Tokenizer,
+    cache: TidalCache,
+    context: int,
+    new: list[int],
+    step_ms: float | None,
+    passes: Passes | None = None,
 ) -> Generation:
     assert cache.get_seq_length() == context + max(0, len(new) - 1), "the figures are of another cache"
-    attention = cache.attention
-    steps = range(context + 1, context + len(new)) or range(context, context + 1)
-    reads = [attention.tokens_read(length) for length in steps]
+    attention, tokens = cache.attention, max(1, len(new) - 1)
+    read_at = list((passes or Passes()).read_at(context, len(new) - 1, cache.rounds)) or [(context, len(new) < 2)]
+    reads = [
+        dict.fromkeys(attention.tokens_read(length), float(length)) if full else attention.tokens_read(length)
+        for length, full in read_at
+    ]
+    fractions = (1.0 if full else attention.kv_read_fraction(length) for length, full in read_at)
     return Generation(
         context_tokens=context,
         token_ids=new,
         text=tokenizer.decode(new, skip_special_tokens=True),
-        tokens_read={layer: statistics.fmean(read[layer] for read in reads) for layer in reads[0]},
-        kv_read_fraction=statistics.fmean(attention.kv_read_fraction(length) for length in steps),
+        tokens_read={layer: sum(read[layer] for read in reads) / tokens for layer in reads[0]},
+        kv_read_fraction=sum(fractions) / tokens,
         decode_ms_per_token=step_ms,
+        accepted_per_round=cache.rounds.accepted_per_round if passes and passes.lossless and cache.rounds else None,
     )
 
 
@@ -189,3 +246,8 @@ class _TimedStreamer(TextStreamer):
             return None
         pairs = itertools.pairwise(times)
         return statistics.median(later - earlier for earlier, later in pairs) * 1000
+
+    def mean_ms(self, left_out: int) -> float | None:
+        """Mean milliseconds of a token where some come together, the first `left_out` intervals left out."""
+        times = self._times[left_out:]
+        return None if len(times) < 2 else (times[-1] - times[0]) / (len(times) - 1) * 1000

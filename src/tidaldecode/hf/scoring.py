@@ -19,6 +19,7 @@ from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.architecture import model_shape, rope_varies
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.forward import PREFILL_CHUNK
+from tidaldecode.hf.full_pass import full_pass
 
 _MOST_BYTES = {"cuda": 2**29}  # of the scores that tokens are chosen by, and of the logits
 _MOST_BYTES_ELSEWHERE = 2**27
@@ -67,13 +68,34 @@ def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) ->
         yield parts.pop()  # nothing here holds it while the next part is computed
 
 
-def score_tokens(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) -> TokenScores:
+def corrected_step_logits(
+    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, interval: int
+) -> Iterator[Tensor]:
+    """As `step_logits`, with cache correction: every `interval` tokens, those run again with full attention.
+
+    Args:
+        model, cache, token_ids: as for `step_logits`.
+        interval: decoded tokens between two corrections; those behind the last whole interval are not corrected.
+    """
+    for ids in torch.split(token_ids.to(model.device), interval, 1):
+        yield from step_logits(model, cache, ids)
+        if ids.shape[1] == interval:
+            start = cache.get_seq_length() - interval
+            cache.rewind(start, cache.sequences.lengths - interval)
+            positions = torch.arange(start, start + interval, device=ids.device)[None]
+            full_pass(model, cache, ids, positions, last_logits=True, capture=False)
+
+
+def score_tokens(
+    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, correction_interval: int | None = None
+) -> TokenScores:
     """Log probabilities of given tokens, as decoding them step by step under `cache.attention` would give them.
 
     Args:
         model, cache: as for `step_logits`; the cache holds all tokens but the last afterwards.
         token_ids: [1, n + 1]; the first is decoded and not scored: the last token of the prompt, which the cache does
             not hold yet.
+        correction_interval: decoded tokens after which those run again with full attention; `None` for never.
 
     Returns:
         Scores of the n tokens behind the first, on the model's device.
@@ -83,7 +105,12 @@ def score_tokens(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) -
     """
     expected = token_ids[0, 1:].to(model.device)
     log_probs, greedy, start = [], [], 0
-    for part in step_logits(model, cache, token_ids[:, :-1]):
+    given = token_ids[:, :-1]
+    if correction_interval is None:
+        parts = step_logits(model, cache, given)
+    else:
+        parts = corrected_step_logits(model, cache, given, correction_interval)
+    for part in parts:
         logits = part[0].float()  # [m, V]
         token = expected[start : start + len(logits), None]
         log_probs.append((logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0])

@@ -35,6 +35,9 @@ _Result = TypeVar("_Result")
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_HEAD_DIM = 256
 
+MOST_CHUNK_TOKENS = 65
+"""Most new tokens for which `multi_query_attention` has a kernel of its own: 64 drafted ones and one before them."""
+
 
 def has_kernel(rows: Tensor) -> bool:
     """Whether query, key or value rows, [..., D], have kernels: on a GPU, of a dtype and head dim that they know."""
@@ -100,6 +103,7 @@ def select_tokens(
 
 
 __all__ = [
+    "MOST_CHUNK_TOKENS",
     "full_attention",
     "full_attention_with_importance",
     "full_attention_with_selection",

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tidaldecode.ops import reference
+from tidaldecode.ops import MOST_CHUNK_TOKENS, reference
 from tidaldecode.ops.kernels import scratch
 from tidaldecode.ops.kernels.importance import average_probabilities
 from tidaldecode.ops.kernels.select import select_by_scores, select_tokens
@@ -29,7 +29,6 @@ __all__ = [
     "write_kv",
 ]
 
-_MOST_NEW_TOKENS = 32
 _OTHER_SHARED_BYTES = 16 * 1024  # queries, and what threads exchange
 
 
@@ -169,7 +168,7 @@ def multi_query_attention(
     scale: float,
 ) -> Tensor:
     """As `reference.multi_query_attention`; longer chunks than verification's go the way of prefill, through SDPA."""
-    if query.shape[1] > _MOST_NEW_TOKENS:
+    if query.shape[1] > MOST_CHUNK_TOKENS:
         return reference.multi_query_attention(query, k_cache, v_cache, block_table, lengths, new_lengths, scale)
     tiling = _tiling(query, 128, 4, 3, 1)
     return attend(query, k_cache, v_cache, block_table, lengths, scale, tiling=tiling, new_lengths=new_lengths)

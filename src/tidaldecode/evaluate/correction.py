@@ -1,0 +1,221 @@
+"""The study of cache correction and lossless decoding: quality and time over the tokens between two full passes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
+from tidaldecode.errors import InputError
+from tidaldecode.evaluate.cells import Cells
+from tidaldecode.evaluate.text import Text
+from tidaldecode.evaluate.windows import Windows, read_prompt
+from tidaldecode.hf import TidalCache
+from tidaldecode.hf.architecture import model_shape
+from tidaldecode.hf.correction import check_second_pass
+from tidaldecode.hf.measured import first_difference
+from tidaldecode.hf.plans import find_plan
+from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.plan import TidalPlan
+
+CELL_KEY = ("window", "mode", "length", *METHOD_KEY)
+"""Fields that tell one cell from another."""
+
+MODES = ("full", "plain", "correction", "lossless")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to decode.
+
+    Attributes:
+        mode: of `MODES`: full attention; the plan alone; with correction; lossless.
+        length: tokens between two passes with full attention; `None` for `full` and `plain`.
+        method: what decodes, or drafts.
+    """
+
+    mode: str
+    length: int | None
+    method: Method
+
+    def key(self) -> dict[str, Any]:
+        """The fields of a cell that tell the variant."""
+        return {"mode": self.mode, "length": self.length, **self.method.key()}
+
+
+@dataclass(frozen=True)
+class CorrectionRow:
+    """One variant over all windows.
+
+    Attributes:
+        gap: nats per token above full attention, the given text decoded (teacher-forced); 0 for lossless decoding,
+            whose tokens are full attention's.
+        ms_per_token: median over the windows of the milliseconds per token of greedy decoding.
+        speedup: of full attention's time in the same windows over this one's.
+        accepted_per_round: tokens out of a round; `None` but for `lossless`.
+        differing: windows in which a lossless text is not full attention's, token for token.
+    """
+
+    mode: str
+    length: int | None
+    budget: int | float | None
+    gap: float
+    ms_per_token: float
+    speedup: float
+    accepted_per_round: float | None
+    differing: int | None
+    windows: int
+
+
+@dataclass(frozen=True)
+class CorrectionReport:
+    """The rows, and what they were measured on."""
+
+    environment: dict[str, object]
+    model: str
+    dtype: str
+    text: str
+    plan: str | None
+    settings: Windows
+    rows: tuple[CorrectionRow, ...]
+    figure: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one flat object with a list of rows."""
+        fields = asdict(self)
+        return {**fields.pop("environment"), **fields.pop("settings"), **fields}
+
+
+def variants(plan: TidalPlan, budgets: Sequence[int | float], lengths: Sequence[int]) -> Iterator[Variant]:
+    """Full attention, then for each budget the plan alone, and correction and lossless decoding at each length."""
+    yield Variant("full", None, Method("full"))
+    for budget in budgets:
+        method = Method("tidal", budget, plan)
+        yield Variant("plain", None, method)
+        for mode in ("correction", "lossless"):
+            yield from (Variant(mode, length, method) for length in lengths)
+
+
+def cell_identity(settings: Windows, model: Mapping[str, Any], text: Text) -> dict[str, Any]:
+    """What all cells of a file of results have in common; `model` as `ModelFiles.identity` gives it."""
+    parts = {"context": settings.context, "decode": settings.decode}
+    return {"kind": "correction", **model, "text": text.digest(), **parts}
+
+
+def study(
+    model: PreTrainedModel,
+    text: Text,
+    settings: Windows,
+    wanted: Sequence[Variant],
+    cells: Cells,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[CorrectionRow]:
+    """Decodes the ends of windows of a text by every variant: the given tokens for the gap, its own for the time.
+
+    Args:
+        model: with a plan applied.
+        settings: windows; of each the last `decode` tokens are scored, and as many are generated greedily.
+        wanted: of `variants`, full attention first.
+        cells: what was measured before, which is not measured again.
+        on_progress: told how many cells of how many are done, and in words what comes next.
+
+    Raises:
+        InputError: the model's tokens can't run twice, the text is too short, or one plan's name stands for another.
+    """
+    check_second_pass(model.config, "this model")
+    settings.check(model.config)
+    settings.check_text(text)
+    check_plan_names([*cells.rows, *(variant.method.key() for variant in wanted)])
+    longest = max((variant.length or 0 for variant in wanted), default=0)
+    cache = TidalCache(model.config, find_plan("full", model.config), settings.context + longest)
+    total, done = settings.windows * len(wanted), 0
+    for start in settings.starts:
+        missing = [variant for variant in wanted if cells.find(window=start, **variant.key()) is None]
+        done += len(wanted) - len(missing)
+        if missing:
+            on_progress(done, total, f"window at token {start}: reading")
+            window = text.window(start, settings.context)
+            rest = read_prompt(model, cache, window, settings.decode)
+        for variant in missing:
+            on_progress(done, total, f"window at token {start}: {variant.mode} {variant.length or ''}")
+            cells.append(_cell(model, cache, window, rest, start, variant, cells))
+            done += 1
+    return summary(settings, wanted, cells)
+
+
+def _cell(
+    model: PreTrainedModel, cache: TidalCache, window: Tensor, rest: Tensor, start: int, variant: Variant, cells: Cells
+) -> dict[str, Any]:
+    """Scores and generates by one variant, and takes the tokens out of the cache again."""
+    full = cells.find(window=start, **Variant("full", None, Method("full")).key())
+    cell: dict[str, Any] = {"window": start, **variant.key()}
+    cache.attention = variant.method.attention(model_shape(model.config), cache.capacity)
+    if variant.mode == "lossless":
+        assert full is not None
+        cell["nll"] = full["nll"]
+    else:
+        prompt = cache.get_seq_length()
+        interval = variant.length if variant.mode == "correction" else None
+        with torch.inference_mode():
+            cell["nll"] = -float(score_tokens(model, cache, rest, interval).log_probs.double().mean())
+        cache.crop(prompt - cache.get_seq_length())
+    for _ in range(1 + (model.device.type == "cuda")):  # a first time compiles and captures
+        tokens, cell["ms_per_token"] = _generate(model, cache, window, rest, variant)
+    cell["token_ids"] = tokens
+    if variant.mode == "lossless":
+        assert full is not None and cache.rounds is not None
+        cell["accepted_per_round"] = cache.rounds.accepted_per_round
+        cell["first_difference"] = first_difference(tokens, full["token_ids"])
+    return cell
+
+
+def _generate(
+    model: PreTrainedModel, cache: TidalCache, window: Tensor, rest: Tensor, variant: Variant
+) -> tuple[list[int], float]:
+    """Greedy tokens behind the prompt, as many as `rest` predicts, and their milliseconds per token."""
+    held, tokens = cache.get_seq_length(), rest.shape[1] - 1
+    prompt = window[:, : held + 1].to(model.device)
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options |= {"eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    if variant.length is not None:
+        options["lossless" if variant.mode == "lossless" else "correction_interval"] = variant.length
+    began = time.perf_counter()
+    output = model.generate(prompt, past_key_values=cache, max_new_tokens=tokens, **options)
+    new = output[0, held + 1 :].tolist()  # waits for the device
+    ms = (time.perf_counter() - began) * 1000 / tokens
+    cache.crop(held - cache.get_seq_length())
+    return new, ms
+
+
+def summary(settings: Windows, wanted: Sequence[Variant], cells: Cells) -> list[CorrectionRow]:
+    """A row for each variant over the windows, all of which must have been measured."""
+    return [_row(settings, variant, wanted[0], cells) for variant in wanted]
+
+
+def _row(settings: Windows, variant: Variant, full: Variant, cells: Cells) -> CorrectionRow:
+    pairs = []
+    for start in settings.starts:
+        mine, base = (cells.find(window=start, **which.key()) for which in (variant, full))
+        if mine is None or base is None:
+            raise InputError(f"the window at token {start} was not measured")
+        pairs.append((mine, base))
+    accepted = [mine["accepted_per_round"] for mine, _ in pairs if variant.mode == "lossless"]
+    ms, full_ms = (statistics.median(cell["ms_per_token"] for cell in column) for column in zip(*pairs, strict=True))
+    return CorrectionRow(
+        mode=variant.mode,
+        length=variant.length,
+        budget=variant.method.token_budget,
+        gap=statistics.fmean(mine["nll"] - base["nll"] for mine, base in pairs),
+        ms_per_token=round(ms, 3),
+        speedup=round(full_ms / ms, 4),
+        accepted_per_round=round(statistics.fmean(accepted), 4) if accepted else None,
+        differing=sum(mine["first_difference"] is not None for mine, _ in pairs) if accepted else None,
+        windows=len(pairs),
+    )

@@ -1,0 +1,217 @@
+"""Lossless decoding: the plan drafts, full attention verifies, and what comes out is full attention's.
+
+The verification pass is that of cache correction, whose logits are full attention's at each drafted position. Reading
+them makes TidalDecode its own draft model in speculative decoding (Leviathan et al., ICML 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from tidaldecode.errors import InputError
+from tidaldecode.hf.acceptance import accept_greedy, accept_sampled
+from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.drafting import DraftLength, Rounds
+from tidaldecode.hf.forward import PREFILL_CHUNK
+from tidaldecode.hf.full_pass import full_pass
+from tidaldecode.hf.processors import check_processors
+from tidaldecode.hf.ragged import RaggedTokens
+from tidaldecode.hf.release import Release
+
+
+def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_kept: bool) -> Callable[..., Any]:
+    """The loop that `generate` of Transformers calls instead of its own (`custom_generate`).
+
+    Args:
+        length: tokens to draft in a round.
+        streamer: gets the new tokens, or `None`.
+        cache_is_kept: the cache outlives the call, and must hold what it would hold after Transformers' own loop.
+    """
+
+    def loop(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise InputError(f"lossless decoding is greedy or samples: it can't do {mode.value.replace('_', ' ')}")
+        check_processors(logits_processor, input_ids, model.config.vocab_size)
+        with model._optimize_model_for_decode():
+            speculation = _Speculation(model, input_ids, logits_processor, generation_config, length, model_kwargs)
+            release = Release(
+                speculation.tokens, stopping_criteria, streamer, padding=generation_config._pad_token_tensor
+            )
+            sequences = speculation.run(release, cache_is_kept)
+        if streamer is not None:
+            streamer.end()
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=speculation.cache)
+        return sequences
+
+    return loop
+
+
+class _Speculation:
+    """One generation at work: draft, verify, accept, round by round.
+
+    Each sequence accepts its own number of tokens, so that their lengths in the cache drift apart; they draft and are
+    verified side by side all the same, each behind its own end. On the host the cache counts the longest.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        length: DraftLength,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.model, self.processors, self.samples, self.length = model, processors, config.do_sample, length
+        self.cache: TidalCache = model_kwargs["past_key_values"]
+        self.cache.rounds = Rounds()
+        self._most = config.max_length
+        self.tokens = RaggedTokens(input_ids, self._most - input_ids.shape[1] + length.longest + 1)
+        self._first_logits = _read_prompt(model, self.cache, input_ids, config, model_kwargs)
+        lengths, width = self.cache.sequences.lengths, input_ids.shape[1]
+        # a token in column c of `tokens` lies in row c + origin of the cache, at position c + origin + offset
+        self._origin, self._padded_origin = lengths.long() - width, self.cache.get_seq_length() - width
+        positions = model_kwargs.get("position_ids")
+        self._offset = 0 if positions is None else positions[:, -1].to(lengths.device) + 1 - lengths
+
+    def run(self, release: Release, cache_is_kept: bool) -> Tensor:
+        """Generates until `release` is done; [B, W], prompt and new tokens."""
+        try:
+            first = self._choose(self.tokens.scores(self.processors, 0, self._first_logits))[0]
+            del self._first_logits
+            self.tokens.write(0, first)
+            self.tokens.extend([1] * len(first))
+            release.hand_out()
+            while not release.done:
+                self._align()
+                self._round(release.closed)
+                release.hand_out()
+            if cache_is_kept:
+                self._level(release.sequences)
+        except BaseException:  # the user's too: the sequences end together, where the shortest does
+            self.tokens.cut([min(self.tokens.counts)] * len(self.tokens.counts))
+            self._align()
+            raise
+        return release.sequences.clone()
+
+    def _round(self, closed: list[bool]) -> None:
+        tokens = self.tokens
+        left = [0 if end else self._most - count for count, end in zip(tokens.counts, closed, strict=True)]
+        drafts = min(int(self.length), max(left) - 1)
+        drafted, draft = self._draft(drafts)
+        accepted, behind = self._verify(drafted, draft)
+        tokens.write(accepted, behind)
+        numbers = accepted.tolist()
+        new = [min(number + 1, room) for number, room in zip(numbers, left, strict=True)]
+        tokens.extend(new)
+        assert self.cache.rounds is not None
+        self.cache.rounds.add(drafts, [count for count, room in zip(new, left, strict=True) if room])
+        self.length.saw(drafts, [number for number, room in zip(numbers, left, strict=True) if room])
+
+    def _draft(self, drafts: int) -> tuple[Tensor, Tensor | None]:
+        """Decodes `drafts` tokens by the plan: the tokens [B, N], and when sampling their distributions [B, N, V]."""
+        distributions = []
+        for step in range(drafts):
+            logits = self.model(
+                input_ids=self._device(self.tokens.window(step - 1, 1)),
+                position_ids=self._positions(1),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            token, distribution = self._choose(self.tokens.scores(self.processors, step, logits))
+            self.tokens.write(step, token)
+            distributions.append(distribution)
+        drafted = self.tokens.window(0, drafts)
+        return drafted, torch.stack(distributions, 1) if self.samples and drafts else None
+
+    def _verify(self, drafted: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Runs each sequence's last token and the drafted ones with full attention.
+
+        Returns:
+            How many drafted tokens are accepted, and the token behind them; [B] each.
+        """
+        drafts, cache = drafted.shape[1], self.cache
+        cache.rewind(cache.get_seq_length() - drafts, cache.sequences.lengths - drafts)
+        ids = self._device(self.tokens.window(-1, drafts + 1))
+        full_length = drafts == int(self.length)
+        logits = full_pass(self.model, cache, ids, self._positions(drafts + 1), capture=full_length)
+        scores = (self.tokens.scores(self.processors, step, logits[:, step]) for step in range(drafts + 1))
+        if not self.samples:
+            return accept_greedy(drafted, torch.stack([row.argmax(-1) for row in scores], 1))
+        target = torch.stack([row.softmax(-1) for row in scores], 1)
+        return accept_sampled(drafted, target[:, :0] if draft is None else draft, target)
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of each sequence, [B], and the distribution that it is drawn from, [B, V]."""
+        if not self.samples:
+            return scores.argmax(-1), scores
+        distribution = scores.softmax(-1)
+        return torch.multinomial(distribution, 1)[:, 0], distribution
+
+    def _positions(self, tokens: int) -> Tensor:
+        """Positions of the next `tokens` tokens behind those in the cache, [B, tokens]."""
+        lengths = self.cache.sequences.lengths
+        return (lengths + self._offset)[:, None].long() + torch.arange(tokens, device=lengths.device)
+
+    def _device(self, ids: Tensor) -> Tensor:
+        return ids.to(self.cache.sequences.lengths.device)
+
+    def _align(self) -> None:
+        """Lets the cache hold all tokens of each sequence but the last, and nothing else."""
+        self.cache.rewind(
+            self._padded_origin + max(self.tokens.counts) - 1, self._device(self.tokens.ends) + self._origin - 1
+        )
+
+    def _level(self, sequences: Tensor) -> None:
+        """Lets the cache hold all tokens of [B, W] but the last column: the padding behind closed ones too."""
+        tokens, width = self.tokens, sequences.shape[1]
+        start = min(*tokens.counts, width) - 1
+        tokens.cut([min(count, width) for count in tokens.counts])
+        self._align()
+        ends = self._device(tokens.ends) - 1
+        for first in range(start, width - 1, PREFILL_CHUNK):
+            stop = min(first + PREFILL_CHUNK, width - 1)
+            new_lengths = (stop - ends).clamp(min=0, max=stop - first)
+            self.cache.rewind(self._padded_origin + first, self.cache.sequences.lengths)
+            positions = torch.arange(first, stop, device=ends.device) + (self._origin + self._offset)[:, None]
+            ids = self._device(sequences[:, first:stop])
+            full_pass(self.model, self.cache, ids, positions, new_lengths=new_lengths, last_logits=True, capture=False)
+            ends = ends + new_lengths
+
+
+def _read_prompt(
+    model: PreTrainedModel,
+    cache: TidalCache,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    """Reads what the cache does not hold yet with full attention; logits of the last token, [B, V]."""
+    mask = model_kwargs.get("attention_mask")
+    # where the mask is all ones, later versions of Transformers keep its length alone
+    tokens = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
+    if cache.get_seq_length() > 0 and tokens - cache.get_seq_length() == 1:  # else taken for a decode step
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise InputError("lossless decoding goes on from a cache with input_ids: embeddings alone won't do")
+        ids = input_ids[:, -1:].to(model.device)
+        positions = model_kwargs["position_ids"][:, -1:].to(model.device).expand_as(ids)
+        return full_pass(model, cache, ids, positions, capture=False)[:, -1]
+    return model._prefill(input_ids, config, model_kwargs).logits[:, -1]

@@ -1,0 +1,59 @@
+"""Logits processors that keep state between calls: lossless decoding calls them for tokens that it may take back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from tidaldecode.errors import InputError
+
+_STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+def check_processors(processors: LogitsProcessorList, prompt: Tensor, vocabulary: int) -> None:
+    """Refuses logits processors whose scores depend on more than their arguments.
+
+    Transformers' own are known. One of somebody else's is called once with the prompt and zeros: if an attribute of it
+    changes, it keeps state.
+
+    Args:
+        prompt: [B, W], int64.
+        vocabulary: entries of the logits.
+
+    Raises:
+        InputError: a processor keeps state between calls.
+    """
+    for processor in processors:
+        own = type(processor).__module__.startswith("transformers.")
+        if isinstance(processor, _STATEFUL) or (not own and _changes(processor, prompt, vocabulary)):
+            raise InputError(
+                f"the logits processor {type(processor).__name__} keeps state between calls, which can't be taken back "
+                "with refused tokens: leave out lossless, or the processor"
+            )
+
+
+def _changes(processor: Any, prompt: Tensor, vocabulary: int) -> bool:
+    before = copy.deepcopy(getattr(processor, "__dict__", {}))
+    processor(prompt.clone(), torch.zeros(len(prompt), vocabulary, device=prompt.device))
+    after = getattr(processor, "__dict__", {})
+    return before.keys() != after.keys() or not all(_same(before[name], after[name]) for name in before)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if hasattr(one, "__dict__"):  # a deep copy may not be equal to what it is a copy of: look inside
+        return type(one) is type(other) and _same(vars(one), vars(other))
+    return bool(one == other)

@@ -1,0 +1,448 @@
+"""Lossless decoding: full attention's tokens, whatever the plan drafts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import tidaldecode
+from chi_square import p_value
+from families import FAMILIES, plan_for, ragged_batch
+from tidaldecode import InputError, TidalCache, TidalPlan
+from tidaldecode.hf.drafting import DraftLength, Rounds
+from tidaldecode.hf.ragged import RaggedTokens
+
+GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+LENGTHS = (40, 23, 31, 5)
+
+
+@pytest.fixture
+def llama(tiny):
+    return tiny("llama").double()
+
+
+def plans(config):
+    """Good and bad: everything read; a budget that binds; next to nothing read, so that drafts are hardly accepted."""
+    return {
+        "good": plan_for(config, token_budget=1.0),
+        "middling": plan_for(config, token_budget=0.7),
+        "bad": plan_for(config, token_budget=2),
+    }
+
+
+def full_attention(model, ids, mask, **options):
+    """What Transformers' own loop gives with full attention through the same kind of cache."""
+    tidaldecode.apply(model, "full")
+    output = model.generate(ids, attention_mask=mask, **options)
+    tidaldecode.remove(model)
+    return output
+
+
+# ---- greedy
+
+
+@pytest.mark.parametrize("kind", ["good", "middling", "bad"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_greedy_tokens_are_full_attentions(llama, kind, batch):
+    ids, mask = ragged_batch(LENGTHS[:batch])
+    expected = llama.generate(ids, attention_mask=mask, **GREEDY)
+    plan = plans(llama.config)[kind]
+    tidaldecode.apply(llama, plan)
+    for length in (1, 2, 5, 8, 32, "auto"):
+        cache = TidalCache(llama.config, plan, 100)
+        output = llama.generate(ids, attention_mask=mask, past_key_values=cache, lossless=length, **GREEDY)
+        assert torch.equal(output, expected), length
+        if kind == "good" and length != "auto":
+            drafted = cache.rounds.drafted
+            assert drafted[:-1] == [length] * (len(drafted) - 1)
+            assert cache.rounds.tokens == [batch * (count + 1) for count in drafted]
+        elif kind == "bad" and length != "auto":
+            assert cache.rounds.accepted_per_round < 0.9 * (length + 1)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("llama", "gemma3_text")])
+def test_families(tiny, family):
+    model = tiny(family)
+    ids, mask = ragged_batch()
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    tidaldecode.apply(model, plan_for(model.config))
+    assert torch.equal(model.generate(ids, attention_mask=mask, lossless=3, **GREEDY), expected)
+
+
+def test_the_cache_holds_what_it_would_hold(llama):
+    """Lengths, and K and V of a full prefill: no trace of refused tokens, or of sparse layers."""
+    ids, mask = ragged_batch(LENGTHS)
+    plan = plans(llama.config)["bad"]
+    tidaldecode.apply(llama, plan)
+    cache = TidalCache(llama.config, plan, 100)
+    output = llama.generate(ids, attention_mask=mask, past_key_values=cache, lossless=4, **GREEDY)
+    assert cache.get_seq_length() == 40 + 23
+    assert_exact(llama, cache, output[:, :-1], mask)
+
+
+def assert_exact(model, cache, ids, mask):
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    exact = TidalCache(model.config, TidalPlan.full(model.config.num_hidden_layers), 100)
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=exact)
+    assert torch.equal(cache.sequences.lengths, exact.sequences.lengths)
+    for mine, theirs in zip(cache.layers, exact.layers, strict=True):
+        for b, length in enumerate(cache.sequences.lengths.tolist()):
+            torch.testing.assert_close(mine.keys[b, :, :length], theirs.keys[b, :, :length], rtol=0, atol=1e-9)
+            torch.testing.assert_close(mine.values[b, :, :length], theirs.values[b, :, :length], rtol=0, atol=1e-9)
+
+
+def test_a_conversation_goes_on_in_its_cache(llama):
+    """Also where a single token is new, which would be a decode step by the plan."""
+    for length in (12, 1):
+        first, second = ragged_batch((30,))[0], ragged_batch((length,), seed=1)[0][:, : length - 1]
+        plan = plans(llama.config)["bad"]
+        history = torch.cat([full_attention(llama, first, torch.ones_like(first), **GREEDY), second], 1)
+        expected = full_attention(llama, history, torch.ones_like(history), **GREEDY)
+        tidaldecode.apply(llama, plan)
+        cache = TidalCache(llama.config, plan, 100)
+        assert torch.equal(llama.generate(first, past_key_values=cache, lossless=4, **GREEDY), history[:, :54])
+        assert torch.equal(llama.generate(history, past_key_values=cache, lossless=4, **GREEDY), expected)
+        tidaldecode.remove(llama)
+
+
+def test_a_prompt_of_embeddings(llama):
+    ids, mask = ragged_batch()
+    embeddings = llama.get_input_embeddings()(ids).detach()
+    expected = llama.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
+    tidaldecode.apply(llama, plan_for(llama.config))
+    output = llama.generate(inputs_embeds=embeddings, attention_mask=mask, lossless=4, **GREEDY)
+    assert torch.equal(output, expected)
+
+
+def test_positions_of_the_users(llama):
+    ids, mask = ragged_batch((40, 23))
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + torch.tensor([[7], [0]])
+    options = {"attention_mask": mask, "position_ids": positions, **GREEDY}
+    expected = llama.generate(ids, **options)
+    tidaldecode.apply(llama, plan_for(llama.config))
+    assert torch.equal(llama.generate(ids, lossless=3, **options), expected)
+
+
+def test_arguments_by_place(llama):
+    ids, mask = ragged_batch()
+    config = GenerationConfig(**{**GREEDY, "repetition_penalty": 1.3}, pad_token_id=1)
+    expected = llama.generate(ids, config, attention_mask=mask)
+    tidaldecode.apply(llama, plan_for(llama.config))
+    assert torch.equal(llama.generate(ids, config, attention_mask=mask, lossless=3), expected)
+    assert torch.equal(llama.generate(ids, config, LogitsProcessorList(), attention_mask=mask, lossless=3), expected)
+
+
+# ---- logits processors
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 9, "eos_token_id": list(range(2, 130))},
+        {"eos_token_id": 5, "forced_eos_token_id": 5},
+        {"bad_words_ids": [[7], [9, 11]], "suppress_tokens": list(range(20, 90))},
+        {"exponential_decay_length_penalty": (3, 1.9), "eos_token_id": 5},
+        {"prefix_allowed_tokens_fn": lambda batch, ids: [2 + batch, 10 + len(ids) % 7, 100, 150, 200]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_processors_see_each_sequence_as_it_is(llama, options):
+    """Those that look at the width of the batch, at the number of the sequence, and at what it says."""
+    ids, mask = ragged_batch(LENGTHS)
+    options = {**GREEDY, "attention_mask": mask, **options}
+    expected = llama.generate(ids, **options)
+    plain = llama.generate(ids, **{**options, **dict.fromkeys(options.keys() - GREEDY.keys() - {"attention_mask"})})
+    assert not torch.equal(expected, plain)  # the processor does something
+    tidaldecode.apply(llama, plan_for(llama.config, token_budget=0.7))
+    assert torch.equal(llama.generate(ids, lossless=4, **options), expected)
+
+
+class Counting(LogitsProcessor):
+    """Keeps state."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores
+
+
+class Favouring(LogitsProcessor):
+    """Keeps none; holds a tensor and a list."""
+
+    def __init__(self):
+        self.bias, self.rest = torch.arange(260) / 100, [Ellipsis, max]
+
+    def __call__(self, input_ids, scores):
+        return scores + self.bias
+
+
+def test_processors_of_the_users(llama):
+    ids, mask = ragged_batch()
+    options = {**GREEDY, "attention_mask": mask, "logits_processor": LogitsProcessorList([Favouring()])}
+    expected = llama.generate(ids, **options)
+    tidaldecode.apply(llama, plan_for(llama.config))
+    assert torch.equal(llama.generate(ids, lossless=4, **options), expected)
+    options["logits_processor"].append(Counting())
+    with pytest.raises(InputError, match="the logits processor Counting keeps state between calls"):
+        llama.generate(ids, lossless=4, **options)
+    with pytest.raises(InputError, match="UnbatchedClassifierFreeGuidanceLogitsProcessor keeps state"):
+        llama.generate(ids, lossless=4, **GREEDY, attention_mask=mask, guidance_scale=1.5)
+
+
+# ---- ends
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_an_end_of_sequence_inside_a_round(llama, batch):
+    """At every place of a round, and at another place of each sequence."""
+    ids, mask = ragged_batch(LENGTHS[:batch])
+    new = llama.generate(ids, attention_mask=mask, **GREEDY)[:, 40:]
+    plan = plan_for(llama.config, token_budget=0.9)
+    for place in (0, 1, 2, 3, 7):
+        ends = sorted({int(row[(place + 2 * b) % 24]) for b, row in enumerate(new)})
+        options = {**GREEDY, "attention_mask": mask, "eos_token_id": ends, "pad_token_id": 1}
+        expected = llama.generate(ids, **options)
+        tidaldecode.apply(llama, plan)
+        for length in (2, 5):
+            cache = TidalCache(llama.config, plan, 100)
+            output = llama.generate(ids, past_key_values=cache, lossless=length, **options)
+            assert torch.equal(output, expected)
+            assert cache.get_seq_length() == output.shape[1] - 1
+            assert_exact(llama, cache, output[:, :-1], mask)
+        tidaldecode.remove(llama)
+
+
+class StopAfter(StoppingCriteria):
+    """Stops each sequence at a width of its own, and remembers what it saw."""
+
+    def __init__(self, *widths):
+        self.widths, self.seen = torch.tensor(widths), []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.clone())
+        return input_ids.shape[1] >= self.widths
+
+
+class Remembering(BaseStreamer):
+    def __init__(self):
+        self.put_values, self.ended = [], 0
+
+    def put(self, value):
+        self.put_values.append(value.clone())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streamer_and_stopping_criteria_see_the_same(llama):
+    ids, mask = ragged_batch()
+    seen = []
+    for lossless in (None, 5):
+        criterion, streamer = StopAfter(44, 49, 46), Remembering()
+        options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([criterion])}
+        output = llama.generate(
+            ids, attention_mask=mask, **options, **GREEDY, **({"lossless": lossless} if lossless else {})
+        )
+        assert streamer.ended == 1
+        seen.append([output, *streamer.put_values, *criterion.seen])
+        if lossless is None:
+            tidaldecode.apply(llama, plan_for(llama.config))
+    assert seen[0][0].shape[1] == 49
+    assert len(seen[0]) == len(seen[1])
+    assert all(map(torch.equal, *seen))
+
+
+def test_text_streamer_and_stop_strings(llama, byte_tokenizer, capsys):
+    ids, _ = ragged_batch((40,))
+    text = byte_tokenizer.decode(llama.generate(ids, **GREEDY)[0, 40:])
+    strings = [next(letter for letter in text[3:] if letter.isalnum())]
+    config = GenerationConfig(**GREEDY, stop_strings=strings, pad_token_id=1)
+    expected = llama.generate(ids, config, tokenizer=byte_tokenizer)
+    assert expected.shape[1] < 64
+    tidaldecode.apply(llama, plan_for(llama.config, token_budget=0.7))
+    for options in ({"stop_strings": strings, **GREEDY}, {"generation_config": config}):
+        streamer = TextStreamer(byte_tokenizer, skip_prompt=True)
+        output = llama.generate(ids, lossless=6, tokenizer=byte_tokenizer, streamer=streamer, **options)
+        assert torch.equal(output, expected)
+        assert capsys.readouterr().out == byte_tokenizer.decode(output[0, 40:]) + "\n"
+        with pytest.raises(InputError, match="stop_strings need the tokenizer"):
+            llama.generate(ids, lossless=6, **options)
+    assert config.stop_strings == strings
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(("tokens", "call"), [(1, 1), (1, 3), (6, 1), (6, 2)], ids=str)
+def test_a_stop_leaves_a_usable_cache(llama, monkeypatch, stop, tokens, call):
+    """In a draft step and in a verification pass, of the first round and a later one."""
+    plan = plan_for(llama.config)
+    ids, mask = ragged_batch()
+    expected = llama.generate(ids, attention_mask=mask, **GREEDY)
+    tidaldecode.apply(llama, plan)
+    cache = TidalCache(llama.config, plan, 100)
+    forward, calls = llama.model.layers[3].forward, itertools.count(1)
+
+    def stops(hidden, *args, **kwargs):
+        if hidden.shape[1] == tokens and next(calls) == call:
+            raise stop
+        return forward(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(llama.model.layers[3], "forward", stops)
+    with pytest.raises(stop):
+        llama.generate(ids, attention_mask=mask, past_key_values=cache, lossless=5, **GREEDY)
+    monkeypatch.undo()
+    held = cache.get_seq_length()
+    assert held >= 40
+    assert_exact(llama, cache, expected[:, :held], mask)
+    history = expected[:, : held + 1]
+    options = {**GREEDY, "max_new_tokens": 64 - history.shape[1], "past_key_values": cache}
+    mask = torch.nn.functional.pad(mask, (0, history.shape[1] - 40), value=1)
+    assert torch.equal(llama.generate(history, attention_mask=mask, lossless=5, **options), expected)
+
+
+# ---- sampling
+
+
+def test_sampled_tokens_are_distributed_as_full_attentions(tiny):
+    """20,000 texts of three tokens, by the whole machinery: temperature, top-k and a repetition penalty too."""
+    model = tiny("llama", vocab_size=7, num_hidden_layers=3, bos_token_id=None, eos_token_id=None)
+    prompt = torch.tensor([[2, 3, 4, 2, 6, 5, 4, 3, 2, 5]])
+    options = {"do_sample": True, "temperature": 1.3, "top_k": 5, "repetition_penalty": 1.2, "eos_token_id": None}
+    expected = exact_distribution(model, prompt, options)
+    plan = TidalPlan(roles=("select", "sparse", "sparse"), selection="unified", token_budget=2)
+    tidaldecode.apply(model, plan)
+    torch.manual_seed(0)
+    counts = torch.zeros(7**3)
+    for _ in range(5):
+        output = model.generate(
+            prompt.expand(4000, -1), max_new_tokens=3, lossless=2, return_dict_in_generate=True, **options
+        )
+        assert 1.2 < output.past_key_values.rounds.accepted_per_round < 1.99  # some are accepted, some not
+        counts += (output.sequences[:, -3:] @ torch.tensor([49, 7, 1])).bincount(minlength=7**3)
+    assert p_value(counts, expected * counts.sum()) > 0.01
+
+
+def exact_distribution(model, prompt, options):
+    """Probability of each text of three tokens by Transformers' own loop: [7 ** 3]."""
+    probabilities = torch.ones(1, dtype=torch.float64)
+    texts = prompt
+    for _ in range(3):
+        settings = {**options, "max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+        scores = model.generate(texts, attention_mask=torch.ones_like(texts), **settings).scores[0]
+        probabilities = (probabilities[:, None] * scores.double().softmax(1)).flatten()
+        texts = torch.cat([texts.repeat_interleave(7, 0), torch.arange(7).repeat(len(texts))[:, None]], 1)
+    return probabilities
+
+
+def test_a_seed_gives_the_same_text(llama):
+    tidaldecode.apply(llama, plan_for(llama.config))
+    ids, mask = ragged_batch()
+    options = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2, "max_new_tokens": 20}
+    for length in (4, "auto"):
+        texts = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            texts.append(llama.generate(ids, attention_mask=mask, lossless=length, **options))
+        assert torch.equal(*texts)
+        assert len(texts[0]) == 6
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lossless": 0}, "lossless 0: give the tokens to draft in a round, at least 1, or 'auto'"),
+        ({"lossless": -2}, "lossless -2"),
+        ({"lossless": True}, "lossless True"),
+        ({"lossless": 2.5}, "lossless 2.5"),
+        ({"lossless": "often"}, "lossless 'often'"),
+        ({"correction_interval": 8}, "leave out correction_interval"),
+        ({"num_beams": 2}, "beam search"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "leave out output_scores"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "leave out output_hidden_states"),
+        ({"custom_generate": lambda model, **kwargs: None}, "leave out custom_generate"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "it can't do contrastive search"),
+    ],
+)
+def test_generate_refuses(llama, options, message):
+    tidaldecode.apply(llama, plan_for(llama.config))
+    prefills = []
+    llama.get_input_embeddings().register_forward_hook(lambda *_: prefills.append(1))
+    with pytest.raises(InputError, match=message) as error:
+        llama.generate(ragged_batch()[0], **{"lossless": 4, **options})
+    assert "\n" not in str(error.value)
+    assert prefills == []
+
+
+def test_a_cache_without_room_is_refused(llama):
+    plan = plan_for(llama.config)
+    tidaldecode.apply(llama, plan)
+    ids, mask = ragged_batch()
+    expected = full_of(llama, plan, ids[:1], 63)
+    assert expected.shape == (1, 64)  # one sequence needs no room beside its own
+    with pytest.raises(InputError, match="the TidalCache holds 66 tokens; prompt and new tokens are 68"):
+        llama.generate(
+            ids, attention_mask=mask, past_key_values=TidalCache(llama.config, plan, 66), lossless=4, **GREEDY
+        )
+
+
+def full_of(model, plan, ids, capacity):
+    return model.generate(ids, past_key_values=TidalCache(model.config, plan, capacity), lossless=4, **GREEDY)
+
+
+# ---- drafting
+
+
+def test_auto_drafts_more_where_more_is_accepted():
+    eager, careful = DraftLength("auto"), DraftLength("auto")
+    for _ in range(30):
+        eager.saw(int(eager), [int(eager)])
+        careful.saw(int(careful), [0])
+    assert int(eager) == eager.longest == 16
+    assert int(careful) == 1
+    fixed = DraftLength(5)
+    fixed.saw(5, [0])
+    assert int(fixed) == 5
+
+
+def test_rounds():
+    rounds = Rounds()
+    assert rounds.accepted_per_round is None
+    rounds.add(4, [5, 1])
+    rounds.add(4, [3])
+    assert rounds.accepted_per_round == 3
+
+
+def test_ragged_tokens():
+    tokens = RaggedTokens(torch.tensor([[1, 2], [3, 4]]), 4)
+    tokens.write(0, torch.tensor([5, 6]))
+    tokens.extend([1, 0])
+    assert tokens.counts == [3, 2]
+    assert tokens.window(-1, 1).tolist() == [[5], [4]]
+    tokens.write(torch.tensor([1, 0]), torch.tensor([7, 8]))
+    assert tokens.ids.tolist() == [[1, 2, 5, 0, 7, 0], [3, 4, 8, 0, 0, 0]]
+    widths = []
+
+    def processor(input_ids, scores):
+        widths.append(input_ids.shape[1])
+        return scores + input_ids.shape[1]
+
+    scores = tokens.scores(LogitsProcessorList([processor]), 1, torch.zeros(2, 3))
+    assert widths == [3, 4]
+    assert scores[:, 0].tolist() == [4, 3]
