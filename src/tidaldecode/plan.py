@@ -108,7 +108,8 @@ class Calibration(BaseModel):
         context, windows, decode: tokens of a window, how many windows, and decode steps of each that chose the plan.
         heldout_windows, heldout_decode: likewise, of the check.
         loss: what the search made small: the Kullback-Leibler divergence of the plan's next-token distribution from
-            full attention's, in nats, averaged over the steps.
+            full attention's, in nats, averaged over the steps of the text and of the probes.
+        text_divergence: the same over the steps of the text alone.
         calibration_gap, heldout_gap: nats per token above full attention, teacher-forced; `heldout_gap` is `None` where
             the calibration was stopped before the check.
         heldout_error: standard error of `heldout_gap` over the windows.
@@ -130,6 +131,7 @@ class Calibration(BaseModel):
     device: str
     versions: dict[str, str]
     loss: float
+    text_divergence: float
     calibration_gap: float
     heldout_gap: float | None = None
     heldout_error: float | None = None

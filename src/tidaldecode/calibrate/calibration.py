@@ -152,7 +152,7 @@ class _Run:
     def chosen(self) -> Point:
         """The plan that was asked for: the cheapest within the gap, or that with the least loss."""
         gap = self.settings.max_gap
-        within = [] if gap is None else [point for point in self.points if point.loss.divergence <= gap]
+        within = [] if gap is None else [point for point in self.points if point.loss.text_divergence <= gap]
         if within:
             return min(within, key=lambda point: (point.kv_read_fraction, point.loss.divergence))
         return min(self.points, key=lambda point: (point.loss.divergence, point.kv_read_fraction))
@@ -195,7 +195,7 @@ class _Run:
         """Whether a plan with so many layers that read everything could be cheaper than the best within the gap."""
         assert self.settings.max_gap is not None
         chosen = self.chosen()
-        if chosen.loss.divergence > self.settings.max_gap:
+        if chosen.loss.text_divergence > self.settings.max_gap:
             return True
         share = min(self.settings.budgets) / self.settings.context
         return (size + (len(self.layers) - size) * share) / len(self.layers) < chosen.kv_read_fraction

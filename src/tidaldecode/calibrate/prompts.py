@@ -24,11 +24,14 @@ class Loss:
 
     Attributes:
         divergence: Kullback-Leibler divergence `sum of p · ln(p / q)` of the next-token distribution `q` from full
-            attention's `p`, over all steps.
-        gap: `ln p(token) - ln q(token)` of the text's own next tokens, over the steps that the text has one for.
+            attention's `p`, over all steps: those of the text and of the probes.
+        text_divergence: the same over the steps of the text alone: what `gap` would be if full attention were right,
+            without the chance of which tokens the text happens to go on with.
+        gap: `ln p(token) - ln q(token)` of the text's own next tokens, over the steps of the text.
     """
 
     divergence: float
+    text_divergence: float
     gap: float
 
 
@@ -144,6 +147,6 @@ def mean_loss(model: PreTrainedModel, prompts: Sequence[Prompt], attention: Atte
         attention: of a method, for one sequence.
     """
     losses = [prompt.loss(model, attention) for prompt in prompts]
-    divergence = torch.cat([divergence for divergence, _ in losses]).mean()
-    gap = torch.cat([gap for _, gap in losses]).mean()
-    return Loss(float(divergence), float(gap))
+    divergences, gaps = zip(*losses, strict=True)
+    of_text = [divergence[: len(gap)] for divergence, gap in losses]
+    return Loss(*(float(torch.cat(steps).mean()) for steps in (divergences, of_text, gaps)))

@@ -25,8 +25,8 @@ class CalibrationSettings:
     Attributes:
         select_layers: how many layers may choose; the best plans with fewer are found on the way.
         full_layers: how many layers beside them read everything.
-        max_gap: instead of numbers of layers, the largest divergence from full attention, in nats; the cheapest plan
-            within it is looked for.
+        max_gap: instead of numbers of layers, the largest divergence from full attention on the text, in nats per token
+            (`Loss.text_divergence`); the cheapest plan within it is looked for.
         budgets: tokens that a sparse layer reads; several only with `max_gap`, the search goes by the middle one.
         context: tokens of a window.
         decode: decode steps of a window that predict the text's own tokens.

@@ -189,22 +189,24 @@ def _budgets(text: str | None, max_gap: float | None) -> tuple[int, ...]:
 def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None:
     settings, found = report.settings, report.found
     table = Table(title=Words(f"{report.model}: nats per token above full attention, {settings.context:,} tokens"))
-    for column in ("full", "select", "budget", "KV cache read", "divergence", "gap", "held-out gap"):
+    for column in ("full", "select", "budget", "KV read", "loss", "on text", "gap", "held-out gap", "error"):
         table.add_column(column, justify="right")
     for point in found.frontier:
-        roles, error = point.plan.roles, "" if point.heldout_error is None else f" ± {point.heldout_error:.4f}"
+        roles = point.plan.roles
         table.add_row(
             str(roles.count("full")),
             str(roles.count("select")),
             f"{point.plan.token_budget:,}",
             f"{point.kv_read_fraction:.1%}",
             f"{point.loss.divergence:.4f}",
+            f"{point.loss.text_divergence:.4f}",
             f"{point.loss.gap:+.4f}",
-            "" if point.heldout_gap is None else f"{point.heldout_gap:+.4f}{error}",
+            "" if point.heldout_gap is None else f"{point.heldout_gap:+.4f}",
+            "" if point.heldout_error is None else f"{point.heldout_error:.4f}",
             style="bold" if point is found.chosen else None,
         )
     console.print(table)
-    if settings.max_gap is not None and found.chosen.loss.divergence > settings.max_gap:
+    if settings.max_gap is not None and found.chosen.loss.text_divergence > settings.max_gap:
         console.print(Words(f"no plan loses at most {settings.max_gap} nats: the best one was kept"), soft_wrap=True)
     stopped = "stopped; the best plan so far" if found.stopped else "plan"
     console.print(Words(f"{stopped}: {plan_file} ({found.tried} tried in {report.seconds:,.0f} s)"), soft_wrap=True)

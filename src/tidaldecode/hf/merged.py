@@ -117,9 +117,9 @@ def _product(layers: list[nn.Linear]) -> _Product | None:
 
 def _laid_together(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor of parameters one behind the other, whose storage they share; moved there if they do not lie so."""
-    first = parameters[0].detach()
     rows = sum(len(parameter) for parameter in parameters)
     if all(_follows(before, after) for before, after in pairwise(parameters)):
+        first = parameters[0].detach()
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     with torch.inference_mode(False), torch.no_grad():
         buffer = torch.cat([parameter.detach() for parameter in parameters])

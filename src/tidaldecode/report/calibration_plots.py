@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINES = {
-    "loss": "divergence, the text it was chosen on",
+    "text_divergence": "divergence, the text it was chosen on",
     "calibration_gap": "gap, the text it was chosen on",
     "heldout_gap": "gap, held-out text",
 }
@@ -28,8 +28,8 @@ def frontier_figure(frontier: Sequence[Mapping[str, Any]], width: float) -> Figu
     """Nats per token over the share of the KV cache that a decode step reads, a line for each measure.
 
     Args:
-        frontier: `kv_read_fraction`, `loss`, `calibration_gap`, `heldout_gap`, `heldout_error`, `full_layers`,
-            `select_layers` and `token_budget` of each plan; gaps may be `None`.
+        frontier: `kv_read_fraction`, `text_divergence`, `calibration_gap`, `heldout_gap`, `heldout_error`,
+            `full_layers`, `select_layers` and `token_budget` of each plan; held-out values may be `None`.
         width: inches.
     """
     figure = new_figure(width, 3.4 if width > 5 else 3.6)
@@ -51,10 +51,8 @@ def frontier_figure(frontier: Sequence[Mapping[str, Any]], width: float) -> Figu
         budgets = len({row["token_budget"] for row in frontier}) > 1
         for row in frontier:
             text = f"{row['full_layers']}+{row['select_layers']}" + (f", {row['token_budget']}" if budgets else "")
-            axis.annotate(
-                text, (100 * row["kv_read_fraction"], row["loss"]), xytext=(4, 5), textcoords="offset points",
-                fontsize=8, color=INK,
-            )  # fmt: skip
+            place = 100 * row["kv_read_fraction"], row["text_divergence"]
+            axis.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=8, color=INK)
     axis.set(
         xlabel="KV cache read in a step, % of full attention’s (full + select layers)", ylabel="nats per token",
         ylim=(0, None),

@@ -113,6 +113,7 @@ class _FrontierRow(_Row):
     token_budget: Positive
     kv_read_fraction: Number
     loss: Number
+    text_divergence: Number
     calibration_gap: Number
     heldout_gap: Number | None
     heldout_error: Number | None
