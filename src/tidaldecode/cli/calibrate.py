@@ -189,20 +189,18 @@ def _budgets(text: str | None, max_gap: float | None) -> tuple[int, ...]:
 def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None:
     settings, found = report.settings, report.found
     table = Table(title=Words(f"{report.model}: nats per token above full attention, {settings.context:,} tokens"))
-    for column in ("full", "select", "budget", "KV read", "loss", "on text", "gap", "held-out gap", "error"):
+    for column in ("full + select", "budget", "KV read", "loss", "on text", "gap", "gap, held-out text"):
         table.add_column(column, justify="right")
     for point in found.frontier:
-        roles = point.plan.roles
+        roles, error = point.plan.roles, "" if point.heldout_error is None else f" ± {point.heldout_error:.3f}"
         table.add_row(
-            str(roles.count("full")),
-            str(roles.count("select")),
+            f"{roles.count('full')} + {roles.count('select')}",
             f"{point.plan.token_budget:,}",
             f"{point.kv_read_fraction:.1%}",
-            f"{point.loss.divergence:.4f}",
-            f"{point.loss.text_divergence:.4f}",
-            f"{point.loss.gap:+.4f}",
-            "" if point.heldout_gap is None else f"{point.heldout_gap:+.4f}",
-            "" if point.heldout_error is None else f"{point.heldout_error:.4f}",
+            f"{point.loss.divergence:.3f}",
+            f"{point.loss.text_divergence:.3f}",
+            f"{point.loss.gap:+.3f}",
+            "" if point.heldout_gap is None else f"{point.heldout_gap:+.3f}{error}",
             style="bold" if point is found.chosen else None,
         )
     console.print(table)
