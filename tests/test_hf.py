@@ -33,6 +33,7 @@ from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan
 from tidaldecode.hf.architecture import check_architecture
 from tidaldecode.hf.forward import PREFILL_CHUNK, chunk_size
+from tidaldecode.hf.plans import find_plan
 from tidaldecode.plans import shipped_plans
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
@@ -514,11 +515,33 @@ def test_auto_takes_the_plan_made_for_the_model(tiny):
         "llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576
     )
     model.config.name_or_path = "someone/other-135m"
-    with pytest.raises(InputError, match="no shipped plan was made for someone/other-135m"):
+    with pytest.raises(InputError, match="no shipped plan was made for someone/other-135m .* tidaldecode calibrate"):
         tidaldecode.apply(model)
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     tidaldecode.apply(model)
     assert tidaldecode.hf.applied_plan(model) == shipped_plans()["smollm2-135m"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "kv_heads", "plan", "select"),
+    [
+        ("meta-llama/Llama-2-7b-chat-hf", 32, 32, "llama-2-7b", (2, 7)),
+        ("lmsys/longchat-7b-v1.5-32k", 32, 32, "longchat-7b", (2, 7)),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 32, 8, "llama-3-8b", (2, 13)),
+        ("meta-llama/Llama-3.1-8B-Instruct", 32, 8, "llama-3-1-8b", (2, 13)),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 32, 8, "deepseek-r1-distill-llama-8b", (0, 2, 8, 13, 14)),
+        ("Qwen/Qwen3-8B", 36, 8, "qwen3-8b", (0, 2, 7, 14, 23)),
+    ],
+)
+def test_auto_takes_a_published_plan_and_says_that_it_was_not_measured(caplog, name, layers, kv_heads, plan, select):
+    config = LlamaConfig(
+        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=kv_heads, hidden_size=4096
+    )
+    config.name_or_path = name
+    found = find_plan("auto", config)
+    assert found.name == plan
+    assert tuple(layer for layer, role in enumerate(found.roles) if role == "select") == select
+    assert "arXiv" in found.origin and "not measured here" in caplog.text and "tidaldecode calibrate" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from transformers import PreTrainedConfig
@@ -10,6 +11,8 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.architecture import model_shape, sliding_windows
 from tidaldecode.plan import PAPER_RESELECT_LAYERS, TidalPlan
 from tidaldecode.plans import read_plan, shipped_plans
+
+_log = logging.getLogger(__name__)
 
 
 def find_plan(name: str, config: PreTrainedConfig) -> TidalPlan:
@@ -42,10 +45,12 @@ def _shipped_for(config: PreTrainedConfig) -> TidalPlan:
         if made_for is None or made_for.name is None or name != _plain(made_for.name):
             continue  # a variant (the paper's plan for the model, say) is taken only by its name
         if made_for.model_copy(update={"name": shape.name}) == shape and name in _plain(shape.name or ""):
+            if plan.calibration is None:
+                _log.warning("plan %s: %s; `tidaldecode calibrate` finds and measures one", name, plan.origin)
             return plan
     raise InputError(
-        f"no shipped plan was made for {shape.name or 'this model'} ({shape.describe()}): "
-        "pass a plan file, or 'paper' for the paper's layers"
+        f"no shipped plan was made for {shape.name or 'this model'} ({shape.describe()}): find one with "
+        "`tidaldecode calibrate --model ... --output plan.json` and pass its file, or 'paper' for the paper's layers"
     )
 
 
