@@ -139,7 +139,8 @@ class _Run:
         self.first = settings.full_layers + 1 if by_number else 2
         self.last = settings.full_layers + (settings.select_layers or 0) if by_number else len(self.layers) - 1
         self.begun = settings.windows + len(_SINKS) + len(_RECENT_SHARES)
-        self.total = self.begun + (self.last - self.first + 1) * self._per_size
+        # how many sizes a largest gap takes is not known before: the total grows with each
+        self.total = self.begun + (self.last - self.first + 1 if by_number else 1) * self._per_size
 
     @property
     def _per_size(self) -> int:
@@ -185,9 +186,10 @@ class _Run:
         )
         self.choose_shares(search)
         search.assignment = self.assignment()
-        for number, layers in enumerate(search.sizes(self.first, self.last)):
+        for number, layers in enumerate(search.sizes(self.first, self.last), start=1):
             self.other_budgets(len(layers.reading))
-            self.done = self.begun + (number + 1) * self._per_size
+            self.done = self.begun + number * self._per_size
+            self.total = max(self.total, self.done + self._per_size * (len(layers.reading) < self.last))
             if settings.max_gap is not None and not self.cheaper_possible(len(layers.reading) + 1):
                 return
 

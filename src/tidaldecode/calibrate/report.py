@@ -48,7 +48,7 @@ class CalibrationReport:
             windows=settings.windows,
             decode=settings.decode,
             heldout_windows=settings.heldout_windows if checked else None,
-            heldout_decode=settings.heldout_decode if checked else None,
+            heldout_decode=settings.heldout_steps if checked else None,
             seed=settings.seed,
             dtype=self.dtype,
             device=self.environment["device"],

@@ -31,7 +31,7 @@ class CalibrationSettings:
         context: tokens of a window.
         decode: decode steps of a window that predict the text's own tokens.
         windows: of the text that the plan is chosen on.
-        heldout_windows, heldout_decode: of the text that it is checked on.
+        heldout_windows, heldout_decode: of the text that it is checked on; at most a quarter of a window is decoded.
         selections: the rules by which layers may choose.
         per_query_head: whether each query head reads a set of its own, at the price of more rows, instead of one for
             the query heads of a KV head.
@@ -80,6 +80,11 @@ class CalibrationSettings:
     def first_step(self) -> int:
         """Tokens that the first decode step of a window sees."""
         return self.context - self.decode - self.probes.steps
+
+    @property
+    def heldout_steps(self) -> int:
+        """Decode steps of a held-out window."""
+        return min(self.heldout_decode, self.context // 4)
 
     @property
     def budget(self) -> int:
@@ -133,8 +138,7 @@ class CalibrationSettings:
                 f"{self.context}: give more text, or lower the held-out windows or the context"
             )
         stride = (there + len(text.prefix) - self.context) // max(1, self.heldout_windows - 1)
-        decode = min(self.heldout_decode, self.context - 2)
-        return Windows(self.context, decode, self.heldout_windows, 0, max(1, stride))
+        return Windows(self.context, self.heldout_steps, self.heldout_windows, 0, max(1, stride))
 
 
 def check_apart(text: Text, starts: Sequence[int], heldout: Text, windows: Windows) -> None:
