@@ -86,7 +86,6 @@ def test_the_loss_is_that_of_real_steps(tiny):
         log_probs = []
         for plan in (find_plan("full", model.config), PLAN):
             cache = TidalCache(model.config, plan, CONTEXT)
-            ids = torch.cat([text().tokens[: FIRST - 1][None].long()], 1)
             start = (3, 300)[len(gaps) // DECODE]
             ids = text().tokens[start : start + FIRST - 1][None].long()
             model(ids, past_key_values=cache)
@@ -203,7 +202,8 @@ def test_a_layer_without_a_source_can_not_be_sparse():
 def test_the_layers_that_are_missed_least_do_not_select():
     assignment = Assignment.of(SHAPE, range(6), lost_mass(), False)
     reading = frozenset({0, 1, 2, 4})
-    assert assignment.select_layers(reading, 4) <= reading - {5}
+    read = {source.layer for heads in assignment.sources(reading, reading).values() for source in heads}
+    assert assignment.select_layers(reading, 4) == read
     one = assignment.select_layers(reading, 1)
     assert len(one) == 1
     best = min(assignment.predicted(reading, frozenset({layer})) for layer in reading)
@@ -325,7 +325,57 @@ def test_no_plan_within_a_gap(tiny):
     assert found.chosen is found.frontier[-1] and found.chosen.loss.text_divergence > 1e-9
 
 
-@pytest.mark.parametrize("stop", ["search", "check"])
+def test_a_gap_that_is_met_early_ends_the_search(tiny):
+    model = apply(tiny(), "full")
+    generous = calibrate(model, text(), text(1), settings(max_gap=5.0))
+    assert generous.chosen.loss.text_divergence <= 5 and generous.chosen.plan.roles.count("sparse") == LAYERS - 1
+    assert generous.tried < calibrate(model, text(), text(1), settings(max_gap=0.2)).tried
+
+
+@pytest.mark.parametrize("changes", [{"windows": 1, "heldout_windows": 1}, {"select_layers": 1, "full_layers": 0}])
+def test_the_smallest_calibrations(tiny, changes):
+    found = calibrate(apply(tiny("gpt_neox"), "full"), text(), text(1), settings(per_query_head=True, **changes))
+    check_plan(found.chosen.plan, tiny("gpt_neox").config)
+    assert (found.chosen.heldout_error is None) == ("windows" in changes)
+
+
+def test_two_layers_and_a_gap(tiny):
+    model = apply(tiny(num_hidden_layers=2), "full")
+    assert calibrate(model, text(), text(1), settings(max_gap=5.0)).chosen.plan.roles == ("select", "sparse")
+
+
+def test_damaged_weights_are_told_before_the_search(tiny):
+    model = tiny()
+    model.lm_head.weight.data[7] = torch.nan
+    with pytest.raises(InputError, match="the likelihood is not finite: the model's weights are damaged"):
+        calibrate(apply(model, "full"), text(), text(1), settings())
+
+
+def test_a_plan_that_overflows_is_not_chosen(tiny, monkeypatch):
+    from tidaldecode.calibrate import calibration
+
+    losses = iter([math.nan] * 9)
+    monkeypatch.setattr(
+        calibration,
+        "mean_loss",
+        lambda *arguments: Loss(next(losses, None) or mean_loss(*arguments).divergence, 1.0, 1.0),
+    )
+    found = calibrate(apply(tiny(), "full"), text(), text(1), settings())
+    assert all(math.isfinite(point.loss.divergence) for point in found.frontier)
+
+
+def test_a_check_that_fails_keeps_the_plan(tiny, monkeypatch, caplog):
+    from tidaldecode.calibrate import calibration
+
+    def fail(*arguments):
+        raise InputError("the KV cache does not fit")
+
+    monkeypatch.setattr(calibration, "perplexity", fail)
+    found = calibrate(apply(tiny(), "full"), text(), text(1), settings())
+    assert found.stopped and found.chosen.heldout_gap is None and "the KV cache does not fit" in caplog.text
+
+
+@pytest.mark.parametrize("stop", ["shares", "search", "check"])
 def test_an_interrupted_calibration_keeps_the_best_plan(tiny, stop):
     model = apply(tiny(), "full")
     seen = []
@@ -335,6 +385,8 @@ def test_an_interrupted_calibration_keeps_the_best_plan(tiny, stop):
         if len([word for word in seen if "plans in which" in word]) == 6 and stop == "search":
             raise KeyboardInterrupt
         if "held-out" in what and stop == "check":
+            raise KeyboardInterrupt
+        if seen.count("sinks and recent tokens") == 3 and stop == "shares":
             raise KeyboardInterrupt
 
     found = calibrate(model, text(), text(1), settings(), on_progress)
@@ -381,6 +433,8 @@ def test_wrong_settings(tiny):
         ({"max_gap": 0.1, "select_layers": 2}, "one of them"),
         ({"max_gap": -1.0}, "must be positive"),
         ({"budgets": (16, 32)}, "several budgets need a largest gap"),
+        ({"budgets": (1,)}, "budget 1 is too small: 4 sinks, half of it recent tokens and a chosen one make 9"),
+        ({"budgets": (8, 64), "max_gap": 0.1}, "budget 8 is too small"),
         ({"budgets": (FIRST,)}, f"budget {FIRST} leaves nothing to calibrate: .* context of {FIRST} tokens"),
         ({"decode": 60}, "a context of 90 tokens is too short for 60 decode steps and the 12 of the probes"),
     ):
@@ -405,14 +459,15 @@ def test_a_model_without_a_layer_that_can_have_a_role(tiny):
 
 
 def test_texts_that_overlap():
-    lines = text()
-    starts = settings().starts(lines)
-    shifted = Text(torch.cat([text(1, 40).tokens, lines.tokens[starts[0] + 10 :]]))
+    lines, windows = text(), Windows(300, DECODE, 1, 30, 1)
+    shifted = Text(torch.cat([text(1, 200).tokens, lines.tokens[110:400]]))
+    with pytest.raises(InputError, match="overlaps"):  # 130 tokens of the window that begins at 100
+        check_apart(lines, (100,), shifted, windows)
+    header = Text(torch.cat([lines.tokens[100:220], text(1).tokens]))
+    check_apart(lines, (100,), header, Windows(300, DECODE, 1, 0, 1))
     with pytest.raises(InputError, match="overlaps"):
-        check_apart(lines, starts, shifted, Windows(CONTEXT, DECODE, 1, 30, 1))
-    with pytest.raises(InputError, match="overlaps"):
-        check_apart(lines, starts, lines, Windows(CONTEXT, DECODE, 1, starts[1] + CONTEXT - 64, 1))
-    check_apart(lines, starts, text(1), settings().heldout(text(1)))
+        check_apart(lines, (100,), lines, Windows(300, DECODE, 1, 250, 1))
+    check_apart(lines, settings().starts(lines), text(1), settings().heldout(text(1)))
 
 
 # ---- the command
@@ -483,6 +538,7 @@ def test_an_interrupted_command_writes_the_best_plan(run, command, tmp_path, mon
     [
         (["--select-layers", "5"], ["2 full and 5 select layers leave no sparse one among the 7 layers"]),
         (["--max-gap", "0.1"], ["--select-layers or --max-gap"]),
+        (["--budget", "5"], ["budget 5 is too small", "make 9"]),
         (["--budget", "16,32"], ["several budgets need a largest gap"]),
         (["--budget", "300"], ["budget 300 leaves nothing to calibrate", "context of 284 tokens"]),
         (["--budget", "0.1"], ["--budget '0.1'"]),

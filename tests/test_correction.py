@@ -115,6 +115,30 @@ def test_scored_in_a_few_passes(tiny, interval):
         torch.testing.assert_close(mine.keys[..., :39, :], theirs.keys[..., :39, :], rtol=0, atol=1e-9)
 
 
+def test_steps_that_wait_for_a_correction_leave_with_their_tokens(tiny):
+    """Whatever takes tokens out of a cache; else the next correction would write them over other rows."""
+    model = tiny("llama").double()
+    tidaldecode.apply(model, plan := plan_for(model.config, token_budget=4))
+    ids = torch.randint(2, 260, (1, 40), generator=torch.Generator().manual_seed(1))
+    cache = TidalCache(model.config, plan, 90)
+    cache.correction = Correction(50)
+    model(ids[:, :30], past_key_values=cache)
+    mark = cache.mark()
+    for step in range(30, 33):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    assert len(cache.correction) == 3
+    cache.go_back(mark)
+    assert len(cache.correction) == 0
+    for step in range(30, 33):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    # another interval for one call: what waited is corrected before it
+    output = model.generate(ids[:, :34], past_key_values=cache, correction_interval=4, max_new_tokens=4, **OPTIONS)
+    assert len(cache.correction) == 0 and cache.correction.interval == 50
+    model(ids[:, 34:37], past_key_values=cache)
+    exact = prefilled(model, torch.cat([output[:, :-1], ids[:, 34:37]], 1), torch.ones(1, 40).long())
+    assert largest_difference(cache, exact, 0, 40) < 1e-9
+
+
 def test_a_budget_of_the_whole_context_is_full_attention(tiny):
     model = tiny("llama").double()
     ids, mask = ragged_batch()

@@ -515,7 +515,7 @@ def test_auto_takes_the_plan_made_for_the_model(tiny):
         "llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576
     )
     model.config.name_or_path = "someone/other-135m"
-    with pytest.raises(InputError, match="no shipped plan was made for someone/other-135m .* tidaldecode calibrate"):
+    with pytest.raises(InputError, match="no shipped plan was made for someone/other-135m .*tidaldecode calibrate"):
         tidaldecode.apply(model)
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     tidaldecode.apply(model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
+import numpy
 import pytest
 import torch
 from transformers import (
@@ -20,6 +22,7 @@ import tidaldecode
 from chi_square import p_value
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache, TidalPlan
+from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.drafting import DraftLength, Rounds
 from tidaldecode.hf.ragged import RaggedTokens
 
@@ -197,6 +200,13 @@ def test_processors_of_the_users(llama):
     expected = llama.generate(ids, **options)
     tidaldecode.apply(llama, plan_for(llama.config))
     assert torch.equal(llama.generate(ids, lossless=4, **options), expected)
+    options["logits_processor"][0].rest.append(float("nan"))
+    assert torch.equal(llama.generate(ids, lossless=4, **options), expected)
+    for held in (threading.Lock(), numpy.arange(3)):
+        options["logits_processor"][0].held = held
+        with pytest.raises(InputError, match="the logits processor Favouring can't be looked at"):
+            llama.generate(ids, lossless=4, **options)
+    del options["logits_processor"][0].held
     options["logits_processor"].append(Counting())
     with pytest.raises(InputError, match="the logits processor Counting keeps state between calls"):
         llama.generate(ids, lossless=4, **options)
@@ -388,6 +398,23 @@ def test_generate_refuses(llama, options, message):
         llama.generate(ragged_batch()[0], **{"lossless": 4, **options})
     assert "\n" not in str(error.value)
     assert prefills == []
+
+
+def test_a_cache_that_is_corrected_already_is_refused(llama):
+    tidaldecode.apply(llama, plan := plan_for(llama.config))
+    cache = TidalCache(llama.config, plan, 90)
+    cache.correction = Correction(5)
+    with pytest.raises(InputError, match="set cache.correction to None"):
+        llama.generate(torch.full((1, 20), 5), past_key_values=cache, lossless=4, max_new_tokens=8)
+    assert cache.get_seq_length() == 0
+
+
+def test_no_more_is_drafted_than_is_wanted(llama):
+    tidaldecode.apply(llama, plan_for(llama.config, token_budget=4))
+    ids = ragged_batch()[0][:1]
+    expected = llama.generate(ids, lossless=4, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    huge = llama.generate(ids, lossless=10**13, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(huge, expected)
 
 
 def test_a_cache_without_room_is_refused(llama):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,8 @@ from tidaldecode.calibrate.assignment import Assignment
 from tidaldecode.calibrate.lost_mass import measure_lost_mass
 from tidaldecode.calibrate.prompts import Loss, Prompt, mean_loss, read_prompts
 from tidaldecode.calibrate.search import Layers, Search
-from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
+from tidaldecode.calibrate.settings import RECENT_TOKENS, SINK_TOKENS, CalibrationSettings, check_apart
+from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.evaluate.text import Text
@@ -25,8 +27,7 @@ from tidaldecode.plan import TidalPlan
 OnProgress = Callable[[int, int, str], None]
 """Told how many parts of how many are done, and in words what comes next."""
 
-_SINKS = (4, 0, 16)
-_RECENT_SHARES = (0.25, 0.125, 0.5, 1)  # of the budget; 1 is the new token alone
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class Found:
 
     Attributes:
         chosen: the plan that was asked for, or the best so far.
-        frontier: the best plans, the cheapest first; each loses less than those before it.
+        frontier: the best plans, the cheapest first: each loses less than those before it, but for `chosen`, which is
+            always among them.
         tried: how many plans were tried.
-        stopped: whether it was interrupted, so that plans may be left untried and the check undone.
+        stopped: whether it was interrupted, or the check failed: plans may be left untried, and the check undone.
     """
 
     chosen: Point
@@ -87,7 +89,8 @@ def calibrate(
         on_progress: see `OnProgress`.
 
     Raises:
-        InputError: the model can't be calibrated so, a text is too short, or they overlap.
+        InputError: the model can't be calibrated so, a text is too short, they overlap, or full attention's own
+            predictions are not finite.
         KeyboardInterrupt: interrupted before any plan was tried.
     """
     settings.check(model.config)
@@ -103,15 +106,20 @@ def calibrate(
         if not run.points:
             raise
         stopped = True
-    return Found(run.chosen(), tuple(_frontier(run.points)), run.tried, stopped)
+    except InputError as error:
+        if not run.points:
+            raise
+        _log.warning("the plan was found, but not checked: %s", error)
+        stopped = True
+    return Found(run.chosen(), tuple(_frontier(run.points, run.chosen())), run.tried, stopped)
 
 
-def _frontier(points: Sequence[Point]) -> Iterator[Point]:
-    """The points that lose less than every cheaper one, the cheapest first."""
+def _frontier(points: Sequence[Point], chosen: Point) -> Iterator[Point]:
+    """The points that lose less than every cheaper one, and the chosen one, the cheapest first."""
     least = math.inf
     for point in sorted(points, key=lambda point: (point.kv_read_fraction, point.loss.divergence)):
-        if point.loss.divergence < least:
-            least = point.loss.divergence
+        if point.loss.divergence < least or point is chosen:
+            least = min(least, point.loss.divergence)
             yield point
 
 
@@ -132,13 +140,13 @@ class _Run:
         self.shape = model_shape(self.model.config)
         windows = sliding_windows(self.model.config)
         self.layers = tuple(layer for layer, window in enumerate(windows) if window is None)
-        self.sink_tokens: int = _SINKS[0]
-        self.recent_tokens: int | float = _RECENT_SHARES[0]
+        self.sink_tokens: int = SINK_TOKENS[0]
+        self.recent_tokens: int | float = RECENT_TOKENS[0]
         by_number = settings.select_layers is not None
         self.full_layers = settings.full_layers if by_number else 0
-        self.first = settings.full_layers + 1 if by_number else 2
+        self.first = settings.full_layers + 1 if by_number else 1
         self.last = settings.full_layers + (settings.select_layers or 0) if by_number else len(self.layers) - 1
-        self.begun = settings.windows + len(_SINKS) + len(_RECENT_SHARES)
+        self.begun = settings.windows + len(SINK_TOKENS) + len(RECENT_TOKENS) + 1  # two looks at the attention
         # how many sizes a largest gap takes is not known before: the total grows with each
         self.total = self.begun + (self.last - self.first + 1 if by_number else 1) * self._per_size
 
@@ -205,24 +213,27 @@ class _Run:
     def assignment(self) -> Assignment:
         """What the layers lose by each other's choice, with the present sinks and recent tokens."""
         self.step("attention of all layers")
-        budget, recent = self.settings.budget, self.recent_tokens
-        recent = recent if isinstance(recent, int) else max(1, int(recent * budget))
+        budget = self.settings.budget
+        recent = self.recent_tokens if isinstance(self.recent_tokens, int) else max(1, int(self.recent_tokens * budget))
         lost = measure_lost_mass(self.model, self.prompts, self.settings.selections, budget, self.sink_tokens, recent)
         return Assignment.of(self.shape, self.layers, lost, self.settings.per_query_head)
 
     def choose_shares(self, search: Search) -> None:
         """Chooses how many sinks and recent tokens every set holds, on a plan that is only predicted to be good."""
         layers = search.start(min(self.last, self.first + 1))
-        losses = {}
-        for recent in _RECENT_SHARES:
-            self.recent_tokens = recent
-            losses[recent] = self.loss(self.plan(search.assignment, layers), "share of recent tokens").divergence
-        self.recent_tokens = min(losses, key=losses.__getitem__)
-        by_sinks = {self.sink_tokens: losses[self.recent_tokens]}
-        for sinks in (sinks for sinks in _SINKS[1:] if sinks <= min(self.settings.budgets) / 4):
-            self.sink_tokens = sinks
-            by_sinks[sinks] = self.loss(self.plan(search.assignment, layers), "number of sinks").divergence
-        self.sink_tokens = min(by_sinks, key=by_sinks.__getitem__)
+        tries = [(SINK_TOKENS[0], recent) for recent in RECENT_TOKENS]
+        losses = {shares: self.with_shares(search.assignment, layers, *shares) for shares in tries}
+        recent = min(losses, key=losses.__getitem__)[1]
+        for sinks in SINK_TOKENS[1:]:
+            if sinks <= min(self.settings.budgets) / 4:
+                losses[sinks, recent] = self.with_shares(search.assignment, layers, sinks, recent)
+        self.sink_tokens, self.recent_tokens = min(losses, key=losses.__getitem__)
+
+    def with_shares(self, assignment: Assignment, layers: Layers, sinks: int, recent: int | float) -> float:
+        """The loss of a plan with so many sinks and recent tokens."""
+        self.sink_tokens, self.recent_tokens = sinks, recent
+        plan = self.plan(assignment, layers)
+        return self.keep(len(layers.reading), plan, self.loss(plan, "sinks and recent tokens"))
 
     def plan(self, assignment: Assignment, layers: Layers) -> TidalPlan:
         """The plan in which these layers read everything."""
@@ -247,9 +258,7 @@ class _Run:
         plan, size = self.plan(assignment, layers), len(layers.reading)
         best = self.best.get((size, self.settings.budget))
         so_far = "" if best is None else f", best so far {best.loss.divergence:.4f}"
-        return self.keep(
-            size, plan, self.loss(plan, f"plans in which {size} layers read everything{so_far}")
-        ).divergence
+        return self.keep(size, plan, self.loss(plan, f"plans in which {size} layers read everything{so_far}"))
 
     def other_budgets(self, size: int) -> None:
         """The best plan of a size with the other budgets."""
@@ -259,18 +268,20 @@ class _Run:
                 other = plan.with_budget(budget)
                 self.keep(size, other, self.loss(other, f"budget {budget}"))
 
-    def keep(self, size: int, plan: TidalPlan, loss: Loss) -> Loss:
-        """Keeps a plan if it is the best of its size and budget."""
+    def keep(self, size: int, plan: TidalPlan, loss: Loss) -> float:
+        """Keeps a plan if it is the best of its size and budget; its loss, infinite where it overflows."""
         assert isinstance(plan.token_budget, int)
+        if not math.isfinite(loss.divergence):
+            return math.inf
         best = self.best.get((size, plan.token_budget))
         if best is None or loss.divergence < best.loss.divergence:
             reads = DecodeAttention(plan, self.shape).kv_read_fraction(self.settings.context)
             self.best[size, plan.token_budget] = Point(plan, loss, reads)
-        return loss
+        return loss.divergence
 
     def check(self, heldout: Text) -> None:
         """Measures the plans of the frontier, and the one that is chosen, on the held-out text."""
-        wanted = [self.chosen(), *_frontier(self.points)]
+        wanted = list(_frontier(self.points, self.chosen()))
         checked = {key: point for key, point in self.best.items() if any(point is other for other in wanted)}
         methods = [
             Method("tidal", None, point.plan.model_copy(update={"name": f"plan {number + 1} of {len(checked)}"}))

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidaldecode.attention import Attention
+from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import read_prompt
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.cache import Mark
 from tidaldecode.hf.plans import find_plan
-from tidaldecode.hf.scoring import step_logits
+from tidaldecode.hf.scoring import not_finite, step_logits
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def read_prompts(
         probes: follow behind the text.
         generator: of the probes' places.
         on_progress: told how many windows are read.
+
+    Raises:
+        InputError: a log probability is not finite.
     """
     prompts = []
     for number, start in enumerate(starts):
@@ -112,7 +116,9 @@ def read_prompts(
         cache = TidalCache(model.config, find_plan("full", model.config), context)
         steps = read_prompt(model, cache, window, decode + probes.steps)
         mark = cache.mark()
-        log_probs = torch.cat(list(_log_probs(model, cache, mark, steps, cache.attention)))
+        log_probs = torch.cat(_log_probs(model, cache, mark, steps, cache.attention))
+        if not log_probs.isfinite().all():
+            raise InputError(not_finite(model.dtype))
         prompts.append(Prompt(cache, mark, steps, decode, log_probs))
     return prompts
 

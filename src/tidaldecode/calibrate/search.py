@@ -33,7 +33,7 @@ class Search:
 
     Args:
         assignment: what is known of the layers; its weights are fitted as the search goes on.
-        measure: the loss of a plan with these layers.
+        measure: the loss of a plan with these layers; infinite where there is none.
         full_layers: how many of the layers that read everything may not choose; 0 lets all of them.
         tries: plans that are tried in a row without finding a better one, before a size is given up.
         most_tries: plans that are tried at a size in all.
@@ -136,8 +136,11 @@ class Search:
 
     def _fit(self) -> None:
         """Fits the weights to what was measured: ridge regression towards their common mean, none negative."""
-        features = torch.stack([self.assignment.losses(layers.reading, layers.select) for layers in self.measured])
-        losses = torch.tensor(list(self.measured.values()), dtype=torch.float64)
+        tried = [layers for layers, loss in self.measured.items() if math.isfinite(loss)]
+        if not tried:
+            return
+        features = torch.stack([self.assignment.losses(layers.reading, layers.select) for layers in tried])
+        losses = torch.tensor([self.measured[layers] for layers in tried], dtype=torch.float64)
         mean = float(losses.sum() / features.sum().clamp(min=1e-9))
         size = features.shape[1]
         rows = torch.cat([features, _RIDGE * torch.eye(size, dtype=torch.float64)])

@@ -15,7 +15,13 @@ from tidaldecode.evaluate.windows import Windows
 from tidaldecode.hf.architecture import check_architecture, sliding_windows
 from tidaldecode.plan import Selection
 
-_RUN = 64  # tokens in a row by which two texts are told to overlap
+SINK_TOKENS = (4, 0, 16)
+"""Numbers of sinks that are tried; the first one while the share of recent tokens is chosen."""
+
+RECENT_TOKENS = (0.25, 0.125, 0.5, 1)
+"""Recent tokens that are tried: shares of the budget, and the new token alone."""
+
+_RUN = 128  # tokens in a row by which two texts are told to overlap: more than a licence's header shares
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class CalibrationSettings:
 
     Attributes:
         select_layers: how many layers may choose; the best plans with fewer are found on the way.
-        full_layers: how many layers beside them read everything.
+        full_layers: how many layers beside them read everything; `max_gap` leaves it open.
         max_gap: instead of numbers of layers, the largest divergence from full attention on the text, in nats per token
             (`Loss.text_divergence`); the cheapest plan within it is looked for.
         budgets: tokens that a sparse layer reads; several only with `max_gap`, the search goes by the middle one.
@@ -69,6 +75,12 @@ class CalibrationSettings:
             raise InputError(
                 f"a context of {self.context} tokens is too short for {self.decode} decode steps and the "
                 f"{self.probes.steps} of the probes: lower the decode steps"
+            )
+        least = next(budget for budget in range(2, 1000) if budget > SINK_TOKENS[0] + int(max(_shares()) * budget))
+        if min(self.budgets) < least:
+            raise InputError(
+                f"budget {min(self.budgets)} is too small: {SINK_TOKENS[0]} sinks, half of it recent tokens and a "
+                f"chosen one make {least}"
             )
         if max(self.budgets) >= self.first_step:
             raise InputError(
@@ -139,6 +151,10 @@ class CalibrationSettings:
             )
         stride = (there + len(text.prefix) - self.context) // max(1, self.heldout_windows - 1)
         return Windows(self.context, self.heldout_steps, self.heldout_windows, 0, max(1, stride))
+
+
+def _shares() -> list[float]:
+    return [recent for recent in RECENT_TOKENS if isinstance(recent, float)]
 
 
 def check_apart(text: Text, starts: Sequence[int], heldout: Text, windows: Windows) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _RULES = ("unified", "per_group", "per_head")
 _DEFAULT_BUDGET = "256"
 _DEFAULT_BUDGETS = "64,128,256,512,1024"
-_DEFAULT_SELECT_LAYERS = 5
+_DEFAULT_SELECT_LAYERS, _FULL_LAYERS = 5, 2
 _STOPPED = 130
 
 
@@ -52,8 +52,14 @@ def calibrate(
         ),
     ] = None,
     full_layers: Annotated[
-        int, typer.Option("--full-layers", metavar="N", min=0, help="Layers beside them that read everything.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--full-layers",
+            metavar="N",
+            min=0,
+            help=f"Layers beside them that read everything. Default: {_FULL_LAYERS}.",
+        ),
+    ] = None,
     max_gap: Annotated[
         float | None,
         typer.Option(
@@ -89,14 +95,15 @@ def calibrate(
     plan_file = _plan_file(output, force)
     rules: tuple[Any, ...] = options.parse_names("--selection", selection, _RULES)
     budgets = _budgets(budget, max_gap)
-    if max_gap is not None and select_layers is not None:
-        raise InputError("give --select-layers or --max-gap, not both")
+    for option, number in (("--select-layers", select_layers), ("--full-layers", full_layers)):
+        if max_gap is not None and number is not None:
+            raise InputError(f"give {option} or --max-gap, not both: the gap decides how many layers it takes")
     results_file = eval_options.results_file(results, "calibration.json", "--results")
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
 
-        from tidaldecode.calibrate.calibration import calibrate as find_plan
+        from tidaldecode.calibrate.calibration import calibrate as run_calibration
         from tidaldecode.calibrate.report import CalibrationReport
         from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
         from tidaldecode.environment import environment
@@ -111,7 +118,7 @@ def calibrate(
             check_matplotlib()
         settings = CalibrationSettings(
             select_layers=(select_layers or _DEFAULT_SELECT_LAYERS) if max_gap is None else None,
-            full_layers=full_layers,
+            full_layers=_FULL_LAYERS if full_layers is None else full_layers,
             max_gap=max_gap,
             budgets=budgets,
             context=context,
@@ -131,13 +138,13 @@ def calibrate(
     with console.status("reading the text"):
         tokenizer = files.tokenizer()
         tokens = Text.tokenize(tokenizer, parts)
-        name = "Paul Graham's essays" if text is None else Path(text).name
+        name = "Paul Graham's essays" if text is None else Path(text).resolve().name
         if heldout_parts is None:
             tokens, heldout = tokens.halves()
             name, heldout_name = f"{name}, first half", f"{name}, second half"
         else:
             heldout = Text.tokenize(tokenizer, heldout_parts)
-            heldout_name = Path(str(heldout_text)).name
+            heldout_name = Path(str(heldout_text)).resolve().name
         check_apart(tokens, settings.starts(tokens), heldout, settings.heldout(heldout))
     if results_file is not None:
         options.make_folder("--results", results_file.parent)
@@ -147,7 +154,7 @@ def calibrate(
         loaded = apply(files.model(target, precision), "full")
     began = time.perf_counter()
     with eval_options.progress_bar(console) as on_progress:
-        found = find_plan(loaded, tokens, heldout, settings, on_progress)
+        found = run_calibration(loaded, tokens, heldout, settings, on_progress)
     figure = None if results_file is None else results_file.with_suffix(".png")
     report = CalibrationReport(
         environment=environment(target),

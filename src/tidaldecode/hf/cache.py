@@ -532,6 +532,8 @@ class TidalCache(Cache):
         for index, layer in mark.windows.items():
             self.layers[index] = copy.deepcopy(layer)
         self.rewind(mark.padded_length, mark.lengths)
+        if self.correction is not None:
+            self.correction.forget(-missing)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every sequence (the number is negative, as in Transformers).

@@ -21,7 +21,8 @@ class Rounds:
     Attributes:
         drafted: tokens that each round drafted for each sequence.
         sequences: sequences that each round was for: those that were not done.
-        tokens: tokens that came out of each round, of all these sequences together.
+        tokens: tokens that came out of each round, of all these sequences together; in a sequence's last round also
+            those behind its end of sequence, which nobody sees.
     """
 
     drafted: list[int] = field(default_factory=list)
@@ -49,18 +50,21 @@ class DraftLength:
 
     Args:
         lossless: the length, or `auto`.
+        most: new tokens that are wanted; no round drafts more.
 
     Raises:
         InputError: neither.
     """
 
-    def __init__(self, lossless: Lossless) -> None:
+    def __init__(self, lossless: Lossless, most: int | None = None) -> None:
         fixed = isinstance(lossless, int) and not isinstance(lossless, bool) and lossless >= 1
         if not fixed and lossless != "auto":
             raise InputError(f"lossless {lossless!r}: give the tokens to draft in a round, at least 1, or 'auto'")
         self.auto = lossless == "auto"
         self.longest = max(_LENGTHS) if self.auto else int(lossless)
-        self._length = 8 if self.auto else self.longest
+        if most is not None:
+            self.longest = min(self.longest, most)
+        self._length = min(8, self.longest) if self.auto else self.longest
         self._accepted, self._tested = 7.0, 8.0  # what a plan made for the model does, until its own rounds say more
 
     def __int__(self) -> int:

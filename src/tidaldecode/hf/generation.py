@@ -50,16 +50,17 @@ def tidal_generate(
         return next((value for value in sources if value is not None), None)
 
     _refuse_modes(setting, kwargs)
-    length = None if lossless is None else DraftLength(lossless)
+    tokens = _prompt_tokens(kwargs.get("inputs"), kwargs)
+    new_tokens = setting("max_new_tokens") or (setting("max_length") or 0) - tokens
+    new_tokens = new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS
+    length = None if lossless is None else DraftLength(lossless, most=new_tokens)
     correction = None if correction_interval is None else Correction(correction_interval)
     if length is not None and correction is not None:
         raise InputError("lossless decoding corrects the cache in each round: leave out correction_interval")
     for name, asked in (("lossless", length), ("correction_interval", correction)):
         if asked is not None:
             check_second_pass(model.config, name)
-    tokens = _prompt_tokens(kwargs.get("inputs"), kwargs)
-    new_tokens = setting("max_new_tokens") or (setting("max_length") or 0) - tokens
-    capacity = tokens + (new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS)
+    capacity = tokens + new_tokens
     if length is not None and _sequences(setting, kwargs) > 1:
         capacity += length.longest  # one sequence may be done while another one still drafts
     cache = kwargs.get("past_key_values")
@@ -70,8 +71,10 @@ def tidal_generate(
         _check_cache(cache, capacity)
         cache_is_kept = True
     if correction is not None:
-        return _corrected(generate, cache, correction, kwargs)
+        return _corrected(model, cache, correction, kwargs)
     if length is not None:
+        if cache.correction is not None:
+            raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
         _refuse_beside_lossless(setting, kwargs)
         _keep_stop_strings(kwargs)
         kwargs["custom_generate"] = lossless_loop(length, kwargs.get("streamer"), cache_is_kept)
@@ -84,10 +87,13 @@ def _named(generate: Callable[..., Any], *args: Any) -> dict[str, Any]:
     return {name: value for name, value in bound.items() if value is not None}
 
 
-def _corrected(generate: Callable[..., Any], cache: TidalCache, correction: Correction, kwargs: dict[str, Any]) -> Any:
-    before, cache.correction = cache.correction, correction
+def _corrected(model: PreTrainedModel, cache: TidalCache, correction: Correction, kwargs: dict[str, Any]) -> Any:
+    before = cache.correction
+    if before is not None:
+        before.correct(model, cache)  # what it still had to run again is not the cache's end any more afterwards
+    cache.correction = correction
     try:
-        return generate(**kwargs)
+        return model._tidaldecode.generate(**kwargs)
     finally:
         cache.correction = before
 

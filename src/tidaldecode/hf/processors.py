@@ -29,7 +29,7 @@ def check_processors(processors: LogitsProcessorList, prompt: Tensor, vocabulary
         vocabulary: entries of the logits.
 
     Raises:
-        InputError: a processor keeps state between calls.
+        InputError: a processor keeps state between calls, or holds what can't be copied and compared.
     """
     for processor in processors:
         own = type(processor).__module__.startswith("transformers.")
@@ -41,10 +41,16 @@ def check_processors(processors: LogitsProcessorList, prompt: Tensor, vocabulary
 
 
 def _changes(processor: Any, prompt: Tensor, vocabulary: int) -> bool:
-    before = copy.deepcopy(getattr(processor, "__dict__", {}))
+    try:
+        before = copy.deepcopy(getattr(processor, "__dict__", {}))
+        _same(before, before)
+    except Exception as error:  # whatever the attributes' own methods raise: locks, arrays, cycles
+        raise InputError(
+            f"the logits processor {type(processor).__name__} can't be looked at for state between calls "
+            f"({type(error).__name__}): leave out lossless, or the processor"
+        ) from None
     processor(prompt.clone(), torch.zeros(len(prompt), vocabulary, device=prompt.device))
-    after = getattr(processor, "__dict__", {})
-    return before.keys() != after.keys() or not all(_same(before[name], after[name]) for name in before)
+    return not _same(before, getattr(processor, "__dict__", {}))
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -56,4 +62,4 @@ def _same(one: Any, other: Any) -> bool:
         return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
     if hasattr(one, "__dict__"):  # a deep copy may not be equal to what it is a copy of: look inside
         return type(one) is type(other) and _same(vars(one), vars(other))
-    return bool(one == other)
+    return bool(one == other) or (one != one and other != other)  # NaN is the same as NaN

@@ -119,15 +119,16 @@ def score_tokens(
         del part, logits
     scores = TokenScores(torch.cat(log_probs), torch.cat(greedy))
     if not scores.log_probs.isfinite().all():
-        raise InputError(f"the likelihood is not finite: {_mend(model.dtype)}")
+        raise InputError(not_finite(model.dtype))
     return scores
 
 
-def _mend(dtype: torch.dtype) -> str:
-    """bfloat16 reaches as far as float32, so that only float16 overflows where they do not."""
+def not_finite(dtype: torch.dtype) -> str:
+    """What to say of such a likelihood: bfloat16 reaches as far as float32, only float16 overflows where they don't."""
     if dtype == torch.float16:
-        return "float16 overflows; give --dtype bfloat16 or float32"
-    return f"the model's weights are damaged, for {str(dtype).removeprefix('torch.')} does not overflow"
+        return "the likelihood is not finite: float16 overflows; give --dtype bfloat16 or float32"
+    name = str(dtype).removeprefix("torch.")
+    return f"the likelihood is not finite: the model's weights are damaged, for {name} does not overflow"
 
 
 def steps_at_once(model: PreTrainedModel, capacity: int) -> int:

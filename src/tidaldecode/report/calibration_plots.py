@@ -53,9 +53,7 @@ def frontier_figure(frontier: Sequence[Mapping[str, Any]], width: float) -> Figu
             text = f"{row['full_layers']}+{row['select_layers']}" + (f", {row['token_budget']}" if budgets else "")
             place = 100 * row["kv_read_fraction"], row["text_divergence"]
             axis.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=8, color=INK)
-    axis.set(
-        xlabel="KV cache read in a step, % of full attention’s (full + select layers)", ylabel="nats per token",
-        ylim=(0, None),
-    )  # fmt: skip
+    axis.set(xlabel="KV cache read in a step, % of full attention’s (full + select layers)", ylabel="nats per token")
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     add_legend(figure, width)
     return figure
