@@ -127,14 +127,9 @@ class CalibrationSettings:
         Raises:
             InputError: the text is too short.
         """
-        there, needed = len(text.tokens), self.windows * self.context - len(text.prefix)
-        if there < needed:
-            raise InputError(
-                f"the text to calibrate on has {there} tokens, {needed - there} too few for {self.windows} windows of "
-                f"{self.context}: give more text, or lower the windows or the context"
-            )
+        spare = self._spare(text, self.windows, "text to calibrate on", "windows")
         generator = torch.Generator().manual_seed(self.seed)
-        offsets = torch.randint(there - needed + 1, (self.windows,), generator=generator).sort().values.tolist()
+        offsets = torch.randint(spare + 1, (self.windows,), generator=generator).sort().values.tolist()
         return tuple(offset + number * self.context for number, offset in enumerate(offsets))
 
     def heldout(self, text: Text) -> Windows:
@@ -143,14 +138,23 @@ class CalibrationSettings:
         Raises:
             InputError: the text is too short.
         """
-        there, needed = len(text.tokens), self.heldout_windows * self.context - len(text.prefix)
+        between = max(1, self.heldout_windows - 1)
+        stride = self.context + self._spare(text, self.heldout_windows, "held-out text", "held-out windows") // between
+        return Windows(self.context, self.heldout_steps, self.heldout_windows, 0, stride)
+
+    def _spare(self, text: Text, windows: int, what: str, option: str) -> int:
+        """Tokens of a text that so many windows leave over.
+
+        Raises:
+            InputError: it is too short for them.
+        """
+        there, needed = len(text.tokens), windows * self.context - len(text.prefix)
         if there < needed:
             raise InputError(
-                f"the held-out text has {there} tokens, {needed - there} too few for {self.heldout_windows} windows of "
-                f"{self.context}: give more text, or lower the held-out windows or the context"
+                f"the {what} has {there} tokens, {needed - there} too few for {windows} windows of {self.context}: "
+                f"give more text, or lower the {option} or the context"
             )
-        stride = (there + len(text.prefix) - self.context) // max(1, self.heldout_windows - 1)
-        return Windows(self.context, self.heldout_steps, self.heldout_windows, 0, max(1, stride))
+        return there - needed
 
 
 def _shares() -> list[float]:
