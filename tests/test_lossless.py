@@ -409,6 +409,13 @@ def test_a_cache_that_is_corrected_already_is_refused(llama):
     assert cache.get_seq_length() == 0
 
 
+def test_stop_strings_of_the_models_own_configuration_are_refused(llama, byte_tokenizer):
+    tidaldecode.apply(llama, plan_for(llama.config))
+    llama.generation_config.stop_strings = ["x"]
+    with pytest.raises(InputError, match="takes stop_strings from generate"):
+        llama.generate(ragged_batch()[0][:1], lossless=4, tokenizer=byte_tokenizer, **GREEDY)
+
+
 def test_no_more_is_drafted_than_is_wanted(llama):
     tidaldecode.apply(llama, plan_for(llama.config, token_budget=4))
     ids = ragged_batch()[0][:1]

@@ -233,7 +233,7 @@ class TidalPlan(BaseModel):
 
     def recent_for(self, budget: int) -> int:
         """Recent tokens among `budget` tokens, the new token included."""
-        return self.recent_tokens if isinstance(self.recent_tokens, int) else max(1, int(self.recent_tokens * budget))
+        return recent_among(budget, self.recent_tokens)
 
     # ---- making plans
 
@@ -339,6 +339,11 @@ class TidalPlan(BaseModel):
             layers = (f"    {json.dumps(str(key))}: {json.dumps(value)}" for key, value in sources.items())
             lines.append('  "sources": {\n' + ",\n".join(layers) + "\n  }")
         return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def recent_among(budget: int, recent_tokens: int | float) -> int:
+    """Recent tokens among `budget` tokens, of a number of them or a share of the budget; at least the new token."""
+    return recent_tokens if isinstance(recent_tokens, int) else max(1, int(recent_tokens * budget))
 
 
 def _first_line(error: ValidationError) -> str:

@@ -22,7 +22,7 @@ from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.evaluate.text import Text
 from tidaldecode.hf.architecture import model_shape, sliding_windows
-from tidaldecode.plan import TidalPlan
+from tidaldecode.plan import TidalPlan, recent_among
 
 OnProgress = Callable[[int, int, str], None]
 """Told how many parts of how many are done, and in words what comes next."""
@@ -57,7 +57,7 @@ class Found:
         frontier: the best plans, the cheapest first: each loses less than those before it, but for `chosen`, which is
             always among them.
         tried: how many plans were tried.
-        stopped: whether it was interrupted, or the check failed: plans may be left untried, and the check undone.
+        stopped: whether it was interrupted, or failed: plans may be left untried, and the check undone.
     """
 
     chosen: Point
@@ -79,7 +79,7 @@ def calibrate(
     decode steps; its loss is the divergence of its next-token distributions from full attention's (`Loss`). See
     docs/calibration.md for what the search does and why.
 
-    Interrupted (Ctrl-C), it returns the best plan so far.
+    Interrupted (Ctrl-C), or failing once a plan was tried, it returns the best plan so far.
 
     Args:
         model: with a plan applied (any).
@@ -109,7 +109,7 @@ def calibrate(
     except InputError as error:
         if not run.points:
             raise
-        _log.warning("the plan was found, but not checked: %s", error)
+        _log.warning("the calibration ended early, and keeps the best plan so far: %s", error)
         stopped = True
     return Found(run.chosen(), tuple(_frontier(run.points, run.chosen())), run.tried, stopped)
 
@@ -214,7 +214,7 @@ class _Run:
         """What the layers lose by each other's choice, with the present sinks and recent tokens."""
         self.step("attention of all layers")
         budget = self.settings.budget
-        recent = self.recent_tokens if isinstance(self.recent_tokens, int) else max(1, int(self.recent_tokens * budget))
+        recent = recent_among(budget, self.recent_tokens)
         lost = measure_lost_mass(self.model, self.prompts, self.settings.selections, budget, self.sink_tokens, recent)
         return Assignment.of(self.shape, self.layers, lost, self.settings.per_query_head)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows
 from tidaldecode.hf.architecture import check_architecture, sliding_windows
-from tidaldecode.plan import Selection
+from tidaldecode.plan import Selection, recent_among
 
 SINK_TOKENS = (4, 0, 16)
 """Numbers of sinks that are tried; the first one while the share of recent tokens is chosen."""
@@ -76,7 +77,7 @@ class CalibrationSettings:
                 f"a context of {self.context} tokens is too short for {self.decode} decode steps and the "
                 f"{self.probes.steps} of the probes: lower the decode steps"
             )
-        least = next(budget for budget in range(2, 1000) if budget > SINK_TOKENS[0] + int(max(_shares()) * budget))
+        least = next(budget for budget in itertools.count(1) if budget > SINK_TOKENS[0] + _most_recent(budget))
         if min(self.budgets) < least:
             raise InputError(
                 f"budget {min(self.budgets)} is too small: {SINK_TOKENS[0]} sinks, half of it recent tokens and a "
@@ -157,8 +158,8 @@ class CalibrationSettings:
         return there - needed
 
 
-def _shares() -> list[float]:
-    return [recent for recent in RECENT_TOKENS if isinstance(recent, float)]
+def _most_recent(budget: int) -> int:
+    return max(recent_among(budget, recent) for recent in RECENT_TOKENS)
 
 
 def check_apart(text: Text, starts: Sequence[int], heldout: Text, windows: Windows) -> None:

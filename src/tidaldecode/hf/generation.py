@@ -76,6 +76,10 @@ def tidal_generate(
         if cache.correction is not None:
             raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
         _refuse_beside_lossless(setting, kwargs)
+        if model.generation_config.stop_strings is not None:  # Transformers would want the tokenizer that it dropped
+            raise InputError(
+                "lossless decoding takes stop_strings from generate: set those of the model's config to None"
+            )
         _keep_stop_strings(kwargs)
         kwargs["custom_generate"] = lossless_loop(length, kwargs.get("streamer"), cache_is_kept)
     return generate(**kwargs)

@@ -66,6 +66,8 @@ class RaggedTokens:
         logits = logits.to(self.ids.device, torch.float32, copy=True)
         if not processors:
             return logits
+        if len(set(self.counts)) == 1:  # nothing to pick apart, and no indices to copy to the device
+            return processors(self.ids[:, : self.counts[0] + offset], logits)
         scores = torch.empty_like(logits)
         for width in sorted(set(self.counts)):
             rows = [row for row, count in enumerate(self.counts) if count == width]
