@@ -21,7 +21,7 @@ from tidaldecode.bench.timing import time_steps
 from tidaldecode.environment import environment
 from tidaldecode.hf import TidalCache, apply
 from tidaldecode.hf.full_pass import full_pass
-from tidaldecode.hf.plans import find_plan
+from tidaldecode.plans.find import find_plan
 from tidaldecode.whole_file import whole_file
 
 WARM_UP, STEPS, REPEATS = 5, 50, 2

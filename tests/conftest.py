@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, which Transformers does
 
+import importlib.util
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from tidaldecode.cli import main
 from tidaldecode.models import ModelFiles, find_model
 
 torch.set_num_threads(2)
+
+if importlib.util.find_spec("vllm") is None:  # it has an environment of its own
+    collect_ignore = ["serving"]
 
 
 @pytest.fixture

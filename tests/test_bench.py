@@ -14,6 +14,7 @@ import torch
 from command_line import assert_one_line
 from families import FAMILIES
 from tidaldecode import InputError, TidalCache, TidalPlan, apply, models, ops
+from tidaldecode.architecture import check_architecture, model_shape
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines.methods import tokens_of
 from tidaldecode.bench import caches as caches_module
@@ -28,8 +29,7 @@ from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, w
 from tidaldecode.bench.shapes import CONFIGS, RandomModel
 from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
-from tidaldecode.hf.architecture import check_architecture, model_shape
-from tidaldecode.hf.plans import find_plan
+from tidaldecode.plans.find import find_plan
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(heads=6, kv_heads=3, head_dim=16, batch=2, context=40, dtype=torch.float32)

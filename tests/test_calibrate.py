@@ -13,6 +13,7 @@ import torch
 from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
+from tidaldecode.architecture import check_plan, model_shape
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines.methods import Method
 from tidaldecode.calibrate.assignment import Assignment
@@ -23,9 +24,8 @@ from tidaldecode.calibrate.search import Layers, Search
 from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows
-from tidaldecode.hf.architecture import check_plan, model_shape
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import ModelShape
+from tidaldecode.plans.find import find_plan
 from tidaldecode.report.results import read_results
 
 RULES = ("unified", "per_group", "per_head")

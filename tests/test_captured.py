@@ -19,8 +19,8 @@ from tidaldecode.hf import captured
 from tidaldecode.hf.cache import Sequences, TidalLayer
 from tidaldecode.hf.full_pass import full_pass
 from tidaldecode.hf.merged import merged_products
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import ModelShape
+from tidaldecode.plans.find import find_plan
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GLOBAL_FAMILIES = [family for family in FAMILIES if family != "gemma3_text"]

@@ -12,8 +12,8 @@ import torch
 
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
+from tidaldecode.architecture import check_architecture
 from tidaldecode.environment import environment
-from tidaldecode.hf.architecture import check_architecture
 from tidaldecode.models import ModelFiles
 
 

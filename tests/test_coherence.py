@@ -11,15 +11,15 @@ import torch
 from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, apply
+from tidaldecode.architecture import model_shape
 from tidaldecode.calibrate import observed as module
 from tidaldecode.calibrate.coherence import Coherence, CoherenceSettings, coherence, recall_of_steps
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows
 from tidaldecode.hf import scoring
-from tidaldecode.hf.architecture import model_shape
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.hf.scoring import step_logits
+from tidaldecode.plans.find import find_plan
 from tidaldecode.report.results import read_results
 
 RULES = ("unified", "per_group", "per_head")

@@ -31,10 +31,10 @@ from transformers import (
 import tidaldecode
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan
-from tidaldecode.hf.architecture import check_architecture
+from tidaldecode.architecture import check_architecture
 from tidaldecode.hf.forward import PREFILL_CHUNK, chunk_size
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.plans import shipped_plans
+from tidaldecode.plans.find import find_plan
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 

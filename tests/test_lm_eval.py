@@ -13,6 +13,7 @@ from rich.console import Console
 from command_line import assert_one_line
 from families import plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
+from tidaldecode.architecture import model_shape
 from tidaldecode.baselines.methods import Method
 from tidaldecode.cli.eval_lm_eval import _print
 from tidaldecode.evaluate.cells import Cells, read_cells
@@ -25,7 +26,6 @@ from tidaldecode.evaluate.lm_eval_tasks import (
     load_tasks,
     results_by_method,
 )
-from tidaldecode.hf.architecture import model_shape
 
 pytest.importorskip("lm_eval")  # the tests of everything else run without it
 

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from command_line import assert_one_line
 from families import plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
+from tidaldecode.architecture import model_shape
 from tidaldecode.baselines.methods import Method, every_method
 from tidaldecode.evaluate import needle as module
 from tidaldecode.evaluate.cells import Cells, read_cells
 from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
 from tidaldecode.evaluate.text import Text
-from tidaldecode.hf.architecture import model_shape
 
 SETTINGS = NeedleSettings(lengths=(120, 160), depths=3, repeats=2)
 WORDS = "All work and no play makes Jack a dull boy. " * 20

@@ -14,13 +14,13 @@ import torch
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
+from tidaldecode.architecture import model_shape
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_methods, check_plan_names, every_method
 from tidaldecode.evaluate import perplexity as module
 from tidaldecode.evaluate.cells import Cells, read_cells
 from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.evaluate.text import Text, text_parts
 from tidaldecode.evaluate.windows import Windows
-from tidaldecode.hf.architecture import model_shape
 
 SETTINGS = Windows(context=64, decode=40, windows=3, offset=5, stride=30)
 TEXT = Text(torch.randint(2, 260, (129,), generator=torch.Generator().manual_seed(3), dtype=torch.int32))

@@ -7,10 +7,10 @@ import torch
 
 from families import plan_for
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan, apply
+from tidaldecode.architecture import model_shape
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines import Method, OracleAttention
 from tidaldecode.hf import scoring
-from tidaldecode.hf.architecture import model_shape
 from tidaldecode.hf.scoring import score_tokens, step_logits, steps_at_once
 
 PROMPT, STEPS = 45, 22  # the steps cross the borders of pages of 4, 8 and 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -51,6 +52,26 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StepSets:
+    """Where a step's index sets go.
+
+    Attributes:
+        indices: [B, num_sets, width], int32; the table of index sets.
+        counts: [B], int32; valid entries of each of a sequence's sets.
+        budgets, recents: [B], int32; tokens to choose, and the last ones that are always among them.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    budgets: Tensor
+    recents: Tensor
+
+    def of(self, rows: int) -> StepSets:
+        """The part for the first `rows` sequences."""
+        return StepSets(self.indices[:rows], self.counts[:rows], self.budgets[:rows], self.recents[:rows])
+
+
 class DecodeAttention:
     """Runs a plan's attention, layer by layer, one decode step after another.
 
@@ -60,22 +81,26 @@ class DecodeAttention:
     Args:
         plan: what each layer does.
         shape: heads and layers of the model.
+        heads: the query heads that attend here, whole groups of them; the others' sets have rows in the table, too.
+            Default: all.
 
     Attributes:
         indices: the table of index sets, [B, num_sets, width], int32; `None` before the first step.
         counts: valid entries of each of a sequence's sets, [B], int32; the tokens that its sparse layers read.
     """
 
-    def __init__(self, plan: TidalPlan, shape: ModelShape) -> None:
+    def __init__(self, plan: TidalPlan, shape: ModelShape, heads: range | None = None) -> None:
         self.plan = plan
         self.shape = shape
+        self.heads = range(shape.num_query_heads) if heads is None else heads
         sparse = [layer for layer, role in enumerate(plan.roles) if role == "sparse"]
         sources = {layer: _sources(plan, shape, layer) for layer in sparse}
         self.writes = _writes(sources)
         self._first_row = _first_rows(self.writes, shape)
         self._sets = {layer: sum(map(shape.num_sets, rules)) for layer, rules in self.writes.items()}
         self.num_sets = sum(self._sets.values())
-        self.head_to_set = {layer: self._map(sources[layer]) for layer in sparse}
+        mine = {layer: sources[layer][self.heads.start : self.heads.stop] for layer in sparse}
+        self.head_to_set = {layer: self._map(mine[layer]) for layer in sparse}
         self._in_order = {layer: part for layer, rows in self.head_to_set.items() if (part := _as_slice(rows.tolist()))}
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
@@ -110,22 +135,36 @@ class DecodeAttention:
             or table.device != lengths.device
             or capacity > self._capacity
         ):
-            self._allocate(lengths, capacity)
+            self._use(self._allocate(len(lengths), capacity, lengths.device), capacity)
+        self._count(lengths)
+
+    def _allocate(self, rows: int, capacity: int, device: torch.device) -> StepSets:
+        """Room for the sets of a step of `rows` sequences."""
+        width = min(self.plan.budget_for(capacity), capacity)
+        budget = min(self.plan.budget_for(1), torch.iinfo(torch.int32).max)
+        with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
+            lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+            return StepSets(
+                indices=lengths.new_zeros(rows, self.num_sets, width),
+                counts=lengths,
+                budgets=torch.full_like(lengths, budget),
+                recents=torch.full_like(lengths, self.plan.recent_for(budget)),
+            )
+
+    def _use(self, sets: StepSets, capacity: int) -> None:
+        """Where this step's sets go."""
+        if self.indices is None or self.indices.device != sets.indices.device:
+            self.head_to_set = {layer: rows.to(sets.indices.device) for layer, rows in self.head_to_set.items()}
+        self.indices, self.counts = sets.indices, sets.counts
+        self._budgets, self._recents = sets.budgets, sets.recents
+        self._capacity = capacity
+
+    def _count(self, lengths: Tensor) -> None:
+        """How many tokens the sets of each sequence hold."""
         assert self._budgets is not None and self.counts is not None
         if isinstance(self.plan.token_budget, float):
             self._set_budgets(lengths)
         torch.minimum(self._budgets, lengths, out=self.counts)
-
-    def _allocate(self, lengths: Tensor, capacity: int) -> None:
-        width = min(self.plan.budget_for(capacity), capacity)
-        budget = min(self.plan.budget_for(1), torch.iinfo(torch.int32).max)
-        with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
-            self.indices = lengths.new_zeros(len(lengths), self.num_sets, width)
-            self.counts = torch.zeros_like(lengths)
-            self._budgets = torch.full_like(lengths, budget)
-            self._recents = torch.full_like(lengths, self.plan.recent_for(budget))
-        self.head_to_set = {layer: rows.to(lengths.device) for layer, rows in self.head_to_set.items()}
-        self._capacity = capacity
 
     def _set_budgets(self, lengths: Tensor) -> None:
         """`plan.budget_for` and `plan.recent_for` of every length, on the device."""
@@ -163,9 +202,20 @@ class DecodeAttention:
             return ops.sparse_attention(query, k_cache, v_cache, block_table, sets, self.counts, rows, scale)
         if self.is_full(layer):
             return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
-        assert self.indices is not None and self._budgets is not None and self._recents is not None
-        rules = self.writes[layer]
-        first = self._first_row[layer, rules[0]]
+        return self._select(layer, query, k_cache, v_cache, block_table, lengths, scale)
+
+    def _select(
+        self,
+        layer: int,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Full attention that writes the layer's rows of the table."""
+        assert self._budgets is not None and self._recents is not None
         return ops.full_attention_with_selection(
             query,
             k_cache,
@@ -173,13 +223,19 @@ class DecodeAttention:
             block_table,
             lengths,
             scale,
-            rules,
+            self.writes[layer],
             self._budgets,
             self._recents,
             self.plan.sink_tokens,
             self._capacity,
-            self.indices[:, first : first + self._sets[layer]],
+            self._written_by(layer),
         )
+
+    def _written_by(self, layer: int) -> Tensor:
+        """The rows of the table that a select layer writes, [B, S, width]; its rules' sets in order."""
+        assert self.indices is not None
+        first = self._first_row[layer, self.writes[layer][0]]
+        return self.indices[:, first : first + self._sets[layer]]
 
     def is_full(self, layer: int) -> bool:
         """Whether a layer reads the whole cache and chooses nothing: a select layer whose sets nobody reads, too."""
@@ -218,7 +274,7 @@ class DecodeAttention:
 
     def _sets_per_kv_head(self, layer: int) -> float:
         rows = self.head_to_set[layer].tolist()
-        if len(rows) < self.shape.num_query_heads:
+        if len(rows) < len(self.heads):
             return 1.0
         size = self.shape.group_size
         groups = [set(rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode import demo_model
+from tidaldecode.architecture import model_shape
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import model_shape
 
 _BFLOAT16 = (8, 0)  # compute capability from which on GPUs have it
 _BLOCK, _BLOCKS = 1 << 16, 16  # bytes of a block, and blocks of a file, that a model is told by

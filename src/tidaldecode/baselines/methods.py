@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from tidaldecode.architecture import check_architecture, check_plan, model_shape, sliding_windows
 from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.baselines.oracle import OracleAttention
 from tidaldecode.baselines.quest import QuestAttention
 from tidaldecode.baselines.streaming import StreamingAttention
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import check_architecture, check_plan, model_shape, sliding_windows
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
 
 METHODS = ("full", "tidal", "quest", "streaming", "oracle")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tidaldecode.architecture import check_architecture, check_plan, model_shape
 from tidaldecode.attention import Attention
 from tidaldecode.baselines.methods import BUDGETED
 from tidaldecode.bench.hardware import GIB, check_memory, measuring
@@ -18,10 +19,9 @@ from tidaldecode.bench.timing import Timing, time_steps
 from tidaldecode.environment import environment
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
-from tidaldecode.hf.architecture import check_architecture, check_plan, model_shape
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.models import check_dtype
 from tidaldecode.plan import TidalPlan
+from tidaldecode.plans.find import find_plan
 
 _WARM_UP = 5  # steps before each repeat
 _REPEATS = 2

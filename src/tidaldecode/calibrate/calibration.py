@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedModel
 
+from tidaldecode.architecture import model_shape, sliding_windows
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines.methods import Method
 from tidaldecode.calibrate.assignment import Assignment
@@ -21,7 +22,6 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.evaluate.text import Text
-from tidaldecode.hf.architecture import model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan, recent_among
 
 OnProgress = Callable[[int, int, str], None]

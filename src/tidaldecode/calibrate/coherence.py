@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tidaldecode.architecture import check_architecture, model_shape
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer, observe_steps
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows, read_prompt
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.architecture import check_architecture, model_shape
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import Selection
+from tidaldecode.plans.find import find_plan
 from tidaldecode.whole_file import whole_file
 
 

@@ -15,8 +15,8 @@ from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import read_prompt
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.cache import Mark
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.hf.scoring import not_finite, step_logits
+from tidaldecode.plans.find import find_plan
 
 
 @dataclass(frozen=True)

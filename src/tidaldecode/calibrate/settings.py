@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
+from tidaldecode.architecture import check_architecture, sliding_windows
 from tidaldecode.calibrate.prompts import Probes
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows
-from tidaldecode.hf.architecture import check_architecture, sliding_windows
 from tidaldecode.plan import Selection, recent_among
 
 SINK_TOKENS = (4, 0, 16)

@@ -65,8 +65,8 @@ def correction(
         from tidaldecode.evaluate.windows import Windows
         from tidaldecode.hf import apply
         from tidaldecode.hf.correction import check_second_pass
-        from tidaldecode.hf.plans import find_plan
         from tidaldecode.models import find_model
+        from tidaldecode.plans.find import find_plan
         from tidaldecode.report.correction_plots import plot_correction
         from tidaldecode.report.drawing import check_matplotlib
 

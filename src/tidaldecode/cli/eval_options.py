@@ -83,7 +83,7 @@ def make_methods(
         InputError: a name is unknown, or a setting is missing or wrong.
     """
     from tidaldecode.baselines.methods import METHODS, every_method
-    from tidaldecode.hf.plans import find_plan
+    from tidaldecode.plans.find import find_plan
 
     names = options.parse_names("--method", methods, METHODS)
     return tuple(

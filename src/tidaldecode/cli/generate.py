@@ -73,9 +73,9 @@ def generate(
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         from transformers.utils import logging as transformers_logging
 
+        from tidaldecode.architecture import check_architecture, check_plan
         from tidaldecode.environment import environment
         from tidaldecode.hf import apply
-        from tidaldecode.hf.architecture import check_architecture, check_plan
         from tidaldecode.hf.correction import check_second_pass
         from tidaldecode.hf.measured import Passes, Sampling, compare_with_full, first_difference, generate_measured
         from tidaldecode.models import find_model
@@ -166,7 +166,7 @@ def _check_plan_file(name: str, budget: int | float | None, model: str) -> None:
 
 
 def _plan(name: str, method: str, budget: int | float | None, config: PreTrainedConfig) -> TidalPlan:
-    from tidaldecode.hf.plans import find_plan
+    from tidaldecode.plans.find import find_plan
 
     if method == "full":
         return find_plan("full", config)

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tidaldecode.architecture import model_shape
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows, read_prompt
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.architecture import model_shape
 from tidaldecode.hf.correction import check_second_pass
 from tidaldecode.hf.measured import first_difference
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.hf.scoring import score_tokens
 from tidaldecode.plan import TidalPlan
+from tidaldecode.plans.find import find_plan
 
 CELL_KEY = ("window", "mode", "length", *METHOD_KEY)
 """Fields that tell one cell from another."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from tidaldecode.architecture import model_shape
 from tidaldecode.attention import Attention
 from tidaldecode.baselines.methods import Method, tokens_of
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.architecture import model_shape
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.plans.find import find_plan
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Of lm-eval: context and continuation as text, and as token ids."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from tidaldecode.architecture import model_shape
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names, with_full
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
@@ -21,9 +22,8 @@ from tidaldecode.evaluate.summary import NeedleSummary, needle_summary
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import read_prompt
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.architecture import model_shape
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.plans.find import find_plan
 
 CELL_KEY = ("length", "depth", "repeat", *METHOD_KEY)
 """Fields that tell one cell from another."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tidaldecode.architecture import model_shape
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names, with_full
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
@@ -18,9 +19,8 @@ from tidaldecode.evaluate.summary import PplSummary, ppl_summary
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows, read_prompt
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.architecture import model_shape
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.plans.find import find_plan
 
 CELL_KEY = ("window", *METHOD_KEY)
 """Fields that tell one cell from another; a window goes by its first token's place in the text."""

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from tidaldecode.architecture import check_architecture, check_plan
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import check_architecture, check_plan
 from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.forward import tidal_forward
 from tidaldecode.hf.generation import tidal_generate, tidal_prepare_inputs
-from tidaldecode.hf.plans import find_plan
 from tidaldecode.plan import TidalPlan
+from tidaldecode.plans.find import find_plan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

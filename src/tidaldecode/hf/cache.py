@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticSlidingWindowLayer
 
 from tidaldecode import ops
+from tidaldecode.architecture import check_plan, model_shape, sliding_windows
 from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import check_plan, model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tidaldecode.architecture import rope_varies, sliding_windows
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import rope_varies, sliding_windows
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.full_pass import full_pass
 

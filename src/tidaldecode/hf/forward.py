@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tidaldecode.architecture import rope_varies
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import rope_varies
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import CapturedStep, captured_step
 

@@ -18,7 +18,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache, TidalLayer
 from tidaldecode.hf.drafting import Lossless, Rounds
-from tidaldecode.hf.plans import find_plan
+from tidaldecode.plans.find import find_plan
 
 
 @dataclass(frozen=True)

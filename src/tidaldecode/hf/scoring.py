@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tidaldecode.architecture import model_shape, rope_varies
 from tidaldecode.errors import InputError
 from tidaldecode.hf.apply import applied_plan
-from tidaldecode.hf.architecture import model_shape, rope_varies
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.forward import PREFILL_CHUNK
 from tidaldecode.hf.full_pass import full_pass

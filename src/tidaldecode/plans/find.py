@@ -7,8 +7,8 @@ import re
 
 from transformers import PreTrainedConfig
 
+from tidaldecode.architecture import model_shape, sliding_windows
 from tidaldecode.errors import InputError
-from tidaldecode.hf.architecture import model_shape, sliding_windows
 from tidaldecode.plan import PAPER_RESELECT_LAYERS, TidalPlan
 from tidaldecode.plans import read_plan, shipped_plans
 

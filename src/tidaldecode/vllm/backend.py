@@ -1,0 +1,143 @@
+"""The attention backend: vLLM's own, but for tokens that a layer's role lets read less, or choose."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.attention import Attention
+
+from tidaldecode.architecture import model_shape
+from tidaldecode.vllm.metadata import Step, TidalDecodeBuilder
+from tidaldecode.vllm.parent import cache_views, parent_backend
+from tidaldecode.vllm.rank import RankAttention
+from tidaldecode.vllm.settings import Settings
+from tidaldecode.vllm.support import check_engine, check_layer
+
+_log = logging.getLogger("vllm.tidaldecode")
+
+_Backend: Any = parent_backend()
+_Impl: Any = _Backend.get_impl_cls()
+
+
+class TidalDecodeBackend(_Backend):
+    """vLLM's own backend, with TidalDecode's builder and attention."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name under which it is registered."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """`TidalDecodeImpl`."""
+        return TidalDecodeImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """`TidalDecodeBuilder`."""
+        return TidalDecodeBuilder
+
+
+class TidalDecodeImpl(_Impl):
+    """Attention of one layer.
+
+    Arguments as of vLLM's own; the engine's configuration is checked, and the plan found, when the first layer is made.
+
+    Attributes:
+        attention: the plan at work, one for all layers.
+        layer: index of the layer; set by the builder.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        features = {
+            "ALiBi": alibi_slopes,
+            "soft-capped scores": logits_soft_cap,
+            "sinks": sinks,
+            "the KV cache of another layer": kv_sharing_target_layer_name,
+        }
+        check_layer(kv_cache_dtype, attn_type, features)
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, None, sliding_window, kv_cache_dtype, None, attn_type, **others
+        )
+        self.attention = _attention_of(get_current_vllm_config())
+        self.layer = -1
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a batch; K and V of its tokens are in the cache.
+
+        Args:
+            layer, key, value, output_scale, output_block_scale: for vLLM's own backend.
+            query: [tokens, Hq, D].
+            kv_cache: [num_blocks, Hkv, block_size, 2 · D].
+            attn_metadata: vLLM's own, with a `Step`; `None` in a trial run.
+            output: [tokens, Hq, D], written.
+        """
+        step: Step | None = None if attn_metadata is None else attn_metadata.tidal
+        if step is None or self.attention.reads_everything(self.layer):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
+        if step.prompts is not None:
+            tokens = step.prompts.tokens
+            part = output[tokens]
+            super().forward(layer, query[tokens], key[tokens], value[tokens], kv_cache, step.prompts.metadata, part)
+            if not isinstance(tokens, slice):
+                output[tokens] = part
+        k_cache, v_cache = cache_views(kv_cache)
+        output[step.tokens] = self.attention.attend(
+            self.layer, query[step.tokens], k_cache, v_cache, step.block_table, step.lengths, self.scale
+        )
+        return output
+
+
+def _attention_of(config: VllmConfig) -> RankAttention:
+    """The plan at work for a model: that of the layers made before, or a new one.
+
+    Raises:
+        InputError: TidalDecode can't work with the engine's configuration or the model, or the plan does not fit it.
+    """
+    for made in get_layers_from_vllm_config(config, Attention).values():
+        if isinstance(made.impl, TidalDecodeImpl):
+            return made.impl.attention
+    check_engine(config)
+    model = config.model_config.hf_text_config
+    plan = Settings.of(config.additional_config).plan_for(model)
+    context = config.model_config.max_model_len
+    attention = RankAttention(plan, model_shape(model), get_tp_group(), context)
+    roles = {role: plan.roles.count(role) for role in ("full", "select", "sparse")}
+    _log.info(
+        "tidaldecode: plan %s with a budget of %s tokens (%s): decoding reads %.1f%% of the KV cache at %d tokens",
+        plan.name or "without a name",
+        plan.token_budget,
+        ", ".join(f"{count} {role} layers" for role, count in roles.items()),
+        100 * attention.kv_read_fraction(context),
+        context,
+    )
+    return attention

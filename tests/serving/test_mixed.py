@@ -1,0 +1,59 @@
+"""Many requests at once, some aborted, under a KV cache too small for all: each answers as it does alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engines import greedy, tiny_plan, with_plan
+from vllm import LLM, SamplingParams
+
+NEW_TOKENS = 160
+OPTIONS = {
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 512,
+    "block_size": 32,
+    "max_model_len": 6200,
+    "kv_cache_memory_bytes": 7 * 2 * 2 * 32 * 4 * 6400,  # of 6,400 tokens
+}
+
+
+def _prompts() -> list[list[int]]:
+    """32 prompts of 100 to 6,000 tokens, the short ones first; every fourth begins as the last one does."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(2, 258, int(length)).tolist() for length in np.geomspace(100, 6000, 32)]
+    for prompt in prompts[::4]:
+        prompt[: len(prompt) // 2] = prompts[-1][: len(prompt) // 2]
+    return prompts
+
+
+def _at_once(engine: LLM, prompts: list[list[int]], aborted: set[int]) -> tuple[dict[int, list[int]], int]:
+    """Answers to all prompts but the aborted ones, and how often a request was preempted."""
+    core, answers, steps = engine.llm_engine, {}, 0
+    preemptions: dict[str, int] = {}
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    ids = [core.add_request(str(i), {"prompt_token_ids": prompt}, params) for i, prompt in enumerate(prompts)]
+    scheduler = core.engine_core.engine_core.scheduler
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished:
+                answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+        steps += 1
+        preemptions |= {name: request.num_preemptions for name, request in scheduler.requests.items()}
+        if steps in (3, 9, 15):
+            victims = sorted(aborted)[:: 1 + steps % 2]
+            core.abort_request([ids[i] for i in victims])
+    return {i: answer for i, answer in answers.items() if i not in aborted}, sum(preemptions.values())
+
+
+@pytest.mark.parametrize("selection", ["unified", "per_head"])
+def test_each_answer_is_the_one_that_the_request_gets_alone(start, tiny_llama, tmp_path, selection):
+    prompts = _prompts()
+    options = with_plan(tiny_plan(tmp_path, 48, selection))
+    engine = start(tiny_llama, **OPTIONS, **options)
+    answers, preempted = _at_once(engine, prompts, {5, 11, 23})
+    assert preempted >= 3
+    assert len(answers) == 29
+    assert engine.llm_engine.engine_core.engine_core.scheduler.cache_config.enable_prefix_caching
+    alone = start(tiny_llama, max_num_seqs=1, enable_prefix_caching=False, **options)
+    expected = {i: greedy(alone, [prompts[i]], NEW_TOKENS)[0] for i in answers}
+    assert answers == expected

@@ -1,0 +1,263 @@
+"""What of the vLLM wing runs without vLLM: the split of a batch, the settings, refusals, ranks, and what is counted."""
+
+from __future__ import annotations
+
+import math
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from tidaldecode import InputError, ModelShape, TidalPlan
+from tidaldecode.attention import DecodeAttention
+from tidaldecode.vllm.batch import as_slice, split
+from tidaldecode.vllm.rank import RankAttention
+from tidaldecode.vllm.reads import Reads
+from tidaldecode.vllm.settings import Settings
+from tidaldecode.vllm.support import check_engine, check_layer
+
+SHAPE = ModelShape(num_layers=6, num_query_heads=8, num_kv_heads=4, head_dim=16)
+ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")
+
+
+def _array(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+# ---- batches
+
+
+def test_tokens_behind_a_prompt_are_decoded():
+    # a first chunk; one generated token; a resumed request of 3 prompt tokens, 2 generated ones; padding
+    parts = split(_array(0, 4, 5, 10, 10), _array(4, 9, 5, 0), _array(7, 6, 3, 0))
+    assert parts.prompt_tokens.tolist() == [0, 1, 2, 3, 5, 6, 7]
+    assert parts.prompt_requests.tolist() == [0, 2]
+    assert parts.prompt_counts.tolist() == [4, 3]
+    assert parts.decode_tokens.tolist() == [4, 8, 9]
+    assert parts.decode_requests.tolist() == [1, 2, 2]
+    assert parts.decode_lengths.tolist() == [9, 4, 5]
+
+
+def test_the_last_token_of_a_prompt_is_no_decoded_one():
+    parts = split(_array(0, 1, 2), _array(7, 8), _array(7, 7))
+    assert parts.prompt_tokens.tolist() == [0]
+    assert parts.decode_tokens.tolist() == [1]
+
+
+def test_a_slice_holds_what_follows_each_other():
+    assert as_slice(_array(3, 4, 5)) == slice(3, 6)
+    assert as_slice(_array(3, 5)) is None
+    assert as_slice(_array()) is None
+
+
+# ---- settings and refusals
+
+
+def _config() -> LlamaConfig:
+    return LlamaConfig(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, hidden_size=128)
+
+
+def test_settings_come_from_the_config_or_else_from_the_environment(monkeypatch, tmp_path):
+    path = tmp_path / "plan.json"
+    TidalPlan.validated(roles=ROLES, selection="unified", token_budget=64).save(path)
+    monkeypatch.setenv("TIDALDECODE_PLAN", "paper")
+    monkeypatch.setenv("TIDALDECODE_BUDGET", "32")
+    assert Settings.of({}).plan_for(_config()).name == "paper"
+    assert Settings.of({}).plan_for(_config()).token_budget == 32
+    given = Settings.of({"tidaldecode": {"plan": str(path), "token_budget": 0.25}})
+    assert given.plan_for(_config()).roles == ROLES
+    assert given.plan_for(_config()).token_budget == 0.25
+    assert Settings.of({"tidaldecode": str(path)}).plan_for(_config()).token_budget == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"plans": "paper"}, "plans"),
+        ({"token_budget": "many"}, "token_budget"),
+        ({"plan": "papre"}, "papre"),
+        ({"plan": "smollm2-135m"}, "30 layers"),
+        ({"plan": "paper", "token_budget": 1}, "token_budget: 1"),
+        ([1], "tidaldecode"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(given, words):
+    with pytest.raises(InputError, match=words) as caught:
+        Settings.of({"tidaldecode": given}).plan_for(_config())
+    assert "\n" not in str(caught.value)
+
+
+def _engine(**changes: object) -> SimpleNamespace:
+    parallel = {
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "use_ubatching": False,
+    }
+    model = {"use_mla": False, "rswa_window": None}
+    config = {"speculative_config": None}
+    for part in (parallel, model, config):
+        part.update({name: value for name, value in changes.items() if name in part})
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(**model), **config)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"use_ubatching": True}, "dual-batch overlap"),
+        ({"use_mla": True}, "MLA"),
+        ({"rswa_window": 128}, "sliding window"),
+    ],
+)
+def test_engines_that_tidaldecode_can_not_work_with_are_refused(change, words):
+    check_engine(_engine())
+    with pytest.raises(InputError, match=words) as caught:
+        check_engine(_engine(**change))
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_that_our_kernels_do_not_have_are_refused():
+    check_layer("auto", "decoder", {"ALiBi": None})
+    with pytest.raises(InputError, match="fp8"):
+        check_layer("fp8", "decoder", {})
+    with pytest.raises(InputError, match="encoder_only"):
+        check_layer("auto", "encoder_only", {})
+    with pytest.raises(InputError, match="with ALiBi"):
+        check_layer("auto", "decoder", {"ALiBi": [0.5]})
+
+
+# ---- ranks
+
+
+class _Ranks:
+    """Ranks as threads of this process, which wait for each other."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size)
+        self._parts: list[torch.Tensor | None] = [None] * size
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self._parts[rank] = tensor.clone()
+        self._barrier.wait(30)
+        everyone = list(self._parts)
+        self._barrier.wait(30)
+        return everyone
+
+    def group(self, rank: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            rank_in_group=rank,
+            world_size=self.size,
+            all_reduce=lambda tensor: sum(self.exchange(rank, tensor)),
+            all_gather=lambda tensor, dim: torch.cat(self.exchange(rank, tensor), dim),
+        )
+
+
+def _alone() -> SimpleNamespace:
+    return _Ranks(1).group(0)
+
+
+def _plan(selection: str, sources: dict[int, list[str]] | None = None) -> TidalPlan:
+    return TidalPlan.validated(
+        roles=ROLES, selection=selection, token_budget=16, sink_tokens=1, recent_tokens=2, sources=sources
+    )
+
+
+ELSEWHERE = {2: [f"1:per_head:{7 - head}" for head in range(8)], 5: ["1:per_group:3"] * 4 + ["3:unified"] * 4}
+
+
+def _step(attention: DecodeAttention, cache: list[tuple], query: list[torch.Tensor], table, lengths) -> list:
+    attention.begin(lengths, 64)
+    part = slice(attention.heads.start, attention.heads.stop)
+    of_kv = slice(part.start // SHAPE.group_size, -(-part.stop // SHAPE.group_size))
+    outputs = []
+    for layer in range(SHAPE.num_layers):
+        k_cache, v_cache = (rows[:, :, of_kv] for rows in cache[layer])
+        outputs.append(attention.attend(layer, query[layer][:, part], k_cache, v_cache, table, lengths, 0.25))
+    return outputs
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "plan", [_plan("unified"), _plan("per_head"), _plan("per_group"), _plan("per_head", ELSEWHERE)], ids=str
+)
+def test_ranks_attend_as_one_does(size, plan, monkeypatch):
+    monkeypatch.setattr("tidaldecode.vllm.rank._SCORE_BYTES", 4 * 2 * 64 * 4)  # some sequences at a time
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 7, 64, 33, 16], dtype=torch.int32)
+    blocks, table = 20, torch.randperm(20, dtype=torch.int32).view(5, 4)
+    cache = [tuple(torch.randn(blocks, 16, 4, 16, dtype=torch.float64) for _ in range(2)) for _ in range(6)]
+    query = [torch.randn(5, 8, 16, dtype=torch.float64) * 3 for _ in range(6)]
+    expected = _step(DecodeAttention(plan, SHAPE), cache, query, table, lengths)
+
+    ranks = _Ranks(size)
+    outputs: dict[int, list] = {}
+
+    def run(rank: int) -> None:
+        attention = RankAttention(plan, SHAPE, ranks.group(rank), 64)
+        attention.reserve(3 if rank else 8, torch.device("cpu"))  # more sequences than there is room for, too
+        outputs[rank] = _step(attention, cache, query, table, lengths)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for layer in range(SHAPE.num_layers):
+        together = torch.cat([outputs[rank][layer] for rank in range(size)], dim=1)
+        torch.testing.assert_close(together, expected[layer])
+
+
+def test_only_sets_that_other_ranks_read_are_exchanged():
+    def exchanged(plan: TidalPlan) -> set[int]:
+        return RankAttention(plan, SHAPE, _Ranks(2).group(0), 64)._exchanges
+
+    assert exchanged(_plan("unified")) == set()
+    assert exchanged(_plan("per_head")) == set()
+    assert exchanged(_plan("per_head", ELSEWHERE)) == {1}
+
+
+def test_kv_heads_on_several_ranks_can_not_choose_per_group():
+    RankAttention(_plan("per_head"), SHAPE, _Ranks(8).group(0), 64)
+    with pytest.raises(InputError, match="per KV head"):
+        RankAttention(_plan("per_group"), SHAPE, _Ranks(8).group(0), 64)
+
+
+def test_room_stays_where_it_is():
+    attention = RankAttention(_plan("unified"), SHAPE, _alone(), 64)
+    attention.reserve(4, torch.device("cpu"))
+    attention.begin(torch.tensor([9, 30], dtype=torch.int32))
+    assert attention.counts.tolist() == [9, 16]
+    address = attention.indices.data_ptr()
+    attention.begin(torch.full((6,), 20, dtype=torch.int32))
+    assert attention.indices.data_ptr() != address
+    attention.begin(torch.full((4,), 20, dtype=torch.int32))
+    assert attention.indices.data_ptr() == address
+
+
+# ---- what is counted
+
+
+def test_reads_agree_with_the_plan():
+    attention = DecodeAttention(_plan("per_head", ELSEWHERE), SHAPE)
+    reads = Reads(attention)
+    assert math.isnan(reads.fraction)
+    reads.count(_array(12, 40, 0, 50))
+    assert (reads.steps, reads.tokens) == (1, 3)
+    assert reads.read == sum(sum(attention.tokens_read(length).values()) for length in (12, 40, 50))
+    assert reads.whole == 6 * (12 + 40 + 50)
+
+
+def test_reads_of_a_share_of_the_context():
+    plan = TidalPlan.validated(roles=ROLES, selection="unified", token_budget=0.25)
+    attention = DecodeAttention(plan, SHAPE)
+    reads = Reads(attention)
+    reads.count(_array(100))
+    assert reads.fraction == pytest.approx(attention.kv_read_fraction(100))
