@@ -12,12 +12,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engines import save_tiny_llama
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -49,4 +49,11 @@ def _stop(engine: LLM) -> None:
     engine.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     gc.collect()
-    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _without_llvmlite() -> Iterator[None]:
+    """Forgets llvmlite after each test: vLLM looks into every loaded module when it starts, and trips over this one."""
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in ("numba", "llvmlite")]:
+        del sys.modules[name]

@@ -1,6 +1,6 @@
 """TidalDecode in vLLM: an attention backend, registered by a plugin; vLLM's scheduler and API stay as they are.
 
-`vllm serve MODEL --attention-backend CUSTOM` decodes by the plan that `--additional-config` names, or `TIDALDECODE_PLAN`.
+`vllm serve MODEL --attention-backend CUSTOM` decodes by the plan that `--additional-config` or the environment names.
 """
 
 from __future__ import annotations

@@ -177,5 +177,6 @@ class RankAttention(DecodeAttention):
         for rule, rows in zip(self.writes[layer], self._mine(layer), strict=True):
             if rule != "unified":
                 first = self._first_row[layer, rule]
-                everyone = self.group.all_gather(self.indices[:, rows].contiguous(), dim=1)
+                mine = self.indices[:, rows].contiguous().view(torch.float32)  # vLLM gathers no integers on a CPU
+                everyone = self.group.all_gather(mine, dim=1).view(torch.int32)
                 self.indices[:, first : first + self.shape.num_sets(rule)] = everyone
