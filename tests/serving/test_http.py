@@ -31,13 +31,9 @@ def server(demo_files, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     """The address of a server, and its log."""
     port, log = _free_port(), tmp_path_factory.mktemp("server") / "log"
     command = [
-        *(
-            str(Path(sys.executable).with_name("vllm")),
-            "serve",
-            str(demo_files.location),
-            "--served-model-name",
-            "demo",
-        ),
+        # the server of `vllm serve`, whose own command does not start in the CPU build: it looks for a package `vllm`
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(demo_files.location), "--served-model-name", "demo"),
         *("--attention-backend", "CUSTOM", "--additional-config", '{"tidaldecode": {"plan": "auto"}}'),
         *("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--kv-cache-memory-bytes", "1G"),
         *("--host", "127.0.0.1", "--port", str(port), "--api-key", KEY),
