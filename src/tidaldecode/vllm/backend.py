@@ -12,10 +12,11 @@ from vllm.model_executor.layers.attention import Attention
 
 from tidaldecode.architecture import model_shape
 from tidaldecode.vllm.metadata import Step, TidalDecodeBuilder
-from tidaldecode.vllm.parent import cache_views, parent_backend
+from tidaldecode.vllm.parent import parent_backend
 from tidaldecode.vllm.rank import RankAttention
 from tidaldecode.vllm.settings import Settings
 from tidaldecode.vllm.support import check_engine, check_layer
+from tidaldecode.vllm.views import cache_views
 
 _log = logging.getLogger("vllm.tidaldecode")
 

@@ -1,11 +1,10 @@
-"""The backend of vLLM's that ours extends, and how its KV cache lies: what differs between platforms and versions."""
+"""The backend of vLLM's that ours extends: what differs between platforms and versions."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import vllm
-from torch import Tensor
 from vllm.platforms import current_platform
 
 from tidaldecode import __version__
@@ -53,20 +52,3 @@ def parent_backend() -> type[Any]:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
     return TritonAttentionBackend
-
-
-def cache_views(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of a layer's cache as our operations see them: [num_blocks, block_size, Hkv, D] each, without a copy.
-
-    Args:
-        kv_cache: [num_blocks, Hkv, block_size, 2 · D]; on a GPU a token's K and then its V, on a CPU a block's K,
-            [D, block_size], and then its V, [block_size, D].
-    """
-    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
-    if kv_cache.device.type != "cpu":
-        rows = kv_cache.transpose(1, 2)
-        return rows[..., : width // 2], rows[..., width // 2 :]
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * width // 2)
-    k_cache = halves[:, :, 0].view(num_blocks, num_kv_heads, width // 2, block_size)
-    v_cache = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, width // 2)
-    return k_cache.permute(0, 3, 1, 2), v_cache.transpose(1, 2)
