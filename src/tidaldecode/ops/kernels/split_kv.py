@@ -49,13 +49,13 @@ def _stretch(lengths, slot, batch, split_target, BATCH: tl.constexpr, BLOCK_T: t
 
 
 @triton.jit
-def _cache_rows(tokens, block_table, block_size, block_stride, row_stride, ONE_BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _cache_rows(tokens, block_table, block_stride, row_stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of the cache rows of tokens, from the block on if there is only one; int64 where int32 is too small."""
-    if ONE_BLOCK:
+    if BLOCK == 0:
         rows = (tokens.to(tl.int64) if WIDE else tokens) * row_stride
     else:
-        block = tl.load(block_table + tokens // block_size).to(tl.int64)
-        rows = block * block_stride + tokens % block_size * row_stride
+        block = tl.load(block_table + tokens // BLOCK).to(tl.int64)
+        rows = block * block_stride + tokens % BLOCK * row_stride
     return rows
 
 
@@ -78,7 +78,6 @@ def _attend_kernel(
     scale,
     batch,
     split_target,
-    block_size,
     query_b,
     query_n,
     query_h,
@@ -112,7 +111,7 @@ def _attend_kernel(
     BATCH: tl.constexpr,
     PAGE: tl.constexpr,
     SPARSE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens of a block; 0 for one block per sequence
     SAME_ROWS: tl.constexpr,  # K and V have the same strides
     WIDE: tl.constexpr,
     WRITE_SCORES: tl.constexpr,
@@ -132,7 +131,7 @@ def _attend_kernel(
     table = block_table + b64 * table_b
     kv_head = tl.cast(head // PER_KV_HEAD, tl.int64)
     k_base, v_base = k_cache + kv_head * k_head, v_cache + kv_head * v_head
-    if ONE_BLOCK:
+    if BLOCK == 0:
         block = tl.load(table).to(tl.int64)
         k_base += block * k_block
         v_base += block * v_block
@@ -165,10 +164,10 @@ def _attend_kernel(
                 token = token * PAGE + entry % PAGE
         else:
             token = entry
-        if not ONE_BLOCK:
+        if BLOCK > 0:
             token = tl.where(inside, token, 0)
-        k_rows = _cache_rows(token, table, block_size, k_block, k_row, ONE_BLOCK, WIDE)
-        v_rows = k_rows if SAME_ROWS else _cache_rows(token, table, block_size, v_block, v_row, ONE_BLOCK, WIDE)
+        k_rows = _cache_rows(token, table, k_block, k_row, BLOCK, WIDE)
+        v_rows = k_rows if SAME_ROWS else _cache_rows(token, table, v_block, v_row, BLOCK, WIDE)
         here = inside[:, None] if BLOCK_D == DIM else inside[:, None] & (dims < DIM)[None, :]
         k = tl.load(k_base + (k_rows[:, None] + dims[None, :]), mask=here, other=0.0)  # [T, D]
         v = tl.load(v_base + (v_rows[:, None] + dims[None, :]), mask=here, other=0.0)
@@ -365,7 +364,6 @@ def attend(
         scale,
         batch,
         split_target,
-        k_cache.shape[1],
         *query.stride()[:3],
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
@@ -388,7 +386,7 @@ def attend(
         BATCH=triton.next_power_of_2(batch),
         PAGE=page_size,
         SPARSE=indices is not None,
-        ONE_BLOCK=block_table.shape[1] == 1,
+        BLOCK=0 if block_table.shape[1] == 1 else k_cache.shape[1],
         SAME_ROWS=k_cache.stride()[:2] == v_cache.stride()[:2],
         WIDE=k_cache.shape[1] * max(k_cache.stride(1), v_cache.stride(1)) >= 2**31,
         WRITE_SCORES=scores is not None,
