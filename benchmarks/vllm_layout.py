@@ -89,7 +89,7 @@ def _flashinfer(kv_heads: int, batch: int, context: int, block_size: int) -> Tim
     caches = [_paged(kv_heads, batch, context, block_size, "token rows") for _ in range(3)]
     pages = context // block_size
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(2**27, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=HEADS > kv_heads
+        torch.empty(2**27, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=kv_heads < HEADS
     )
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages
     full = torch.full((batch,), block_size, dtype=torch.int32, device="cuda")

@@ -78,7 +78,9 @@ class TidalDecodeImpl(_Impl):
         super().__init__(
             num_heads, head_size, scale, num_kv_heads, None, sliding_window, kv_cache_dtype, None, attn_type, **others
         )
-        self.attention = _attention_of(get_current_vllm_config())
+        config = get_current_vllm_config()
+        self.attention = _attention_of(config)
+        self._most_requests = config.scheduler_config.max_num_seqs
         self.layer = -1
 
     def forward(
@@ -102,6 +104,8 @@ class TidalDecodeImpl(_Impl):
             attn_metadata: vLLM's own, with a `Step`; `None` in a trial run.
             output: [tokens, Hq, D], written.
         """
+        if attn_metadata is None:
+            self.attention.reserve(self._most_requests, query.device)
         step: Step | None = None if attn_metadata is None else attn_metadata.tidal
         if step is None or self.attention.reads_everything(self.layer):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)

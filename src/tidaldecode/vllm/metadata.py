@@ -68,7 +68,6 @@ class TidalDecodeBuilder(_Builder):
         self.attention = next(iter(layers.values())).impl.attention
         self.attention.reserve(vllm_config.scheduler_config.max_num_seqs, device)
         self._counts = min(layer.impl.layer for layer in layers.values()) == self.attention.first_layer
-        self._uniform_are_decodes = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         _ask_for_prompt_lengths(vllm_config.model_config)
 
     @classmethod
@@ -100,11 +99,11 @@ class TidalDecodeBuilder(_Builder):
     def _step(self, common: Any, prompt_lens: Tensor | None) -> Step | None:
         one_each = common.max_query_len <= 1
         prefilling = common.is_prefilling is not None and bool(common.is_prefilling.any())
-        if one_each and (self._uniform_are_decodes or not prefilling):
+        if one_each and (self._in_graphs or not prefilling):
             if self._counts:
                 self.attention.reads.count(common.seq_lens_cpu_upper_bound.numpy())
             self.attention.begin(common.seq_lens)
-            return Step(slice(0, common.num_actual_tokens), common.block_table_tensor, common.seq_lens)
+            return Step(slice(0, common.num_reqs), common.block_table_tensor, common.seq_lens)
         if prompt_lens is None:  # a trial run
             return None
         starts = common.query_start_loc_cpu.numpy().astype(np.int64)
@@ -115,6 +114,15 @@ class TidalDecodeBuilder(_Builder):
         of_prompt = np.zeros_like(lengths)
         of_prompt[: len(known)] = known[: len(lengths)]
         return self._mixed(common, split(starts, lengths, of_prompt))
+
+    @property
+    def _in_graphs(self) -> bool:
+        """Whether a batch of one token per request runs in a CUDA graph, which knows decoded tokens alone.
+
+        Then the last token of a prompt counts as one of them, if all others of the prompt were cached.
+        """
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        return mode is not None and mode.has_full_cudagraphs()
 
     def _mixed(self, common: Any, parts: Split) -> Step | None:
         if len(parts.decode_tokens) == 0:

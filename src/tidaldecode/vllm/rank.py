@@ -93,9 +93,17 @@ class RankAttention(DecodeAttention):
         return self.plan.roles[layer] is None or self.is_full(layer)
 
     def reserve(self, rows: int, device: torch.device) -> None:
-        """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to."""
+        """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to.
+
+        While vLLM measures how much memory a model takes, this also takes what a select layer needs for its scores.
+        """
         if self._room is None:
             self._room = self._allocate(rows, self._longest, device)
+            torch.empty(self._at_once(), len(self.heads), self._longest, device=device)
+
+    def _at_once(self) -> int:
+        """Sequences that a select layer attends to at a time."""
+        return max(1, _SCORE_BYTES // (len(self.heads) * self._longest * 4))
 
     def begin(self, lengths: Tensor, capacity: int | None = None) -> None:
         """Starts a step of up to as many sequences as there is room for; of more in memory of its own."""
@@ -118,7 +126,7 @@ class RankAttention(DecodeAttention):
         lengths: Tensor,
         scale: float,
     ) -> Tensor:
-        at_once = max(1, _SCORE_BYTES // (query.shape[1] * self._longest * 4))
+        at_once = self._at_once()
         parts = [slice(start, start + at_once) for start in range(0, len(query), at_once)]
         outputs = [
             self._select_some(layer, part, query[part], k_cache, v_cache, block_table[part], lengths[part], scale)
