@@ -473,27 +473,40 @@ def test_no_more_is_drafted_than_is_wanted(llama):
     assert torch.equal(huge, expected)
 
 
-def test_a_last_shorter_round_is_verified_by_the_pass_of_the_others(llama, monkeypatch):
-    """Where that pass is captured and the cache has room: else a GPU would compile a kernel for this length alone."""
+@pytest.mark.parametrize(
+    ("length", "room", "captured", "expected_passes"),
+    [  # 24 tokens: the prompt's, then 4 rounds of 5 and 3, or 2 rounds of 9 and 5
+        (4, 4, (5,), [(5, True)] * 5),
+        (4, 0, (5,), [(5, True)] * 4 + [(3, False)]),
+        (8, 8, (6, 9), [(9, True)] * 2 + [(6, True)]),  # that of another use of the cache
+        (8, 50, (40,), [(9, True)] * 2 + [(5, False)]),  # too long
+    ],
+)
+def test_a_last_shorter_round_is_verified_by_a_captured_pass(
+    llama, monkeypatch, length, room, captured, expected_passes
+):
+    """Where there is one and the cache has room: else a GPU would compile a kernel for this length alone."""
     plan = plan_for(llama.config, token_budget=1.0)
     ids, passes = ragged_batch((40,))[0], []
     expected = llama.generate(ids, **GREEDY)
     tidaldecode.apply(llama, plan)
 
     def recording(model, cache, token_ids, *arguments, capture, **options):
-        passes.append(token_ids.shape[1])
-        if capture:
-            cache.chunks.setdefault(token_ids.shape[1], None)
+        passes.append((token_ids.shape[1], capture))
+        cache.chunks |= dict.fromkeys(captured)
         return full_pass(model, cache, token_ids, *arguments, capture=capture, **options)
 
     monkeypatch.setattr(lossless, "full_pass", recording)
-    for room, last in ((4, 5), (0, 3)):  # 24 tokens: the prompt's, 4 rounds of 5, and 3
-        cache = TidalCache(llama.config, plan, 63 + room)
-        passes.clear()
-        assert torch.equal(llama.generate(ids, past_key_values=cache, lossless=4, **GREEDY), expected)
-        assert passes == [5, 5, 5, 5, last]
-        assert cache.get_seq_length() == 63
-    assert llama.generate(ids, lossless=4, return_dict_in_generate=True, **GREEDY).past_key_values.capacity == 68
+    cache = TidalCache(llama.config, plan, 63 + room)
+    assert torch.equal(llama.generate(ids, past_key_values=cache, lossless=length, **GREEDY), expected)
+    assert passes == expected_passes
+    assert cache.get_seq_length() == 63
+
+
+def test_a_cache_of_its_own_has_room_for_such_a_pass(llama):
+    tidaldecode.apply(llama, plan_for(llama.config))
+    output = llama.generate(ragged_batch((40,))[0], lossless=4, return_dict_in_generate=True, **GREEDY)
+    assert output.past_key_values.capacity == 68
 
 
 def test_a_cache_without_room_is_refused(llama):

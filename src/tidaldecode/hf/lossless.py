@@ -167,7 +167,8 @@ class _Speculation:
         cache.rewind(cache.get_seq_length() - drafts, cache.sequences.lengths - drafts)
         tokens = self._pass_length(drafts + 1)
         ids = self._device(self.tokens.window(-1, tokens))
-        logits = full_pass(self.model, cache, ids, self._positions(tokens), capture=tokens > int(self.length))
+        comes_again = drafts == int(self.length) or tokens in cache.chunks
+        logits = full_pass(self.model, cache, ids, self._positions(tokens), capture=comes_again)
         scores = [self.tokens.scores(self.processors, step, logits[:, step]) for step in range(drafts)]
         last = LogitsProcessorList() if self._ends.everywhere else self.processors
         scores.append(self.tokens.scores(last, drafts, logits[:, drafts]))
@@ -180,7 +181,7 @@ class _Speculation:
         """Tokens of a pass over `tokens`: more in a last, shorter round, where a captured pass and room are there."""
         if tokens > int(self.length):
             return tokens
-        room = self.cache.capacity - self.cache.get_seq_length()
+        room = min(self.cache.capacity - self.cache.get_seq_length(), self.length.longest + 1)  # in `tokens` too
         return min((captured for captured in self.cache.chunks if tokens <= captured <= room), default=tokens)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
