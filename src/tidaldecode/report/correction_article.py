@@ -15,12 +15,11 @@ from tidaldecode.report.results import Result
 def correction_article(result: Result, name: str) -> Article:
     """Gap, time and acceptance of the plan alone, with correction, and of lossless decoding."""
     rows = rows_of(result.rows) if result.of_cells else [CorrectionRow(**row) for row in result.rows]
-    windows = rows[0].windows
     figure = page_figure(
         f"{name}-correction",
         "Tokens between two passes with full attention",
         "Nats per token above full attention, milliseconds per token, and tokens that come out of a round of lossless "
-        f"decoding; one colour a budget, lossless decoding dashed. {windows:,} window{'s' * (windows > 1)}.",
+        f"decoding; one colour a budget, lossless decoding dashed. {_windows(rows)}.",
         partial(correction_panels, rows),
     )
     return Article(
@@ -41,8 +40,13 @@ def _card(result: Result, rows: Sequence[CorrectionRow]) -> list[Card]:
         return []
     budget = lossless[-1].budget
     values = tuple((f"{row.accepted_per_round:.2f}", str(row.length)) for row in lossless if row.budget == budget)
-    note = f"At most one more than are drafted; budget {budget_label(budget)}, {lossless[-1].windows:,} windows."
+    note = f"At most one more than are drafted; budget {budget_label(budget)}, {_windows(rows)}."
     return [Card("Tokens out of a lossless round", model_of(result), values, "tokens drafted", note)]
+
+
+def _windows(rows: Sequence[CorrectionRow]) -> str:
+    count = rows[0].windows
+    return "1 window" if count == 1 else f"{count:,} windows"
 
 
 def _table(rows: Sequence[CorrectionRow]) -> Table:
