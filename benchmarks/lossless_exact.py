@@ -35,21 +35,22 @@ def main() -> None:
     text = files.tokenizer()(paul_graham_essays(), return_tensors="pt", verbose=False).input_ids[0]
     model = tidaldecode.apply(files.model(device, dtype), "full")
     prompts = [text[7000 * index :][: options.context - 37 * (index % 4)] for index in range(options.prompts)]
-    full = [generate(model, [prompt], "full", options)[0][0] for prompt in prompts]
+    cache = empty_cache(model, "full", options)
+    full = [generate(model, [prompt], cache, options)[0] for prompt in prompts]
     rows = []
-    for plan, length, batch in product(options.plans, options.lengths, options.batches):
+    for length, batch, plan in product(options.lengths, options.batches, options.plans):
         rows.append(compared(model, prompts, full, plan, length, batch, options))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    report = {
-        **environment(device),
-        "dtype": options.dtype,
-        "context": options.context,
-        "prompts": options.prompts,
-        "new_tokens": options.new_tokens,
-        "rows": rows,
-    }
+        write(rows, device, options)  # a run that is stopped keeps what it has
+
+
+def write(rows, device, options):
+    """Writes the JSON object."""
+    parts = {name: getattr(options, name) for name in ("dtype", "context", "prompts", "new_tokens")}
     with whole_file(options.output) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**environment(device), **parts, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def parse() -> argparse.Namespace:
@@ -72,13 +73,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def generate(model, prompts, plan, options, lossless=None):
-    """New tokens of each of several prompts side by side, and the cache."""
+def empty_cache(model, plan, options):
+    """A cache for one plan; one for all prompts, so that on a GPU graphs are captured once and not for each."""
+    plan = tidaldecode.TidalPlan.full(30) if plan == "full" else shipped_plans()[plan].with_budget(options.budget)
+    return TidalCache(model.config, plan, options.context + options.new_tokens + max(options.lengths))
+
+
+def generate(model, prompts, cache, options, lossless=None):
+    """New tokens of each of several prompts side by side."""
+    cache.reset()
     width = max(map(len, prompts))
     ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
-    plan = tidaldecode.TidalPlan.full(30) if plan == "full" else shipped_plans()[plan].with_budget(options.budget)
-    cache = TidalCache(model.config, plan, width + options.new_tokens + max(options.lengths))
     settings = {"max_new_tokens": options.new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     output = model.generate(
         ids.to(model.device),
@@ -87,14 +93,15 @@ def generate(model, prompts, plan, options, lossless=None):
         lossless=lossless,
         **settings,
     )
-    return output[:, width:].tolist(), cache
+    return output[:, width:].tolist()
 
 
 def compared(model, prompts, full, plan, length, batch, options):
     """Where lossless texts leave full attention's, for one plan, draft length and batch."""
     places, tokens, sequences = [], 0, 0
+    cache = empty_cache(model, plan, options)
     for start in range(0, len(prompts), batch):
-        texts, cache = generate(model, prompts[start : start + batch], plan, options, length)
+        texts = generate(model, prompts[start : start + batch], cache, options, length)
         tokens, sequences = tokens + sum(cache.rounds.tokens), sequences + sum(cache.rounds.sequences)
         for number, text in enumerate(texts, start):
             place = first_difference(text, full[number])

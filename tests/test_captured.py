@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
 from tidaldecode.hf.cache import Sequences, TidalLayer
+from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.full_pass import full_pass
 from tidaldecode.hf.merged import merged_products
 from tidaldecode.plan import ModelShape
@@ -28,11 +29,13 @@ GLOBAL_FAMILIES = [family for family in FAMILIES if family != "gemma3_text"]
 PROMPT = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(PROMPT)
 MASK[1, :6] = 0
+POSITIONS = torch.tensor([[20], [14]])
+TOKEN = PROMPT[:, :1], POSITIONS
 
 
-def read_prompt(model, plan, capacity):
+def read_prompt(model, plan, capacity, cache=None):
     """A cache that holds the prompt, its second sequence 6 tokens shorter."""
-    cache = TidalCache(model.config, plan, capacity)
+    cache = cache or TidalCache(model.config, plan, capacity)
     positions = (MASK.cumsum(1) - 1).clamp(min=0)
     arguments = {"attention_mask": MASK, "position_ids": positions, "logits_to_keep": 1}
     with torch.no_grad():
@@ -117,8 +120,8 @@ def test_a_model_that_cannot_be_captured_says_so_once(tiny, caplog):
     with caplog.at_level(logging.WARNING, "tidaldecode"):
         for _ in range(2):
             cache = read_prompt(model, model._tidaldecode.plan, 40)
-            assert captured.captured_step(model, cache) is None
-            assert captured.captured_step(model, cache) is None
+            assert captured.captured_step(model, cache, *TOKEN) is None
+            assert captured.captured_step(model, cache, *TOKEN) is None
     (message,) = (record.getMessage() for record in caplog.records)
     assert message.startswith(
         "the decode step runs without a CUDA graph, and slower: some layers keep a sliding window"
@@ -131,14 +134,14 @@ def test_a_failed_capture_leaves_the_cache_as_it_was(tiny, monkeypatch, caplog):
     before = cache.sequences.lengths.clone()
 
     class Fails:
-        def __init__(self, model, cache):
+        def __init__(self, model, cache, *inputs):
             cache.advance()
             raise RuntimeError("no graph today\nand more lines")
 
     monkeypatch.setattr(captured, "CapturedStep", Fails)
     monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
     with caplog.at_level(logging.WARNING, "tidaldecode"):
-        assert captured.captured_step(model, cache) is None
+        assert captured.captured_step(model, cache, *TOKEN) is None
     assert "RuntimeError: no graph today" in caplog.text and "more lines" not in caplog.text
     assert torch.equal(cache.sequences.lengths, before)
     assert cache.step_refused
@@ -149,19 +152,20 @@ def test_a_chunk_that_can_not_be_captured_runs_all_the_same(tiny, monkeypatch, c
     cache = read_prompt(model, model._tidaldecode.plan, 100)
     before, made = cache.sequences.lengths.clone(), []
 
-    def fails(model, cache, chunk):
-        made.append(chunk)
-        cache.advance_chunk(chunk)
+    def fails(model, cache, ids, positions, chunk):
+        assert chunk and positions is POSITIONS
+        made.append(ids.shape[1])
+        cache.advance_chunk(ids.shape[1])
         raise RuntimeError("no graph today")
 
     monkeypatch.setattr(captured, "CapturedStep", fails)
     monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
     with caplog.at_level(logging.WARNING, "tidaldecode"):
         for tokens in (4, 4, 70, 7):
-            assert captured.captured_chunk(model, cache, tokens) is None
+            assert captured.captured_chunk(model, cache, torch.zeros(2, tokens).long(), POSITIONS) is None
     assert made == [4, 7]  # each once, and no try where there is no kernel
     assert "the pass over 4 tokens with full attention runs without a CUDA graph" in caplog.text
-    assert "no kernel for chunks of more than 33 tokens" in caplog.text
+    assert "no kernel for chunks of more than 65 tokens" in caplog.text
     assert torch.equal(cache.sequences.lengths, before)
     assert copy.deepcopy(cache).chunks == {}
 
@@ -171,16 +175,36 @@ def test_a_compilation_that_the_user_stops_leaves_the_cache_as_it_was(tiny, monk
     cache = read_prompt(model, model._tidaldecode.plan, 40)
     before = cache.sequences.lengths.clone()
 
-    def stopped(model, cache):
+    def stopped(model, cache, *inputs):
         cache.advance()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(captured, "CapturedStep", stopped)
     monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
     with pytest.raises(KeyboardInterrupt):
-        captured.captured_step(model, cache)
+        captured.captured_step(model, cache, *TOKEN)
     assert torch.equal(cache.sequences.lengths, before)
     assert not cache.step_refused
+
+
+def test_a_capture_warms_up_with_the_tokens_that_it_is_for(tiny, monkeypatch):
+    """What a stopped warm-up leaves behind must be their K and V; and the buffers are its own, not the caller's."""
+    model = apply(tiny("llama"), "paper")
+    cache, runs = read_prompt(model, model._tidaldecode.plan, 40), []
+    ids, positions = PROMPT[:, :3].clone(), torch.arange(20, 23)[None]
+
+    def runs_once(step, cache, forward):
+        runs.append((step._input_ids, step._position_ids))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(captured.CapturedStep, "_capture", runs_once)
+    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(KeyboardInterrupt):
+        captured.captured_chunk(model, cache, ids, positions)
+    ((input_ids, position_ids),) = runs
+    assert torch.equal(input_ids, ids) and input_ids is not ids
+    assert torch.equal(position_ids, positions.expand(2, 3))
 
 
 def test_another_models_step_is_not_used(tiny, monkeypatch):
@@ -188,7 +212,7 @@ def test_another_models_step_is_not_used(tiny, monkeypatch):
     made = []
 
     class Step(captured.CapturedStep):
-        def __init__(self, model, cache):
+        def __init__(self, model, cache, *inputs):
             self._model, self._weights = weakref.ref(model), captured._weights(model)
             made.append(model)
 
@@ -197,8 +221,8 @@ def test_another_models_step_is_not_used(tiny, monkeypatch):
     models = [apply(tiny("llama"), "paper") for _ in range(2)]
     cache = read_prompt(models[0], models[0]._tidaldecode.plan, 40)
     for model in (models[0], models[0], models[1]):
-        assert captured.captured_step(model, cache) is cache.step
-    assert captured.captured_step(models[1].half(), cache) is cache.step
+        assert captured.captured_step(model, cache, *TOKEN) is cache.step
+    assert captured.captured_step(models[1].half(), cache, *TOKEN) is cache.step
     assert made == [models[0], models[1], models[1]]
     assert copy.deepcopy(cache.step) is None
 
@@ -274,7 +298,7 @@ def test_captured_steps_equal_uncaptured_ones(gpu_model, tiny, family, plan):
 
 
 @on_gpu
-@pytest.mark.parametrize("tokens", [1, 9, 33])
+@pytest.mark.parametrize("tokens", [1, 9, 33, 65])
 def test_captured_chunks_equal_uncaptured_ones(gpu_model, tiny, tokens):
     plan = PLANS["paper"](tiny().config)
     model = gpu_model(plan)
@@ -285,7 +309,7 @@ def test_captured_chunks_equal_uncaptured_ones(gpu_model, tiny, tokens):
         positions = one.sequences.lengths[:, None].long() + torch.arange(tokens, device="cuda")
         logits = full_pass(model, one, ids, positions)
         expected = full_pass(model, other, ids, positions, capture=False)
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)  # float32 sums in another order
     assert one.chunks.keys() == {tokens} and not other.chunks
     assert torch.equal(one.sequences.lengths, other.sequences.lengths)
 
@@ -302,8 +326,97 @@ def test_lossless_rounds_replay_graphs(gpu_model, tiny):
     assert torch.equal(model.generate(PROMPT.cuda(), past_key_values=cache, lossless=4, **arguments), expected)
     assert cache.step is not None and cache.chunks.keys() == {5}
     cache = TidalCache(model.config, plan, 80)
-    model.generate(PROMPT.cuda(), past_key_values=cache, correction_interval=6, **arguments)
+    output = model.generate(PROMPT.cuda(), past_key_values=cache, correction_interval=6, **arguments)
     assert cache.step is not None and cache.chunks.keys() == {6}
+    cache.crop(-3)  # 36 of 39 decoded tokens are corrected
+    assert_prefilled(model, cache, output)
+
+
+def assert_prefilled(model, cache, output):
+    """Every row of the cache is as after reading the tokens at once."""
+    tokens = cache.get_seq_length()
+    exact = TidalCache(model.config, PLANS["full"](model.config), tokens)
+    mask = torch.nn.functional.pad(MASK, (0, tokens - 20), value=1).cuda()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(output[:, :tokens], attention_mask=mask, position_ids=positions, past_key_values=exact)
+    for mine, theirs in zip(cache.layers, exact.layers, strict=True):
+        for b, length in enumerate(cache.sequences.lengths.tolist()):
+            for rows, wanted in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                torch.testing.assert_close(rows[b, :, :length], wanted[b, :, :length], rtol=1e-3, atol=1e-3)
+
+
+@on_gpu
+def test_a_capture_that_the_user_stops_leaves_the_tokens_own_rows(gpu_model, tiny, monkeypatch):
+    """Of a correction: the cache keeps the tokens, and their rows must not be another token's."""
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    cache, ids = read_prompt(model, plan, 80), next_tokens(4, "cuda")
+    cache.correction = Correction(4)
+
+    def decode(token):
+        model(token, position_ids=cache.sequences.lengths[:, None].long(), past_key_values=cache)
+
+    for token in ids[:3]:
+        decode(token)
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "graph", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        decode(ids[3])
+    assert cache.get_seq_length() == 24 and not cache.chunks
+    assert_prefilled(model, cache, torch.cat([PROMPT.cuda(), ids[:, :, 0].T], 1))
+
+
+@on_gpu
+def test_one_chunk_graph_serves_a_cache_for_good(gpu_model, tiny):
+    """After crop and reset, and beside another plan; for another batch there is a new one."""
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    cache = read_prompt(model, plan, 80)
+
+    def run(**options):
+        lengths = cache.sequences.lengths[:, None].long()
+        ids = PROMPT[: len(lengths), :9].cuda()
+        return full_pass(model, cache, ids, lengths + torch.arange(9, device="cuda"), **options).clone()
+
+    first = run()
+    graph = cache.chunks[9]
+    cache.crop(-9)
+    torch.testing.assert_close(run(), first, rtol=0, atol=0)
+    cache.crop(-9)
+    cache.use_plan(PLANS["full"](model.config))
+    model(PROMPT[:, :1].cuda(), past_key_values=cache)
+    cache.crop(-1)
+    torch.testing.assert_close(run(), first, rtol=0, atol=0)
+    cache.reset()
+    read_prompt(model, plan, 80, cache)
+    torch.testing.assert_close(run(), first, rtol=0, atol=0)
+    assert cache.chunks == {9: graph}
+    cache.reset()
+    with torch.no_grad():
+        model(PROMPT[:1].cuda(), past_key_values=cache, logits_to_keep=1)
+    assert cache.chunks == {}
+    alone = run()
+    cache.crop(-9)
+    torch.testing.assert_close(run(capture=False), alone, rtol=1e-3, atol=1e-3)
+    assert cache.chunks.keys() == {9} and cache.chunks[9] is not graph
+
+
+@on_gpu
+def test_a_captured_chunk_keeps_no_more_than_its_activations(gpu_model, tiny):
+    """No workspace of its own for products beside the decode step's, 32 MiB on a Hopper GPU."""
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    cache = read_prompt(model, plan, 80)
+    model(PROMPT[:, :1].cuda(), past_key_values=cache)
+    allocated = torch.cuda.memory_allocated()
+    ids = PROMPT[:, :9].cuda()
+    full_pass(model, cache, ids, cache.sequences.lengths[:, None].long() + torch.arange(9, device="cuda"))
+    assert cache.chunks.keys() == {9}
+    assert torch.cuda.memory_allocated() - allocated < 4 * 2**20
 
 
 @on_gpu

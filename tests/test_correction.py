@@ -95,8 +95,9 @@ def test_a_loop_of_its_own_and_a_second_prompt(tiny):
     assert len(cache.correction) == 0
 
 
+@pytest.mark.parametrize("own_steps", [False, True])
 @pytest.mark.parametrize("interval", [1, 3, 5, 20])
-def test_scored_in_a_few_passes(tiny, interval):
+def test_scored_in_a_few_passes(tiny, interval, own_steps):
     """Teacher-forced decoding with correction, against step after step."""
     model = tiny("llama").double()
     plan = plan_for(model.config, token_budget=4)
@@ -106,7 +107,8 @@ def test_scored_in_a_few_passes(tiny, interval):
     other.correction = Correction(interval)
     for cache in (one, other):
         model(ids[:, :24], past_key_values=cache)
-    scores = score_tokens(model, one, ids[:, 24:], correction_interval=interval)
+    scores = score_tokens(model, one, ids[:, 24:], interval, own_steps)
+    assert one.correction is None
     logits = [model(token.view(1, 1), past_key_values=other).logits[0, 0] for token in ids[0, 24:-1]]
     expected = torch.stack(logits).log_softmax(1).gather(1, ids[0, 25:, None])[:, 0]
     torch.testing.assert_close(scores.log_probs.double(), expected, rtol=0, atol=1e-5)

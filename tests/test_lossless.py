@@ -8,6 +8,7 @@ import threading
 import numpy
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -22,8 +23,10 @@ import tidaldecode
 from chi_square import p_value
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache, TidalPlan
+from tidaldecode.hf import lossless
 from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.drafting import DraftLength, Rounds
+from tidaldecode.hf.full_pass import full_pass
 from tidaldecode.hf.ragged import RaggedTokens
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
@@ -173,6 +176,45 @@ def test_processors_see_each_sequence_as_it_is(llama, options):
     assert torch.equal(llama.generate(ids, lossless=4, **options), expected)
 
 
+def test_a_rule_of_allowed_tokens_is_not_asked_behind_an_end(llama):
+    """It may allow nothing there: Transformers would not ask either."""
+    ids, mask = ragged_batch((40,))
+    end = int(llama.generate(ids, attention_mask=mask, **GREEDY)[0, 48])
+    asked = []
+
+    def allowed(batch, tokens):
+        asked.append(tokens[40:].tolist())
+        return [] if end in tokens[40:] else range(260)
+
+    options = {**GREEDY, "attention_mask": mask, "eos_token_id": end, "pad_token_id": 1}
+    options["prefix_allowed_tokens_fn"] = allowed
+    expected = llama.generate(ids, **options)
+    assert 41 < expected.shape[1] < 64
+    tidaldecode.apply(llama, plan_for(llama.config, token_budget=0.9))
+    for length in (1, 3, 8):
+        assert torch.equal(llama.generate(ids, lossless=length, **options), expected)
+    assert not any(end in tokens for tokens in asked)
+
+
+def test_a_rule_of_allowed_tokens_sees_padding_behind_an_end(llama):
+    """As in Transformers' own loop, where another sequence goes on."""
+    ids, mask = ragged_batch(LENGTHS)
+    new = llama.generate(ids, attention_mask=mask, **GREEDY)[:, 40:]
+    ends = sorted({int(row[3 + 5 * b]) for b, row in enumerate(new)})
+
+    def allowed(batch, tokens):
+        new = tokens[40:].tolist()
+        first = next((place for place, token in enumerate(new) if token in ends), len(new))
+        assert set(new[first + 1 :]) <= {1}
+        return range(260)
+
+    options = {**GREEDY, "attention_mask": mask, "eos_token_id": ends, "pad_token_id": 1}
+    options["prefix_allowed_tokens_fn"] = allowed
+    expected = llama.generate(ids, **options)
+    tidaldecode.apply(llama, plan_for(llama.config, token_budget=0.9))
+    assert torch.equal(llama.generate(ids, lossless=5, **options), expected)
+
+
 class Counting(LogitsProcessor):
     """Keeps state."""
 
@@ -262,15 +304,15 @@ class Remembering(BaseStreamer):
 def test_streamer_and_stopping_criteria_see_the_same(llama):
     ids, mask = ragged_batch()
     seen = []
-    for lossless in (None, 5):
+    for length in (None, 5):
         criterion, streamer = StopAfter(44, 49, 46), Remembering()
         options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([criterion])}
         output = llama.generate(
-            ids, attention_mask=mask, **options, **GREEDY, **({"lossless": lossless} if lossless else {})
+            ids, attention_mask=mask, **options, **GREEDY, **({"lossless": length} if length else {})
         )
         assert streamer.ended == 1
         seen.append([output, *streamer.put_values, *criterion.seen])
-        if lossless is None:
+        if length is None:
             tidaldecode.apply(llama, plan_for(llama.config))
     assert seen[0][0].shape[1] == 49
     assert len(seen[0]) == len(seen[1])
@@ -293,6 +335,20 @@ def test_text_streamer_and_stop_strings(llama, byte_tokenizer, capsys):
         with pytest.raises(InputError, match="stop_strings need the tokenizer"):
             llama.generate(ids, lossless=6, **options)
     assert config.stop_strings == strings
+
+
+def test_stop_strings_of_the_models_own_configuration(llama, byte_tokenizer):
+    ids, _ = ragged_batch((40,))
+    text = byte_tokenizer.decode(llama.generate(ids, **GREEDY)[0, 40:])
+    strings = [next(letter for letter in text[3:] if letter.isalnum())]
+    llama.generation_config.stop_strings = strings
+    expected = llama.generate(ids, tokenizer=byte_tokenizer, **GREEDY)
+    assert expected.shape[1] < 64
+    tidaldecode.apply(llama, plan_for(llama.config, token_budget=0.7))
+    assert torch.equal(llama.generate(ids, lossless=6, tokenizer=byte_tokenizer, **GREEDY), expected)
+    with pytest.raises(InputError, match="stop_strings need the tokenizer"):
+        llama.generate(ids, lossless=6, **GREEDY)
+    assert llama.generation_config.stop_strings == strings
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
@@ -409,19 +465,48 @@ def test_a_cache_that_is_corrected_already_is_refused(llama):
     assert cache.get_seq_length() == 0
 
 
-def test_stop_strings_of_the_models_own_configuration_are_refused(llama, byte_tokenizer):
-    tidaldecode.apply(llama, plan_for(llama.config))
-    llama.generation_config.stop_strings = ["x"]
-    with pytest.raises(InputError, match="takes stop_strings from generate"):
-        llama.generate(ragged_batch()[0][:1], lossless=4, tokenizer=byte_tokenizer, **GREEDY)
-
-
 def test_no_more_is_drafted_than_is_wanted(llama):
     tidaldecode.apply(llama, plan_for(llama.config, token_budget=4))
     ids = ragged_batch()[0][:1]
     expected = llama.generate(ids, lossless=4, max_new_tokens=6, do_sample=False, eos_token_id=None)
     huge = llama.generate(ids, lossless=10**13, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(huge, expected)
+
+
+@pytest.mark.parametrize(
+    ("length", "room", "captured", "expected_passes"),
+    [  # 24 tokens: the prompt's, then 4 rounds of 5 and 3, or 2 rounds of 9 and 5
+        (4, 4, (5,), [(5, True)] * 5),
+        (4, 0, (5,), [(5, True)] * 4 + [(3, False)]),
+        (8, 8, (6, 9), [(9, True)] * 2 + [(6, True)]),  # that of another use of the cache
+        (8, 50, (40,), [(9, True)] * 2 + [(5, False)]),  # too long
+    ],
+)
+def test_a_last_shorter_round_is_verified_by_a_captured_pass(
+    llama, monkeypatch, length, room, captured, expected_passes
+):
+    """Where there is one and the cache has room: else a GPU would compile a kernel for this length alone."""
+    plan = plan_for(llama.config, token_budget=1.0)
+    ids, passes = ragged_batch((40,))[0], []
+    expected = llama.generate(ids, **GREEDY)
+    tidaldecode.apply(llama, plan)
+
+    def recording(model, cache, token_ids, *arguments, capture, **options):
+        passes.append((token_ids.shape[1], capture))
+        cache.chunks |= dict.fromkeys(captured)
+        return full_pass(model, cache, token_ids, *arguments, capture=capture, **options)
+
+    monkeypatch.setattr(lossless, "full_pass", recording)
+    cache = TidalCache(llama.config, plan, 63 + room)
+    assert torch.equal(llama.generate(ids, past_key_values=cache, lossless=length, **GREEDY), expected)
+    assert passes == expected_passes
+    assert cache.get_seq_length() == 63
+
+
+def test_a_cache_of_its_own_has_room_for_such_a_pass(llama):
+    tidaldecode.apply(llama, plan_for(llama.config))
+    output = llama.generate(ragged_batch((40,))[0], lossless=4, return_dict_in_generate=True, **GREEDY)
+    assert output.past_key_values.capacity == 68
 
 
 def test_a_cache_without_room_is_refused(llama):
@@ -477,6 +562,20 @@ def test_ragged_tokens():
         widths.append(input_ids.shape[1])
         return scores + input_ids.shape[1]
 
-    scores = tokens.scores(LogitsProcessorList([processor]), 1, torch.zeros(2, 3))
+    with Operations() as operations:
+        scores = tokens.scores(LogitsProcessorList([processor]), 1, torch.zeros(2, 3))
     assert widths == [3, 4]
     assert scores[:, 0].tolist() == [4, 3]
+    assert not any("index" in name for name in operations.names)  # of which each would be copied to a GPU
+
+
+class Operations(TorchDispatchMode):
+    """Remembers the names of the operations on tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))

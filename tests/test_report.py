@@ -17,9 +17,12 @@ import pytest
 from command_line import assert_one_line
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
+from tidaldecode.evaluate.correction_rows import rows_of
 from tidaldecode.evaluate.summary import lm_eval_summary, needle_summary, ppl_summary
 from tidaldecode.report import drawing, evaluation_plots, plots
 from tidaldecode.report.article import Table
+from tidaldecode.report.correction_article import correction_article
+from tidaldecode.report.correction_plots import correction_panels
 from tidaldecode.report.drawing import NARROW, WIDE
 from tidaldecode.report.page import write_report
 from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
@@ -108,6 +111,18 @@ TASKS = [
     for task, metric in (("qa", "f1"), ("lists", "acc"))
     for method, budget in (("full", None), ("streaming", 64))
 ]  # fmt: skip
+CORRECTION = [
+    {
+        "window": window, "mode": mode, "length": length, "method": "tidal", "plan": "shipped", "budget": budget,
+        "nll": 3 + gap * (1 + window / 10), "ms_per_token": ms, "token_ids": [1, 2],
+        **({"accepted_per_round": length - 0.5, "first_difference": window or None} if mode == "lossless" else {}),
+    }
+    for window in (0, 10)
+    for mode, length, budget, gap, ms in [
+        ("full", None, None, 0.0, 2.0), ("plain", None, 64, 0.2, 1.0), ("correction", 4, 64, 0.1, 1.6),
+        ("lossless", 4, 64, 0.0, 1.25), ("lossless", 8, 64, 0.0, 1.0),
+    ]
+]  # fmt: skip
 DECODE = {
     "model": "llama-tiny", "dtype": "bfloat16", "batch": 1, **ENVIRONMENT,
     "rows": [
@@ -149,6 +164,8 @@ def fill(folder: Path, model: str = "smollm2") -> Path:
     key = ("length", "depth", "method", "plan", "budget")
     write_cells(folder / "evaluation" / "needle.jsonl", "needle", key, NEEDLES, model)
     write_cells(folder / "evaluation" / "tasks.jsonl", "lm-eval", ("task", "method", "budget"), TASKS, model)
+    key = ("window", "mode", "length", "budget")
+    write_cells(folder / "evaluation" / "correction.jsonl", "correction", key, CORRECTION, model)
     objects = {
         "decode": DECODE | {"model": model},
         "ops": OPERATIONS,
@@ -189,6 +206,7 @@ def test_every_kind_has_its_place(page):
     for words in (
         "Quality",
         "Tasks",
+        "Lossless decoding",
         "Speed",
         "Calibration",
         "Other results",
@@ -197,13 +215,14 @@ def test_every_kind_has_its_place(page):
     ):
         assert words in page.text
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 1 + 2 * 9  # each figure for wide and for narrow windows, and the brand
+    assert page.tags.count("svg") == 1 + 2 * 10  # each figure for wide and for narrow windows, and the brand
 
 
 def test_headlines_are_computed_from_the_rows(page):
     for heading, subject, *numbers in [
         ("Gap to full attention", "smollm2, plan shipped", "64", "+0.220", "256", "+0.055"),
         ("Needles found", "smollm2, plan shipped", "64", "75\N{NO-BREAK SPACE}%".replace("\N{NO-BREAK SPACE}", " ")),
+        ("Tokens out of a lossless round", "smollm2", "4", "3.50", "8", "7.50"),
         ("Speed-up of a decode step", "smollm2", "1,024", "2.50×", "4,096", "2.50×"),
         ("Speed-up of attention", "2 KV heads, batch 1", "1,024", "2.50×"),
         ("Gap of the calibrated plan", "smollm2", "searched", "+0.030", "held out", "+0.040"),
@@ -222,6 +241,8 @@ def test_tables_hold_the_numbers(page):
     assert "tidal 128 3.200 1.000 2.50× 10 %" in page.text
     assert "tidaldecode eval ppl --seed 7" in page.text and "torch 2.11.0" in page.text
     assert "generate full 48 paper 1" in page.text
+    assert "plain 64 – +0.300 ± 0.100 1.00 2.00× – –" in page.text
+    assert "lossless 64 8 +0.000 1.00 2.00× 7.50 1" in page.text
     assert "Coherence of smollm2" in page.text and "Recall over distance" in page.text
 
 
@@ -437,7 +458,7 @@ def test_results_of_this_repository_are_understood_and_shown_once():
     assert skipped == []
     kinds = {result.file: result.kind for result in results}
     assert kinds["decode_llama-2-7b_h200.json"] == "decode" and kinds["ops_h200.json"] == "ops"
-    shown = [file for file, kind in kinds.items() if kind in ("ppl", "needle")]
+    shown = [file for file, kind in kinds.items() if kind in ("ppl", "needle") or file.endswith("correction.jsonl")]
     assert shown == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
     assert not any("needle" in file or "ppl" in file for file, kind in kinds.items() if kind == "other")
 
@@ -499,6 +520,41 @@ def test_what_json_printed_is_an_article_as_its_cells_are(tmp_path):
         assert first.title == second.title
         assert (first.cards, first.figures, first.tables) == (second.cards, second.figures, second.tables)
         assert not {"nll", "full accuracy", "figure"} & {name for name, _ in first.facts}
+
+
+def test_what_json_printed_of_corrections_is_an_article_as_its_cells_are(tmp_path):
+    """Windows that some ways of decoding lack are left out."""
+    write_printed_correction(tmp_path / "printed")
+    rest = [cell | {"window": 20} for cell in CORRECTION[:2]]
+    key = ("window", "mode", "length", "budget")
+    write_cells(tmp_path / "cells" / "correction.jsonl", "correction", key, [*CORRECTION, *rest])
+    ((mine,), none), ((theirs,), _) = (read_results(tmp_path / name) for name in ("printed", "cells"))
+    assert none == [] and mine.kind == theirs.kind == "correction"
+    first, second = correction_article(mine, "a"), correction_article(theirs, "a")
+    assert (first.title, first.cards, first.figures, first.tables) == (
+        second.title, second.cards, second.figures, second.tables
+    )  # fmt: skip
+    write_cells(tmp_path / "none" / "correction.jsonl", "correction", key, CORRECTION[:5] + rest)
+    write_cells(tmp_path / "none" / "started.jsonl", "correction", key, CORRECTION[1:5])
+    results, skipped = read_results(tmp_path / "none")
+    assert [result.file for result in results] == ["correction.jsonl"]
+    assert [(one.file, one.reason) for one in skipped] == [("started.jsonl", "no window was decoded in every way yet")]
+
+
+def test_gaps_below_zero_are_seen_and_their_errors():
+    cells = [cell | {"nll": cell["nll"] - 0.5 * (cell["mode"] == "correction")} for cell in CORRECTION]
+    rows = rows_of(cells)
+    axis = correction_panels(rows, WIDE).axes[0]
+    (line,) = (container for container in axis.containers if container.get_label() == "budget 64, correction")
+    points, _, (bars,) = line
+    assert points.get_ydata().tolist() == pytest.approx([-0.35, 0.3]) and axis.get_ylim()[0] < -0.35
+    low, high = bars.get_segments()[1][:, 1]
+    assert high - low == pytest.approx(2 * 0.1)
+
+
+def write_printed_correction(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "correction.json").write_text(printed([asdict(row) for row in rows_of(CORRECTION)], figure="c.png"))
 
 
 def test_large_files_are_left_out(bare, monkeypatch):

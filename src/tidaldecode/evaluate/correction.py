@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from tidaldecode.architecture import model_shape
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
+from tidaldecode.evaluate.correction_rows import CorrectionRow, row_of
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows, read_prompt
 from tidaldecode.hf import TidalCache
@@ -48,30 +48,6 @@ class Variant:
     def key(self) -> dict[str, Any]:
         """The fields of a cell that tell the variant."""
         return {"mode": self.mode, "length": self.length, **self.method.key()}
-
-
-@dataclass(frozen=True)
-class CorrectionRow:
-    """One variant over all windows.
-
-    Attributes:
-        gap: nats per token above full attention, the given text decoded (teacher-forced); 0 for lossless decoding,
-            whose tokens are full attention's.
-        ms_per_token: median over the windows of the milliseconds per token of greedy decoding.
-        speedup: of full attention's time in the same windows over this one's.
-        accepted_per_round: tokens out of a round; `None` but for `lossless`.
-        differing: windows in which a lossless text is not full attention's, token for token.
-    """
-
-    mode: str
-    length: int | None
-    budget: int | float | None
-    gap: float
-    ms_per_token: float
-    speedup: float
-    accepted_per_round: float | None
-    differing: int | None
-    windows: int
 
 
 @dataclass(frozen=True)
@@ -163,11 +139,13 @@ def _cell(
     else:
         prompt = cache.get_seq_length()
         interval = variant.length if variant.mode == "correction" else None
-        with torch.inference_mode():
-            cell["nll"] = -float(score_tokens(model, cache, rest, interval).log_probs.double().mean())
+        with torch.no_grad():  # not inference mode: graphs that are captured here serve `generate` below too
+            scores = score_tokens(model, cache, rest, interval, own_steps=model.device.type == "cuda")
+        cell["nll"] = -float(scores.log_probs.double().mean())
         cache.crop(prompt - cache.get_seq_length())
-    for _ in range(1 + (model.device.type == "cuda")):  # a first time compiles and captures
-        tokens, cell["ms_per_token"] = _generate(model, cache, window, rest, variant)
+    if model.device.type == "cuda":  # what the rounds need is compiled and captured before the clock runs
+        _generate(model, cache, window, variant, min(rest.shape[1] - 1, (variant.length or 0) + 2))
+    tokens, cell["ms_per_token"] = _generate(model, cache, window, variant, rest.shape[1] - 1)
     cell["token_ids"] = tokens
     if variant.mode == "lossless":
         assert full is not None and cache.rounds is not None
@@ -177,10 +155,10 @@ def _cell(
 
 
 def _generate(
-    model: PreTrainedModel, cache: TidalCache, window: Tensor, rest: Tensor, variant: Variant
+    model: PreTrainedModel, cache: TidalCache, window: Tensor, variant: Variant, tokens: int
 ) -> tuple[list[int], float]:
-    """Greedy tokens behind the prompt, as many as `rest` predicts, and their milliseconds per token."""
-    held, tokens = cache.get_seq_length(), rest.shape[1] - 1
+    """So many greedy tokens behind the prompt, and their milliseconds per token."""
+    held = cache.get_seq_length()
     prompt = window[:, : held + 1].to(model.device)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options |= {"eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
@@ -206,16 +184,4 @@ def _row(settings: Windows, variant: Variant, full: Variant, cells: Cells) -> Co
         if mine is None or base is None:
             raise InputError(f"the window at token {start} was not measured")
         pairs.append((mine, base))
-    accepted = [mine["accepted_per_round"] for mine, _ in pairs if variant.mode == "lossless"]
-    ms, full_ms = (statistics.median(cell["ms_per_token"] for cell in column) for column in zip(*pairs, strict=True))
-    return CorrectionRow(
-        mode=variant.mode,
-        length=variant.length,
-        budget=variant.method.token_budget,
-        gap=statistics.fmean(mine["nll"] - base["nll"] for mine, base in pairs),
-        ms_per_token=round(ms, 3),
-        speedup=round(full_ms / ms, 4),
-        accepted_per_round=round(statistics.fmean(accepted), 4) if accepted else None,
-        differing=sum(mine["first_difference"] is not None for mine, _ in pairs) if accepted else None,
-        windows=len(pairs),
-    )
+    return row_of(pairs)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch._inductor.config
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,6 +38,7 @@ _RECOMPILE_LIMIT = 256  # one compilation for each model and batch size, of whic
 _running = threading.local()  # its `attend` is the cache's, of the pass that is warmed up or captured
 _capturing = threading.Lock()
 _refused: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()  # reasons that were said
+_streams: WeakKeyDictionary[Cache, torch.cuda.Stream] = WeakKeyDictionary()  # cuBLAS keeps 32 MiB for each
 
 
 @torch.library.custom_op("tidaldecode::decode_attention", mutates_args=())
@@ -132,31 +134,35 @@ class CapturedStep:
     Args:
         model: a model with a plan, on a GPU.
         cache: holds the sequences to go on with; its next step, or the chunk, must still fit.
-        chunk: tokens of the chunk; `None` for a decode step.
+        token_ids, position_ids: as `replay` takes them. The pass runs on them before it is captured, so that what it
+            writes is right if the user stops it there: the rows may be a correction's, of tokens that the cache keeps.
+        chunk: a pass over a chunk, not a decode step.
 
     Raises:
         Exception: whatever PyTorch says when a model can't be compiled or captured.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: TidalCache, chunk: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, position_ids: Tensor, chunk: bool = False
+    ) -> None:
         # no reference to the cache, which holds this step: both would stay until the garbage collector comes by
         self._model, self._weights = weakref.ref(model), _weights(model)
         self._chunk = chunk
         lengths = cache.sequences.lengths
         with torch.inference_mode(False):
-            self._input_ids = torch.zeros(len(lengths), chunk or 1, dtype=torch.int64, device=lengths.device)
-            self._position_ids = (lengths[:, None] - 1).long() + torch.arange(chunk or 1, device=lengths.device)
+            self._input_ids = torch.empty(token_ids.shape, dtype=torch.int64, device=lengths.device).copy_(token_ids)
+            self._position_ids = torch.empty_like(self._input_ids).copy_(position_ids)
         with torch.cuda.device(lengths.device), merged_products(model):
             self._capture(cache, model._tidaldecode.forward)
 
     def _capture(self, cache: TidalCache, forward: Callable[..., Any]) -> None:
         lengths = cache.sequences.lengths
-        stream = torch.cuda.Stream(lengths.device)  # type: ignore[no-untyped-call]
+        stream = _stream(cache)
         self._graph = torch.cuda.CUDAGraph()
         before = lengths.clone()
         stream.wait_stream(torch.cuda.current_stream(lengths.device))
         try:
-            with torch.no_grad(), running(cache, self._chunk is not None), torch.cuda.stream(stream):
+            with torch.no_grad(), running(cache, self._chunk), torch.cuda.stream(stream):
                 with _more_compilations():
                     for _ in range(2):  # compiles, lets kernels compile and allocate what they keep
                         self._run(cache, forward)
@@ -168,10 +174,10 @@ class CapturedStep:
             torch.cuda.current_stream(lengths.device).wait_stream(stream)
 
     def _run(self, cache: TidalCache, forward: Callable[..., Any]) -> Tensor:
-        if self._chunk is None:
-            cache.advance()
+        if self._chunk:
+            cache.advance_chunk(self._input_ids.shape[1])
         else:
-            cache.advance_chunk(self._chunk)
+            cache.advance()
         return _compiled_step(forward, self._input_ids, self._position_ids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -199,16 +205,28 @@ class CapturedStep:
         return self._logits
 
 
+def _stream(cache: TidalCache) -> torch.cuda.Stream:
+    """The stream that all graphs of a cache are captured on: no two of them are replayed at the same time."""
+    if cache not in _streams:
+        _streams[cache] = torch.cuda.Stream(cache.sequences.lengths.device)  # type: ignore[no-untyped-call]
+    return _streams[cache]
+
+
 def _weights(model: PreTrainedModel) -> tuple[int, torch.dtype]:
     """Tells weights that were moved or converted from those that a graph reads."""
     weight = next(model.parameters())
     return weight.data_ptr(), weight.dtype
 
 
-def captured_step(model: PreTrainedModel, cache: TidalCache) -> CapturedStep | None:
+def captured_step(
+    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, position_ids: Tensor
+) -> CapturedStep | None:
     """The step of a model and a cache, captured when it is first asked for; `None` where that is impossible.
 
     The reason is logged, once a model.
+
+    Args:
+        token_ids, position_ids: what will be replayed with, [B, 1].
     """
     cache.prepare()
     if cache.step is not None and cache.step.serves(model):
@@ -216,14 +234,17 @@ def captured_step(model: PreTrainedModel, cache: TidalCache) -> CapturedStep | N
     cache.step = None
     reason = _obstacle(model, cache)
     if reason is None and not cache.step_refused:
-        cache.step, reason = _capture(model, cache)
+        cache.step, reason = _capture(model, cache, token_ids, position_ids)
         cache.step_refused = reason is not None
     _say_once(model, "the decode step", reason)
     return cache.step
 
 
-def captured_chunk(model: PreTrainedModel, cache: TidalCache, tokens: int) -> CapturedStep | None:
-    """The pass of a model and a cache over a chunk of `tokens` tokens with full attention, as `captured_step`."""
+def captured_chunk(
+    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, position_ids: Tensor
+) -> CapturedStep | None:
+    """The pass of a model and a cache over a chunk of tokens, [B, N], with full attention, as `captured_step`."""
+    tokens = token_ids.shape[1]
     pass_ = cache.chunks.get(tokens)  # `None` in a copy of a cache
     if pass_ is not None and pass_.serves(model):
         return pass_
@@ -232,7 +253,7 @@ def captured_chunk(model: PreTrainedModel, cache: TidalCache, tokens: int) -> Ca
     if reason is None and tokens > ops.MOST_CHUNK_TOKENS:
         reason = f"there is no kernel for chunks of more than {ops.MOST_CHUNK_TOKENS} tokens"
     if reason is None and tokens not in cache.chunks_refused:
-        pass_, reason = _capture(model, cache, tokens)
+        pass_, reason = _capture(model, cache, token_ids, position_ids, chunk=True)
         if pass_ is not None:
             cache.chunks[tokens] = pass_
             return pass_
@@ -248,14 +269,13 @@ def _say_once(model: PreTrainedModel, what: str, reason: str | None) -> None:
 
 
 def _capture(
-    model: PreTrainedModel, cache: TidalCache, chunk: int | None = None
+    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, position_ids: Tensor, chunk: bool = False
 ) -> tuple[CapturedStep | None, str | None]:
     """Captures the step of a cache, or its pass over a chunk; why that failed, if it did."""
     lengths = cache.sequences.lengths.clone()
-    chunks = () if chunk is None else (chunk,)
     try:
-        with _capturing, _progress(model, len(lengths), chunk):
-            return CapturedStep(model, cache, *chunks), None
+        with _capturing, _progress(model, len(lengths), token_ids.shape[1] if chunk else None):
+            return CapturedStep(model, cache, token_ids, position_ids, chunk), None
     except BaseException as error:  # of any part of PyTorch, for any reason; or the user's
         cache.sequences.lengths.copy_(lengths)
         if not isinstance(error, Exception):
@@ -277,7 +297,8 @@ def _obstacle(model: PreTrainedModel, cache: TidalCache) -> str | None:
 @contextmanager
 def _more_compilations() -> Iterator[None]:
     limits = {"recompile_limit": _RECOMPILE_LIMIT, "accumulated_recompile_limit": 4 * _RECOMPILE_LIMIT}
-    with torch._dynamo.config.patch(limits):
+    # to find out whether padded products are faster, Inductor would copy the model's largest weights
+    with torch._dynamo.config.patch(limits), torch._inductor.config.patch(shape_padding=False):
         yield
 
 

@@ -62,8 +62,11 @@ def _pass(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) 
     """The model's forward pass with its cache: a captured decode step, or one chunk after another."""
     if _may_be_captured(arguments, cache):
         cache.check_step(len(arguments["input_ids"]))
-        if (step := captured_step(model, cache)) is not None:
-            return _replay(step, cache, arguments)
+        ids, positions = arguments["input_ids"], arguments.get("position_ids")
+        if positions is None:
+            positions = torch.full_like(ids, cache.get_seq_length())
+        if (step := captured_step(model, cache, ids, positions)) is not None:
+            return _replay(step, cache, ids, positions)
     forward = model._tidaldecode.forward
     for chunk in _chunks(arguments, model.config):
         tokens = _tokens(chunk)
@@ -95,10 +98,7 @@ def _may_be_captured(arguments: dict[str, Any], cache: TidalCache) -> bool:
     return all(name in _CAPTURED or value is None or value is False for name, value in arguments.items())
 
 
-def _replay(step: CapturedStep, cache: TidalCache, arguments: dict[str, Any]) -> CausalLMOutputWithPast:
-    ids, positions = arguments["input_ids"], arguments.get("position_ids")
-    if positions is None:
-        positions = torch.full_like(ids, cache.get_seq_length())
+def _replay(step: CapturedStep, cache: TidalCache, ids: Tensor, positions: Tensor) -> CausalLMOutputWithPast:
     logits = step.replay(ids, positions)
     cache.count(1)
     return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)  # the next step overwrites them

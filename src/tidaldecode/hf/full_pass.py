@@ -40,10 +40,12 @@ def full_pass(
     """
     tokens = token_ids.shape[1]
     cache.check_chunk(tokens)
-    if capture and token_ids.is_cuda and new_lengths is None and (graph := captured_chunk(model, cache, tokens)):
-        logits = graph.replay(token_ids, position_ids)
-        cache.count(tokens)
-        return logits
+    if capture and token_ids.is_cuda and new_lengths is None:
+        graph = captured_chunk(model, cache, token_ids, position_ids)
+        if graph is not None:
+            logits = graph.replay(token_ids, position_ids)
+            cache.count(tokens)
+            return logits
     cache.begin_chunk(tokens, new_lengths)
     last = {"logits_to_keep": 1} if last_logits and model._supports_logits_to_keep() else {}
     with no_grad():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
@@ -65,6 +66,8 @@ def tidal_generate(
         capacity += length.longest  # one sequence may be done while another one still drafts
     cache = kwargs.get("past_key_values")
     if cache is None:
+        if length is not None:  # so that a last, shorter round can be verified by the captured pass of the others
+            capacity = max(capacity, tokens + new_tokens + length.longest)
         cache = kwargs["past_key_values"] = TidalCache(model.config, model._tidaldecode.plan, capacity)
         cache_is_kept = bool(setting("return_dict_in_generate"))
     else:
@@ -76,12 +79,9 @@ def tidal_generate(
         if cache.correction is not None:
             raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
         _refuse_beside_lossless(setting, kwargs)
-        if model.generation_config.stop_strings is not None:  # Transformers would want the tokenizer that it dropped
-            raise InputError(
-                "lossless decoding takes stop_strings from generate: set those of the model's config to None"
-            )
-        _keep_stop_strings(kwargs)
         kwargs["custom_generate"] = lossless_loop(length, kwargs.get("streamer"), cache_is_kept)
+        with _stop_strings_kept(model, kwargs):
+            return generate(**kwargs)
     return generate(**kwargs)
 
 
@@ -112,10 +112,24 @@ def _refuse_beside_lossless(setting: Callable[[str], Any], kwargs: dict[str, Any
             raise InputError(f"lossless decoding keeps tokens alone: leave out {name}, or lossless")
 
 
-def _keep_stop_strings(kwargs: dict[str, Any]) -> None:
-    """Makes the criterion of stop strings here: Transformers hands no tokenizer on beside `custom_generate`."""
+@contextmanager
+def _stop_strings_kept(model: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Makes the criterion of stop strings here: Transformers hands no tokenizer on beside `custom_generate`.
+
+    While it lasts the model's own configuration has no stop strings, for Transformers would want the tokenizer.
+    """
+    own = model.generation_config.stop_strings
+    _keep_stop_strings(kwargs, own)
+    model.generation_config.stop_strings = None
+    try:
+        yield
+    finally:
+        model.generation_config.stop_strings = own
+
+
+def _keep_stop_strings(kwargs: dict[str, Any], own: str | list[str] | None) -> None:
     config = kwargs.get("generation_config")
-    strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None) or own
     if strings is None:
         return
     if kwargs.get("tokenizer") is None:

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from tidaldecode.errors import InputError
 from tidaldecode.hf.acceptance import accept_greedy, accept_sampled
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.drafted_ends import DraftedEnds
 from tidaldecode.hf.drafting import DraftLength, Rounds
 from tidaldecode.hf.forward import PREFILL_CHUNK
 from tidaldecode.hf.full_pass import full_pass
@@ -49,7 +50,10 @@ def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_k
             raise InputError(f"lossless decoding is greedy or samples: it can't do {mode.value.replace('_', ' ')}")
         check_processors(logits_processor, input_ids, model.config.vocab_size)
         with model._optimize_model_for_decode():
-            speculation = _Speculation(model, input_ids, logits_processor, generation_config, length, model_kwargs)
+            ends = next((rule.eos_token_id for rule in stopping_criteria if hasattr(rule, "eos_token_id")), None)
+            speculation = _Speculation(
+                model, input_ids, logits_processor, generation_config, length, ends, model_kwargs
+            )
             release = Release(
                 speculation.tokens, stopping_criteria, streamer, padding=generation_config._pad_token_tensor
             )
@@ -77,13 +81,16 @@ class _Speculation:
         processors: LogitsProcessorList,
         config: GenerationConfig,
         length: DraftLength,
+        ends: Tensor | None,
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.processors, self.samples, self.length = model, processors, config.do_sample, length
         self.cache: TidalCache = model_kwargs["past_key_values"]
         self.cache.rounds = Rounds()
         self._most = config.max_length
-        self.tokens = RaggedTokens(input_ids, self._most - input_ids.shape[1] + length.longest + 1)
+        padding, room = config._pad_token_tensor, self._most - input_ids.shape[1] + length.longest + 1
+        self.tokens = RaggedTokens(input_ids, room, padding)
+        self._ends = DraftedEnds(ends, padding, processors, len(input_ids), input_ids.device)
         self._first_logits = _read_prompt(model, self.cache, input_ids, config, model_kwargs)
         lengths, width = self.cache.sequences.lengths, input_ids.shape[1]
         # a token in column c of `tokens` lies in row c + origin of the cache, at position c + origin + offset
@@ -96,7 +103,8 @@ class _Speculation:
         try:
             first = self._choose(self.tokens.scores(self.processors, 0, self._first_logits))[0]
             del self._first_logits
-            self.tokens.write(0, first)
+            nothing = first.new_zeros(len(first), 0)
+            self.tokens.write(0, self._ends.accepted(nothing, nothing.sum(1), first))
             self.tokens.extend([1] * len(first))
             release.hand_out()
             while not release.done:
@@ -115,9 +123,11 @@ class _Speculation:
         tokens = self.tokens
         left = [0 if end else self._most - count for count, end in zip(tokens.counts, closed, strict=True)]
         drafts = min(int(self.length), max(left) - 1)
+        self._ends.begin(closed)
         drafted, draft = self._draft(drafts)
+        drafts = drafted.shape[1]
         accepted, behind = self._verify(drafted, draft)
-        tokens.write(accepted, behind)
+        tokens.write(accepted, self._ends.accepted(drafted, accepted, behind))
         numbers = accepted.tolist()
         new = [min(number + 1, room) for number, room in zip(numbers, left, strict=True)]
         tokens.extend(new)
@@ -126,8 +136,11 @@ class _Speculation:
         self.length.saw(drafts, [number for number, room in zip(numbers, left, strict=True) if room])
 
     def _draft(self, drafts: int) -> tuple[Tensor, Tensor | None]:
-        """Decodes `drafts` tokens by the plan: the tokens [B, N], and when sampling their distributions [B, N, V]."""
-        distributions = []
+        """Decodes `drafts` tokens by the plan: the tokens [B, N], and when sampling their distributions [B, N, V].
+
+        Fewer where every sequence ends before, if somebody might mind being asked what follows an end.
+        """
+        distributions: list[Tensor] = []
         for step in range(drafts):
             logits = self.model(
                 input_ids=self._device(self.tokens.window(step - 1, 1)),
@@ -137,10 +150,12 @@ class _Speculation:
                 logits_to_keep=1,
             ).logits[:, -1]
             token, distribution = self._choose(self.tokens.scores(self.processors, step, logits))
-            self.tokens.write(step, token)
+            self.tokens.write(step, self._ends.drafted(token))
             distributions.append(distribution)
-        drafted = self.tokens.window(0, drafts)
-        return drafted, torch.stack(distributions, 1) if self.samples and drafts else None
+            if self._ends.everywhere:
+                break
+        drafted = self.tokens.window(0, len(distributions))
+        return drafted, torch.stack(distributions, 1) if self.samples and distributions else None
 
     def _verify(self, drafted: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor]:
         """Runs each sequence's last token and the drafted ones with full attention.
@@ -150,14 +165,24 @@ class _Speculation:
         """
         drafts, cache = drafted.shape[1], self.cache
         cache.rewind(cache.get_seq_length() - drafts, cache.sequences.lengths - drafts)
-        ids = self._device(self.tokens.window(-1, drafts + 1))
-        full_length = drafts == int(self.length)
-        logits = full_pass(self.model, cache, ids, self._positions(drafts + 1), capture=full_length)
-        scores = (self.tokens.scores(self.processors, step, logits[:, step]) for step in range(drafts + 1))
+        tokens = self._pass_length(drafts + 1)
+        ids = self._device(self.tokens.window(-1, tokens))
+        comes_again = drafts == int(self.length) or tokens in cache.chunks
+        logits = full_pass(self.model, cache, ids, self._positions(tokens), capture=comes_again)
+        scores = [self.tokens.scores(self.processors, step, logits[:, step]) for step in range(drafts)]
+        last = LogitsProcessorList() if self._ends.everywhere else self.processors
+        scores.append(self.tokens.scores(last, drafts, logits[:, drafts]))
         if not self.samples:
             return accept_greedy(drafted, torch.stack([row.argmax(-1) for row in scores], 1))
         target = torch.stack([row.softmax(-1) for row in scores], 1)
         return accept_sampled(drafted, target[:, :0] if draft is None else draft, target)
+
+    def _pass_length(self, tokens: int) -> int:
+        """Tokens of a pass over `tokens`: more in a last, shorter round, where a captured pass and room are there."""
+        if tokens > int(self.length):
+            return tokens
+        room = min(self.cache.capacity - self.cache.get_seq_length(), self.length.longest + 1)  # in `tokens` too
+        return min((captured for captured in self.cache.chunks if tokens <= captured <= room), default=tokens)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each sequence, [B], and the distribution that it is drawn from, [B, V]."""

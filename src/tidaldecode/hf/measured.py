@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache, TidalLayer
-from tidaldecode.hf.drafting import Lossless, Rounds
+from tidaldecode.hf.drafting import DraftLength, Lossless, Rounds
 from tidaldecode.plans.find import find_plan
 
 
@@ -34,8 +35,9 @@ class Generation:
         kv_read_fraction: share of the KV cache of those layers read per new token, averaged likewise; 1.0 where there
             was no decode step, the first new token being prefill's.
         decode_ms_per_token: median milliseconds of a decode step, prefill left out, and on a GPU the first step, which
-            is compiled and captured; with rounds or corrections, whose tokens take unlike times, the mean behind the
-            first of them. `None` where there is no other.
+            is compiled and captured; with corrections or rounds, whose tokens take unlike times, the mean, on a GPU
+            without the first correction's tokens, and without each round that is the first to draft so many tokens:
+            its pass is compiled and captured. `None` where there is no other.
         accepted_per_round: tokens that came out of a round of lossless decoding, full attention's own included; `None`
             for other decoding, and where there was no round.
     """
@@ -74,13 +76,9 @@ class Passes:
             if self.correction_interval is not None and step % self.correction_interval == 0:
                 yield context + step, True
 
-    def unlike_tokens(self, rounds: Rounds | None) -> int | None:
-        """New tokens of the first round or up to the first correction; `None` where every token takes as long."""
-        if self.correction_interval is not None:
-            return self.correction_interval
-        if self.lossless is not None:
-            return rounds.tokens[0] if rounds is not None and rounds.tokens else 1
-        return None
+    def room(self, new_tokens: int) -> int:
+        """Tokens of the cache behind the last one, where a round drafts more than are still wanted."""
+        return 0 if self.lossless is None else DraftLength(self.lossless, new_tokens).longest
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,8 @@ def generate_measured(
     plan = applied_plan(model)
     if plan is None:
         raise InputError("the model has no plan: call tidaldecode.apply first")
-    cache = TidalCache(model.config, plan, prompt.shape[1] + max_new_tokens)
     sampling, passes = sampling or Sampling(), passes or Passes()
+    cache = TidalCache(model.config, plan, prompt.shape[1] + max_new_tokens + passes.room(max_new_tokens))
     torch.manual_seed(sampling.seed)
     streamer = _TimedStreamer(tokenizer, on_text)
     output = model.generate(
@@ -138,9 +136,7 @@ def generate_measured(
         **sampling.options(),
     )
     new = output[0, prompt.shape[1] :].tolist()
-    unlike = passes.unlike_tokens(cache.rounds)
-    compiled = _compilations(model)
-    ms = streamer.step_ms(compiled) if unlike is None else streamer.mean_ms(compiled * unlike)
+    ms = streamer.ms(passes, cache.rounds, _compilations(model))
     return _generation(tokenizer, cache, prompt.shape[1], new, ms, passes), cache
 
 
@@ -239,6 +235,19 @@ class _TimedStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._on_text(text)
 
+    def ms(self, passes: Passes, rounds: Rounds | None, compiled: int) -> float | None:
+        """Milliseconds per token of a generation, as `Generation.decode_ms_per_token` says.
+
+        Args:
+            rounds: of lossless decoding.
+            compiled: 1 where the first pass of each kind is compiled and captured, else 0.
+        """
+        if passes.correction_interval is not None:
+            return self.mean_ms(compiled * passes.correction_interval)
+        if passes.lossless is not None and rounds is not None:
+            return self.rounds_ms(rounds, compiled)
+        return self.step_ms(compiled)
+
     def step_ms(self, left_out: int) -> float | None:
         """Median milliseconds between one token and the next, the first `left_out` intervals left out."""
         times = self._times[left_out:]
@@ -251,3 +260,15 @@ class _TimedStreamer(TextStreamer):
         """Mean milliseconds of a token where some come together, the first `left_out` intervals left out."""
         times = self._times[left_out:]
         return None if len(times) < 2 else (times[-1] - times[0]) / (len(times) - 1) * 1000
+
+    def rounds_ms(self, rounds: Rounds, compiled: int) -> float | None:
+        """Mean milliseconds of a token of rounds, the first `compiled` of each number of drafted tokens left out."""
+        seen: Counter[int] = Counter()
+        seconds, tokens, last = 0.0, 0, 0
+        for drafted, new in zip(rounds.drafted, rounds.tokens, strict=True):
+            end = min(last + new, len(self._times) - 1)  # behind an end of sequence nothing comes
+            if seen[drafted] >= compiled:
+                seconds, tokens = seconds + self._times[end] - self._times[last], tokens + end - last
+            seen[drafted] += 1
+            last = end
+        return seconds / tokens * 1000 if tokens else None

@@ -13,13 +13,15 @@ class RaggedTokens:
     Args:
         prompt: [B, W], int64; left-padded.
         room: most tokens that can be written behind the prompt.
+        padding: [], int64; what logits processors find behind a sequence that is shorter than others; 0 if left out.
 
     Attributes:
         ids: [B, W + room], int64; of sequence `b` the first `counts[b]` are valid.
         counts: tokens of each sequence, prompt and padding included.
     """
 
-    def __init__(self, prompt: Tensor, room: int) -> None:
+    def __init__(self, prompt: Tensor, room: int, padding: Tensor | None = None) -> None:
+        self._padding = prompt.new_zeros(()) if padding is None else padding.to(prompt.device)
         self.ids = torch.nn.functional.pad(prompt, (0, room))
         self.counts = [prompt.shape[1]] * len(prompt)
         self._ends = self._on_device()
@@ -66,10 +68,12 @@ class RaggedTokens:
         logits = logits.to(self.ids.device, torch.float32, copy=True)
         if not processors:
             return logits
-        if len(set(self.counts)) == 1:  # nothing to pick apart, and no indices to copy to the device
+        if len(set(self.counts)) == 1:  # nothing to pick apart
             return processors(self.ids[:, : self.counts[0] + offset], logits)
-        scores = torch.empty_like(logits)
-        for width in sorted(set(self.counts)):
-            rows = [row for row, count in enumerate(self.counts) if count == width]
-            scores[rows] = processors(self.ids[:, : width + offset], logits.clone())[rows]
+        scores = logits
+        for width in sorted(set(self.counts)):  # told apart on the device: indices would have to be copied there
+            there = torch.arange(width + offset, device=self.ids.device) < (self._ends + offset)[:, None]
+            seen = torch.where(there, self.ids[:, : width + offset], self._padding)
+            own = processors(seen, logits.clone())
+            scores = torch.where((self._ends == width)[:, None], own, scores)
         return scores

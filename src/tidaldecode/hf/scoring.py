@@ -18,6 +18,7 @@ from tidaldecode.architecture import model_shape, rope_varies
 from tidaldecode.errors import InputError
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.forward import PREFILL_CHUNK
 from tidaldecode.hf.full_pass import full_pass
 
@@ -86,8 +87,25 @@ def corrected_step_logits(
             full_pass(model, cache, ids, positions, last_logits=True, capture=False)
 
 
+def own_step_logits(
+    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, interval: int | None = None
+) -> Iterator[Tensor]:
+    """As `corrected_step_logits`, by the model's own decode steps and corrections: on a GPU graphs are replayed."""
+    _check(model, cache, token_ids)
+    cache.correction = None if interval is None else Correction(interval)
+    try:
+        for ids in torch.split(token_ids.to(model.device), 1, 1):
+            yield model(ids, past_key_values=cache).logits
+    finally:
+        cache.correction = None
+
+
 def score_tokens(
-    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, correction_interval: int | None = None
+    model: PreTrainedModel,
+    cache: TidalCache,
+    token_ids: Tensor,
+    correction_interval: int | None = None,
+    own_steps: bool = False,
 ) -> TokenScores:
     """Log probabilities of given tokens, as decoding them step by step under `cache.attention` would give them.
 
@@ -96,6 +114,7 @@ def score_tokens(
         token_ids: [1, n + 1]; the first is decoded and not scored: the last token of the prompt, which the cache does
             not hold yet.
         correction_interval: decoded tokens after which those run again with full attention; `None` for never.
+        own_steps: decode step by step instead of many steps in a pass.
 
     Returns:
         Scores of the n tokens behind the first, on the model's device.
@@ -106,7 +125,9 @@ def score_tokens(
     expected = token_ids[0, 1:].to(model.device)
     log_probs, greedy, start = [], [], 0
     given = token_ids[:, :-1]
-    if correction_interval is None:
+    if own_steps:
+        parts = own_step_logits(model, cache, given, correction_interval)
+    elif correction_interval is None:
         parts = step_logits(model, cache, given)
     else:
         parts = corrected_step_logits(model, cache, given, correction_interval)

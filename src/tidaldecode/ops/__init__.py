@@ -35,8 +35,8 @@ _Result = TypeVar("_Result")
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_HEAD_DIM = 256
 
-MOST_CHUNK_TOKENS = 33
-"""Most new tokens that `multi_query_attention` has a kernel for: 32 drafted ones and the one before them."""
+MOST_CHUNK_TOKENS = 65
+"""Most new tokens that `multi_query_attention` has a kernel for: 64 drafted ones and the one before them."""
 
 
 def has_kernel(rows: Tensor) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tidaldecode.evaluate.correction import CorrectionRow
+from tidaldecode.evaluate.correction_rows import CorrectionRow
 from tidaldecode.report.drawing import MUTED, add_legend, line_styles, new_figure, save_png
 from tidaldecode.report.labels import budget_label
 
@@ -23,6 +23,8 @@ def plot_correction(rows: Sequence[CorrectionRow], path: Path, title: str) -> No
 
 def correction_panels(rows: Sequence[CorrectionRow], width: float) -> Figure:
     """Gap, milliseconds per token and tokens per round against the tokens between two full passes.
+
+    The gap of a few windows may be below 0; bars are its standard errors.
 
     Args:
         rows: of `tidaldecode.evaluate.correction.study`; one budget a colour, lossless decoding dashed.
@@ -48,15 +50,17 @@ def correction_panels(rows: Sequence[CorrectionRow], width: float) -> Figure:
     for axis, title in zip(axes, ("nats per token above full", "ms per token", "tokens out per round"), strict=True):
         names = ["none" if length is None else str(length) for length in places]
         axis.set_xticks(list(places.values()), names)
-        axis.set(title=title, xlabel="tokens between full passes", ylim=(0, None))
+        axis.set(title=title, xlabel="tokens between full passes", ylim=(min(0, axis.get_ylim()[0]), None))
     axes[2].set_xlim(axes[0].get_xlim())
     add_legend(figure, width)
     return figure
 
 
 def _line(axis: Axes, rows: Sequence[CorrectionRow], field: str, places: dict[int | None, int], **style: str) -> None:
-    points = sorted((places[row.length], getattr(row, field)) for row in rows)
-    axis.plot([place for place, _ in points], [value for _, value in points], **style)  # type: ignore[arg-type]
+    rows = sorted(rows, key=lambda row: places[row.length])
+    where, values = [places[row.length] for row in rows], [getattr(row, field) for row in rows]
+    errors = [row.gap_stderr or 0.0 for row in rows] if field == "gap" else None
+    axis.errorbar(where, values, yerr=errors, elinewidth=1, **style)  # type: ignore[arg-type]
 
 
 def _full_attention(axes: Sequence[Axes], rows: Sequence[CorrectionRow], places: dict[int | None, int]) -> None:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from tidaldecode.errors import InputError
 from tidaldecode.report.article import Article, devices_of
+from tidaldecode.report.correction_article import correction_article
 from tidaldecode.report.drawing import check_matplotlib, palette
 from tidaldecode.report.others import calibration_article, other_article, recall_article
 from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
@@ -25,6 +26,7 @@ _ARTICLES: dict[str, Callable[[Result, str], Article]] = {
     "ppl": ppl_article,
     "needle": needle_article,
     "lm-eval": lm_eval_article,
+    "correction": correction_article,
     "decode": decode_article,
     "ops": operations_article,
     "recall": recall_article,
@@ -34,6 +36,7 @@ _ARTICLES: dict[str, Callable[[Result, str], Article]] = {
 _SECTIONS = {
     "Quality": ("ppl", "needle"),
     "Tasks": ("lm-eval",),
+    "Lossless decoding": ("correction",),
     "Speed": ("decode", "ops"),
     "Calibration": ("calibration", "recall"),
     "Other results": ("other",),
@@ -42,6 +45,7 @@ _MEASURED = {
     "ppl": "perplexity",
     "needle": "needle in a haystack",
     "lm-eval": "lm-eval tasks",
+    "correction": "cache correction",
     "decode": "decode steps",
     "ops": "attention operations",
     "recall": "coherence of layers",

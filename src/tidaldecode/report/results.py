@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import read_cells
+from tidaldecode.evaluate.correction_rows import rows_of
 
 _LARGEST = 2**26  # bytes of a file
 
@@ -23,7 +24,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(max_length=120)]
 Budget = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=1)] | None
 
-Kind = Literal["ppl", "needle", "lm-eval", "decode", "ops", "recall", "calibration", "other"]
+Kind = Literal["ppl", "needle", "lm-eval", "correction", "decode", "ops", "recall", "calibration", "other"]
 
 
 class _Row(BaseModel):
@@ -72,6 +73,30 @@ class _LmEvalRow(_MethodRow):
     task: Name
     metrics: dict[Name, Number | str | None]
     samples: Count
+
+
+class _CorrectionVariant(_Row):
+    mode: Literal["full", "plain", "correction", "lossless"]
+    length: Positive | None
+    budget: Budget
+    ms_per_token: Time
+
+
+class _CorrectionCell(_CorrectionVariant):
+    window: Count
+    plan: Name | None = None
+    nll: Nll
+    accepted_per_round: Number | None = None
+    first_difference: Count | None = None
+
+
+class _CorrectionSummary(_CorrectionVariant):
+    gap: Number
+    gap_stderr: Number | None = None
+    speedup: Number
+    accepted_per_round: Number | None
+    differing: Count | None
+    windows: Positive
 
 
 class _DecodeRow(_Row):
@@ -130,10 +155,14 @@ _ROWS: dict[str, TypeAdapter[Any]] = {
     "ppl": TypeAdapter(list[_PplCell]),
     "needle": TypeAdapter(list[_NeedleRow]),
     "lm-eval": TypeAdapter(list[_LmEvalRow]),
+    "correction": TypeAdapter(list[_CorrectionCell]),
     "decode": TypeAdapter(list[_DecodeRow]),
     "ops": TypeAdapter(list[_OperationRow]),
 }
-_PPL_SUMMARIES = TypeAdapter(list[_PplSummary])
+_SUMMARIES: dict[str, TypeAdapter[Any]] = {  # what `--json` says of cells
+    "ppl": TypeAdapter(list[_PplSummary]),
+    "correction": TypeAdapter(list[_CorrectionSummary]),
+}
 
 
 @dataclass(frozen=True)
@@ -219,7 +248,7 @@ def _read_cells(path: Path, name: str) -> Result:
     except InputError:
         raise InputError("no cells of an evaluation, or the first line is damaged") from None
     kind = header.pop("kind")
-    if kind not in ("ppl", "needle", "lm-eval"):
+    if kind not in ("ppl", "needle", "lm-eval", "correction"):
         raise InputError(f"cells of an unknown kind, {kind!r}")
     if not rows:
         raise InputError("no cells yet")
@@ -241,7 +270,7 @@ def _read_json(path: Path, name: str) -> Result:
     if kind in _ROWS:
         rows = content.pop("rows")
         rows = content.pop("cells") if kind == "needle" else rows  # its rows are sums of its cells
-        rows = _checked(kind, rows, _PPL_SUMMARIES if kind == "ppl" else _ROWS[kind])
+        rows = _checked(kind, rows, _SUMMARIES.get(kind, _ROWS[kind]))
     return Result(name, kind, content, rows, [environment] if environment else [])
 
 
@@ -256,6 +285,8 @@ def _kind(content: dict[str, Any]) -> Kind:
         return "ppl"
     if isinstance(first, dict) and {"correct", "total", "accuracy"} <= first.keys() and content.get("cells"):
         return "needle"
+    if isinstance(first, dict) and {"mode", "length", "speedup", "differing"} <= first.keys():
+        return "correction"
     if isinstance(first, dict) and {"task", "metrics"} <= first.keys():
         return "lm-eval"
     if "recall" in content:
@@ -274,6 +305,8 @@ def _kind(content: dict[str, Any]) -> Kind:
 
 def _checked(kind: str, rows: Any, expected: TypeAdapter[Any]) -> list[dict[str, Any]]:
     expected.validate_python(rows)
+    if kind == "correction" and rows and "window" in rows[0]:
+        rows_of(rows)  # there is a window to show
     if kind == "ppl" and len({(len(row["nll_by_position"]), row["bin_tokens"]) for row in rows}) > 1:
         raise InputError("windows of different lengths")
     return _with_plans_told_apart(rows)
