@@ -141,15 +141,9 @@ class DecodeAttention:
     def _allocate(self, rows: int, capacity: int, device: torch.device) -> StepSets:
         """Room for the sets of a step of `rows` sequences."""
         width = min(self.plan.budget_for(capacity), capacity)
-        budget = min(self.plan.budget_for(1), torch.iinfo(torch.int32).max)
         with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
             lengths = torch.zeros(rows, dtype=torch.int32, device=device)
-            return StepSets(
-                indices=lengths.new_zeros(rows, self.num_sets, width),
-                counts=lengths,
-                budgets=torch.full_like(lengths, budget),
-                recents=torch.full_like(lengths, self.plan.recent_for(budget)),
-            )
+            return StepSets(lengths.new_zeros(rows, self.num_sets, width), lengths, *budgets_like(self.plan, lengths))
 
     def _use(self, sets: StepSets, capacity: int) -> None:
         """Where this step's sets go."""
@@ -161,19 +155,9 @@ class DecodeAttention:
 
     def _count(self, lengths: Tensor) -> None:
         """How many tokens the sets of each sequence hold."""
-        assert self._budgets is not None and self.counts is not None
-        if isinstance(self.plan.token_budget, float):
-            self._set_budgets(lengths)
+        assert self._budgets is not None and self._recents is not None and self.counts is not None
+        write_budgets(self.plan, lengths, self._budgets, self._recents)
         torch.minimum(self._budgets, lengths, out=self.counts)
-
-    def _set_budgets(self, lengths: Tensor) -> None:
-        """`plan.budget_for` and `plan.recent_for` of every length, on the device."""
-        assert self._budgets is not None and self._recents is not None
-        plan = self.plan
-        budgets = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
-        self._budgets.copy_(budgets)
-        if isinstance(plan.recent_tokens, float):
-            self._recents.copy_((budgets * plan.recent_tokens).floor().clamp(min=1))
 
     def attend(
         self,
@@ -279,6 +263,22 @@ class DecodeAttention:
         size = self.shape.group_size
         groups = [set(rows[start : start + size]) for start in range(0, len(rows), size)]
         return sum(len(group) for group in groups) / len(groups)
+
+
+def budgets_like(plan: TidalPlan, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the budgets and recent tokens of sequences, [B], int32 each; filled where they go by no length."""
+    budget = min(plan.budget_for(1), torch.iinfo(torch.int32).max)
+    return torch.full_like(lengths, budget), torch.full_like(lengths, plan.recent_for(budget))
+
+
+def write_budgets(plan: TidalPlan, lengths: Tensor, budgets: Tensor, recents: Tensor) -> None:
+    """Writes `plan.budget_for` and `plan.recent_for` of every length, on the device, into what `budgets_like` made."""
+    if isinstance(plan.token_budget, int):
+        return
+    exact = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
+    budgets.copy_(exact)
+    if isinstance(plan.recent_tokens, float):
+        recents.copy_((exact * plan.recent_tokens).floor().clamp(min=1))
 
 
 def _as_slice(rows: list[int]) -> slice | None:
