@@ -70,7 +70,7 @@ def _tidal(
     caches = [_paged(kv_heads, batch, context, block_size, layout) for _ in range(3)]
     query = torch.randn(batch, HEADS, DIM, device="cuda").bfloat16()
     lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    attention.reserve(batch, torch.device("cuda"))
+    attention.reserve(batch, batch, torch.device("cuda"))
     attention.begin(lengths)
 
     def attend(layer: int) -> Tensor:

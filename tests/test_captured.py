@@ -588,13 +588,13 @@ def test_memory_is_looked_at_before_a_cache_is_allocated(monkeypatch):
 def test_what_has_no_kernel_is_said_once(monkeypatch, caplog, dtype, head_dim, capability, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    ops._obstacle.cache_clear()
+    ops._told_obstacle.cache_clear()
     with caplog.at_level(logging.WARNING, "tidaldecode"):
         for _ in range(2):
-            assert ops._obstacle(torch.device("cuda", 0), dtype, head_dim) is not None
-        assert ops._obstacle(torch.device("cuda", 0), torch.float16, 64) is None or capability == (7, 5)
+            assert ops._told_obstacle(torch.device("cuda", 0), dtype, head_dim) is not None
+        assert ops._told_obstacle(torch.device("cuda", 0), torch.float16, 64) is None or capability == (7, 5)
     assert len(caplog.records) == 1 and reason in caplog.text
-    ops._obstacle.cache_clear()
+    ops._told_obstacle.cache_clear()
 
 
 @on_gpu

@@ -68,7 +68,7 @@ def _compare(layout, block_size, batch, selection, views, dtype):
     table = torch.randperm(blocks, dtype=torch.int32, device=DEVICE).view(batch, -1)
     whole = torch.arange(batch, dtype=torch.int32, device=DEVICE)[:, None]
     exact, paged = DecodeAttention(plan, shape), RankAttention(plan, shape, ALONE, CAPACITY)
-    paged.reserve(64, DEVICE)
+    paged.reserve(64, 64, DEVICE)
     exact.begin(lengths, CAPACITY)
     paged.begin(lengths)
     for layer in range(5):

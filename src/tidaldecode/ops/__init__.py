@@ -41,28 +41,33 @@ MOST_CHUNK_TOKENS = 65
 
 def has_kernel(rows: Tensor) -> bool:
     """Whether query, key or value rows, [..., D], have kernels: on a GPU, of a dtype and head dim that they know."""
-    return rows.is_cuda and _obstacle(rows.device, rows.dtype, rows.shape[-1]) is None
+    return rows.is_cuda and _told_obstacle(rows.device, rows.dtype, rows.shape[-1]) is None
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a GPU has no kernels for such query, key and value rows, in words; `None` if it has."""
+    if dtype not in _KERNEL_DTYPES:
+        return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
+    if head_dim > _LARGEST_HEAD_DIM:
+        return f"there are no kernels for head dim {head_dim}, only up to {_LARGEST_HEAD_DIM}"
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is too old for the kernels (compute capability below 8.0)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang", "cl")))):
+        return "Triton needs a C compiler, and there is none: install gcc"
+    return None
 
 
 @functools.cache
-def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why there is no kernel; said once."""
-    obstacle = None
-    if dtype not in _KERNEL_DTYPES:
-        obstacle = f"there are no kernels for {str(dtype).removeprefix('torch.')}"
-    elif head_dim > _LARGEST_HEAD_DIM:
-        obstacle = f"there are no kernels for head dim {head_dim}, only up to {_LARGEST_HEAD_DIM}"
-    elif torch.version.hip is not None:
-        obstacle = "the kernels are made for NVIDIA GPUs"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        obstacle = f"{torch.cuda.get_device_name(device)} is too old for the kernels (compute capability below 8.0)"
-    elif importlib.util.find_spec("triton") is None:
-        obstacle = "Triton is not installed"
-    elif not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang", "cl")))):
-        obstacle = "Triton needs a C compiler, and there is none: install gcc"
-    if obstacle is not None:
-        logging.getLogger("tidaldecode").warning("%s: attention runs in plain PyTorch, and slower", obstacle)
-    return obstacle
+def _told_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """As `obstacle`, and said once."""
+    found = obstacle(device, dtype, head_dim)
+    if found is not None:
+        logging.getLogger("tidaldecode").warning("%s: attention runs in plain PyTorch, and slower", found)
+    return found
 
 
 def _by_device(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -94,7 +99,7 @@ def select_tokens(
     importance: Tensor, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int, indices: Tensor
 ) -> None:
     """As `reference.select_tokens`, by the backend of the device."""
-    if importance.is_cuda and _obstacle(importance.device, importance.dtype, 1) is None:
+    if importance.is_cuda and _told_obstacle(importance.device, importance.dtype, 1) is None:
         from tidaldecode.ops import kernels
 
         with torch.cuda.device(importance.device):
@@ -111,6 +116,7 @@ __all__ = [
     "has_kernel",
     "multi_query_attention",
     "multi_query_attention_with_selection",
+    "obstacle",
     "select_tokens",
     "sparse_attention",
     "write_kv",

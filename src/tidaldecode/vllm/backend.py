@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
-from tidaldecode.architecture import model_shape
+from tidaldecode.architecture import check_architecture, model_shape
 from tidaldecode.vllm.metadata import Step, TidalDecodeBuilder
 from tidaldecode.vllm.parent import parent_backend
 from tidaldecode.vllm.rank import RankAttention
 from tidaldecode.vllm.settings import Settings
-from tidaldecode.vllm.support import check_engine, check_layer
+from tidaldecode.vllm.support import check_engine, check_kernels, check_layer
 from tidaldecode.vllm.views import cache_views
 
 _log = logging.getLogger("vllm.tidaldecode")
@@ -26,6 +27,8 @@ _Impl: Any = _Backend.get_impl_cls()
 
 class TidalDecodeBackend(_Backend):
     """vLLM's own backend, with TidalDecode's builder and attention."""
+
+    supports_kv_cache_update_bypass = False
 
     @staticmethod
     def get_name() -> str:
@@ -41,6 +44,16 @@ class TidalDecodeBackend(_Backend):
     def get_builder_cls() -> type[Any]:
         """`TidalDecodeBuilder`."""
         return TidalDecodeBuilder
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """No: how our kernels cut a sequence goes by the lengths of all."""
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """No."""
+        return False
 
 
 class TidalDecodeImpl(_Impl):
@@ -75,12 +88,14 @@ class TidalDecodeImpl(_Impl):
             "the KV cache of another layer": kv_sharing_target_layer_name,
         }
         check_layer(kv_cache_dtype, attn_type, features)
+        check_kernels(torch.get_default_device(), torch.get_default_dtype(), head_size)
         super().__init__(
             num_heads, head_size, scale, num_kv_heads, None, sliding_window, kv_cache_dtype, None, attn_type, **others
         )
         config = get_current_vllm_config()
         self.attention = _attention_of(config)
-        self._most_requests = config.scheduler_config.max_num_seqs
+        scheduler = config.scheduler_config
+        self._most = (scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         self.layer = -1
 
     def forward(
@@ -105,10 +120,12 @@ class TidalDecodeImpl(_Impl):
             output: [tokens, Hq, D], written.
         """
         if attn_metadata is None:
-            self.attention.reserve(self._most_requests, query.device)
+            self.attention.reserve(*self._most, query.device)
         step: Step | None = None if attn_metadata is None else attn_metadata.tidal
         if step is None or self.attention.reads_everything(self.layer):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
         if step.prompts is not None:
             tokens = step.prompts.tokens
             part = output[tokens]
@@ -121,6 +138,10 @@ class TidalDecodeImpl(_Impl):
         )
         return output
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """No: our kernels write no quantized output."""
+        return False
+
 
 def _attention_of(config: VllmConfig) -> RankAttention:
     """The plan at work for a model: that of the layers made before, or a new one.
@@ -132,10 +153,13 @@ def _attention_of(config: VllmConfig) -> RankAttention:
         if isinstance(made.impl, TidalDecodeImpl):
             return made.impl.attention
     check_engine(config)
+    check_architecture(config.model_config.hf_config)
     model = config.model_config.hf_text_config
     plan = Settings.of(config.additional_config).plan_for(model)
     context = config.model_config.max_model_len
     attention = RankAttention(plan, model_shape(model), get_tp_group(), context)
+    if attention.group.rank_in_group > 0:
+        return attention
     roles = {role: plan.roles.count(role) for role in ("full", "select", "sparse")}
     _log.info(
         "tidaldecode: plan %s with a budget of %s tokens (%s): decoding reads %.1f%% of the KV cache at %d tokens",

@@ -35,17 +35,22 @@ class Split:
     decode_lengths: Integers
 
 
-def split(query_start_loc: Integers, seq_lens: Integers, prompt_lens: Integers) -> Split:
+def split(query_start_loc: Integers, seq_lens: Integers, prompt_lens: Integers, most: int) -> Split:
     """Splits a batch.
 
     Args:
         query_start_loc: [requests + 1]; where the new tokens of each request begin in the batch.
         seq_lens: [requests]; tokens of each request, the new ones included.
         prompt_lens: [requests]; tokens of each request's prompt.
+        most: tokens that can be decoded at once. The requests that have most of them, and would go beyond it, are read
+            in full instead, like prompts.
     """
     new = np.diff(query_start_loc)
     before = seq_lens - new
     of_prompt = np.clip(prompt_lens - before, 0, new)
+    order = np.argsort(new - of_prompt, kind="stable")
+    beyond = order[np.cumsum((new - of_prompt)[order]) > most]
+    of_prompt[beyond] = new[beyond]
     request = np.repeat(np.arange(len(new)), new)
     token = np.arange(len(request))
     place = token - query_start_loc[:-1][request]  # among the new tokens of its request

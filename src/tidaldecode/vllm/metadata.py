@@ -56,7 +56,7 @@ class TidalDecodeBuilder(_Builder):
 
     # a batch of one new token per request, whatever the lengths; batches with prompts run outside of CUDA graphs
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    supports_update_block_table = False
+    supports_update_block_table = False  # the step's own would be forgotten
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -66,14 +66,16 @@ class TidalDecodeBuilder(_Builder):
         for name, layer in layers.items():
             layer.impl.layer = extract_layer_index(name)
         self.attention = next(iter(layers.values())).impl.attention
-        self.attention.reserve(vllm_config.scheduler_config.max_num_seqs, device)
-        self._counts = min(layer.impl.layer for layer in layers.values()) == self.attention.first_layer
-        _ask_for_prompt_lengths(vllm_config.model_config)
+        scheduler = vllm_config.scheduler_config
+        self.attention.reserve(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
+        indices = {layer.impl.layer for layer in layers.values()}
+        self._works = not all(map(self.attention.reads_everything, indices))
+        self._counts = self.attention.first_layer in indices
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Pure decode batches alone, and only if vLLM's own backend can do as much."""
-        parents = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        parents = _Builder.get_cudagraph_support(vllm_config, kv_cache_spec)
         return min(parents, cls._cudagraph_support, key=lambda support: support.value)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
@@ -92,19 +94,18 @@ class TidalDecodeBuilder(_Builder):
         finally:
             self._counts = counts
 
-    def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor) -> Any:
-        """Not supported: the step's block table would be forgotten."""
-        raise NotImplementedError
-
     def _step(self, common: Any, prompt_lens: Tensor | None) -> Step | None:
+        if not self._works:
+            return None
         one_each = common.max_query_len <= 1
         prefilling = common.is_prefilling is not None and bool(common.is_prefilling.any())
         if one_each and (self._in_graphs or not prefilling):
-            if self._counts:
+            if self._counts and prompt_lens is not None:  # there are none in a trial run
                 self.attention.reads.count(common.seq_lens_cpu_upper_bound.numpy())
             self.attention.begin(common.seq_lens)
             return Step(slice(0, common.num_reqs), common.block_table_tensor, common.seq_lens)
-        if prompt_lens is None:  # a trial run
+        if prompt_lens is None:  # a trial run, or the first batch of all, which is prompts alone
+            _ask_for_prompt_lengths(self.vllm_config.model_config)
             return None
         starts = common.query_start_loc_cpu.numpy().astype(np.int64)
         lengths = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
@@ -113,7 +114,7 @@ class TidalDecodeBuilder(_Builder):
         )  # on a GPU this waits for the step before, in steps with prompts
         of_prompt = np.zeros_like(lengths)
         of_prompt[: len(known)] = known[: len(lengths)]
-        return self._mixed(common, split(starts, lengths, of_prompt))
+        return self._mixed(common, split(starts, lengths, of_prompt, self.attention.most_rows))
 
     @property
     def _in_graphs(self) -> bool:
@@ -176,7 +177,7 @@ def _ask_for_prompt_lengths(model_config: Any) -> None:
 
     It does so for models with reference sliding window attention, whose window is counted from the prompt's end
     (`CommonAttentionMetadata.rswa_prefix_lens`), and in no other way. A window of the whole context changes nothing in
-    a model, and vLLM's own builders, which are made before, know nothing of it.
+    a model; vLLM's own layers and builders, which are made before, know nothing of it.
     """
     if model_config.rswa_window is None:
         model_config.model_arch_config.rswa_window = model_config.max_model_len

@@ -16,6 +16,12 @@ from tidaldecode.vllm.reads import Reads
 _SCORE_BYTES = 256 * 2**20
 """Most memory for the scores between attention and selection: more sequences are attended to some at a time."""
 
+_SET_BYTES = 2**30
+"""Most memory for the sets of a step that decodes more tokens than there may be requests: after a preemption."""
+
+_ROWS = 512
+"""Most sequences that a kernel is launched for, as in vLLM's largest CUDA graph."""
+
 
 class Group(Protocol):
     """The ranks that share a model's heads; vLLM's `GroupCoordinator`."""
@@ -45,6 +51,7 @@ class RankAttention(DecodeAttention):
 
     Attributes:
         reads: what the decode steps have read.
+        most_rows: tokens that a step can decode.
 
     Raises:
         InputError: the plan chooses per KV head, and the heads of a KV head are on several ranks.
@@ -62,7 +69,8 @@ class RankAttention(DecodeAttention):
         self.group = group
         self._longest = capacity
         self._room: StepSets | None = None
-        self.reads = Reads(self)
+        self.reads = Reads(self, logged=group.rank_in_group == 0)
+        self.most_rows = 0
         self._exchanges = {layer for layer in self.writes if self._read_elsewhere(layer)}
 
     def _read_elsewhere(self, layer: int) -> bool:
@@ -92,18 +100,22 @@ class RankAttention(DecodeAttention):
         """Whether a layer needs nothing of ours: it has no role, or attends to the whole cache and chooses nothing."""
         return self.plan.roles[layer] is None or self.is_full(layer)
 
-    def reserve(self, rows: int, device: torch.device) -> None:
+    def reserve(self, rows: int, most_tokens: int, device: torch.device) -> None:
         """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to.
 
-        While vLLM measures how much memory a model takes, this also takes what a select layer needs for its scores.
+        While vLLM measures how much memory a model takes, this also takes what a select layer needs for its scores, and
+        what a step of `most_tokens` decoded tokens needs, and gives it back.
         """
         if self._room is None:
             self._room = self._allocate(rows, self._longest, device)
-            torch.empty(self._at_once(), len(self.heads), self._longest, device=device)
+            of_one = self._room.indices[0].numel() * 4
+            self.most_rows = max(rows, _SET_BYTES // max(of_one, 1))
+            torch.empty(2, self._at_once(), len(self.heads), self._longest, device=device)
+            torch.empty(min(self.most_rows, most_tokens) * of_one, dtype=torch.uint8, device=device)
 
     def _at_once(self) -> int:
         """Sequences that a select layer attends to at a time."""
-        return max(1, _SCORE_BYTES // (len(self.heads) * self._longest * 4))
+        return max(1, min(_ROWS, _SCORE_BYTES // (len(self.heads) * self._longest * 4)))
 
     def begin(self, lengths: Tensor, capacity: int | None = None) -> None:
         """Starts a step of up to as many sequences as there is room for; of more in memory of its own."""
@@ -112,9 +124,34 @@ class RankAttention(DecodeAttention):
         if rows <= len(self._room.counts):
             sets = self._room.of(rows)
         else:
+            self.indices = self.counts = None  # those of such a step before
             sets = self._allocate(rows, self._longest, lengths.device)
         self._use(sets, self._longest)
         self._count(lengths)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """As `DecodeAttention.attend`, some sequences at a time where they are very many."""
+        if len(query) <= _ROWS or self.plan.roles[layer] == "select":
+            return super().attend(layer, query, k_cache, v_cache, block_table, lengths, scale)
+        assert self.indices is not None and self.counts is not None
+        whole, outputs = (self.indices, self.counts), []
+        for start in range(0, len(query), _ROWS):
+            part = slice(start, start + _ROWS)
+            self.indices, self.counts = whole[0][part], whole[1][part]
+            outputs.append(
+                super().attend(layer, query[part], k_cache, v_cache, block_table[part], lengths[part], scale)
+            )
+        self.indices, self.counts = whole
+        return torch.cat(outputs)
 
     def _select(
         self,
@@ -157,7 +194,7 @@ class RankAttention(DecodeAttention):
         mine = self._mine(layer)
         width = sum(rows.stop - rows.start for rows in mine)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        importance = query.new_zeros(len(query), width, self._longest, dtype=dtype)
+        importance = query.new_empty(len(query), width, self._longest, dtype=dtype)
         output = ops.full_attention_with_importance(query, *cache, importance)
         start = 0
         for rule, rows in zip(self.writes[layer], mine, strict=True):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.plan import TidalPlan
 
-_log = logging.getLogger("vllm.tidaldecode")  # below vLLM's logger, for its handlers and its format
+_log = logging.getLogger("vllm.tidaldecode")
 _SECONDS = 10.0  # as often as vLLM logs its throughput
 
 
@@ -20,13 +20,13 @@ class Reads:
     """Counts the tokens whose K and V the layers with a role read, per KV head.
 
     Attributes:
-        steps: decode steps.
-        tokens: tokens that were decoded in them.
+        tokens: tokens that were decoded.
         read: tokens that the layers read, summed over layers and decoded tokens.
         whole: tokens that full attention would have read.
     """
 
-    def __init__(self, attention: DecodeAttention) -> None:
+    def __init__(self, attention: DecodeAttention, logged: bool = True) -> None:
+        self._logged_at_all = logged
         self._plan: TidalPlan = attention.plan
         # at a context of 2 tokens per budget token, what depends on the length is told from what does not
         context = 2 * attention.plan.budget_for(1) + 1
@@ -36,7 +36,7 @@ class Reads:
         self._short = len(sparse)
         self._full = self._layers - self._short
         self._sparse = sum(reads[layer] for layer in sparse) / min(attention.plan.budget_for(context), context)
-        self.steps = self.tokens = 0
+        self.tokens = 0
         self.read = self.whole = 0.0
         self._logged = (time.monotonic(), 0, 0.0, 0.0)
 
@@ -47,10 +47,10 @@ class Reads:
             lengths: [B]; tokens of the sequences that are decoded, the new ones included; 0 is none.
         """
         lengths = lengths[lengths > 0].astype(np.float64)
-        budgets = np.array([self._plan.budget_for(int(length)) for length in lengths])
+        budget, least = self._plan.token_budget, self._plan.budget_for(1)
+        budgets = least if isinstance(budget, int) else np.maximum(np.ceil(lengths * budget), least)
         short = budgets >= lengths
         sparse = np.where(short, lengths * self._short, budgets * self._sparse)
-        self.steps += 1
         self.tokens += len(lengths)
         self.read += float((lengths * self._full + sparse).sum())
         self.whole += float((lengths * self._layers).sum())
@@ -64,7 +64,7 @@ class Reads:
     def _log(self) -> None:
         now = time.monotonic()
         since, tokens, read, whole = self._logged
-        if now - since < _SECONDS or self.whole == whole:
+        if not self._logged_at_all or now - since < _SECONDS or self.whole == whole:
             return
         part = (self.read - read) / (self.whole - whole)
         _log.info(

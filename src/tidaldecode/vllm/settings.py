@@ -15,6 +15,8 @@ from tidaldecode.plans.find import find_plan
 KEY = "tidaldecode"
 """Key of the settings in vLLM's additional config."""
 
+_VARIABLES = {"plan": "TIDALDECODE_PLAN", "token_budget": "TIDALDECODE_BUDGET"}
+
 
 class Settings(BaseModel):
     """The settings, from `--additional-config '{"tidaldecode": {...}}'`, or else from the environment.
@@ -39,13 +41,17 @@ class Settings(BaseModel):
         given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
         if isinstance(given, str):  # the plan alone
             given = {"plan": given}
-        environment = {"plan": os.environ.get("TIDALDECODE_PLAN"), "token_budget": os.environ.get("TIDALDECODE_BUDGET")}
+        if not isinstance(given, dict):
+            raise InputError(f'additional config {KEY!r}: give an object such as {{"plan": "auto"}}, not {given!r}')
+        environment = {name: value for name, variable in _VARIABLES.items() if (value := os.environ.get(variable))}
         try:
-            return cls.model_validate({name: value for name, value in environment.items() if value} | given)
-        except (ValidationError, TypeError) as error:
-            detail = error.errors()[0] if isinstance(error, ValidationError) else {"msg": str(error)}
-            where = ".".join(map(str, detail.get("loc", ())))
-            raise InputError(f"additional config {KEY!r}: {where}: {detail['msg']}") from None
+            return cls.model_validate(environment | given)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            name = str(detail["loc"][0])
+            source = f"additional config {KEY!r}: {name}" if name in given else _VARIABLES[name]
+            message = "unknown setting" if detail["type"] == "extra_forbidden" else detail["msg"]
+            raise InputError(f"{source}: {message}; there are {' and '.join(_VARIABLES)}") from None
 
     def plan_for(self, config: Any) -> TidalPlan:
         """The plan for a model.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from tidaldecode import ops
 from tidaldecode.errors import InputError
 
-_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 
 def check_engine(config: Any) -> None:
@@ -49,10 +52,22 @@ def check_layer(kv_cache_dtype: str, attn_type: str, features: dict[str, Any]) -
     """
     if kv_cache_dtype not in _CACHE_DTYPES:
         raise InputError(
-            f"tidaldecode has no kernels for a KV cache of {kv_cache_dtype}: start with --kv-cache-dtype auto"
+            f"tidaldecode has no kernels for a KV cache of {kv_cache_dtype}: start with --kv-cache-dtype auto, or "
+            "bfloat16 if the checkpoint asks for another"
         )
     if attn_type != "decoder":
-        raise InputError(f"tidaldecode can't work with {attn_type} attention")
+        raise InputError(f"tidaldecode can't work with attention of type {str(attn_type).lower()}")
     for feature, value in features.items():
         if value is not None:
             raise InputError(f"tidaldecode can't work with attention with {feature}")
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Refuses a GPU without kernels: plain PyTorch, which stands in for them elsewhere, runs in no CUDA graph.
+
+    Raises:
+        InputError: the GPU is too old, the head dim too large, or something that compiles kernels is missing.
+    """
+    found = ops.obstacle(device, dtype, head_dim) if device.type == "cuda" else None
+    if found is not None:
+        raise InputError(f"tidaldecode can't serve here: {found}")
