@@ -1,9 +1,12 @@
 """Draft step, verification pass and full step of one model shape, in one run: what a round of lossless decoding costs.
 
+Drafts go by the plan's layers, and out of verification by what its passes chose, whose choice costs something too.
+
     python benchmarks/lossless_step.py --output benchmarks/results/lossless_step_llama-2-7b_h100.json
 
 Random weights, and random K and V: times do not depend on them, but nothing is accepted either. So tokens per round are
-not measured here; `projected_speedup` takes them from `--accepted` (by T), as measured on a real model.
+not measured here; `projected_speedup` takes them from `--accepted` and `--accepted-verification` (by T), as measured on
+a real model.
 """
 
 from __future__ import annotations
@@ -34,15 +37,19 @@ def main() -> None:
     torch.manual_seed(0)
     with measuring(device, "lower --context"):
         model = apply(RandomModel(options.config).model(device, dtype), options.plan)
-        plans = {
-            "full": find_plan("full", model.config),
-            "draft": find_plan(options.plan, model.config).with_budget(options.budget),
-        }
-        room = 2 * REPEATS * (WARM_UP + STEPS) + max(options.lengths) + 1
-        cache = TidalCache(model.config, plans["full"], options.context + room)
+        full, plan = find_plan("full", model.config), find_plan(options.plan, model.config).with_budget(options.budget)
+        room = max(options.lengths) + 1
+        cache = TidalCache(model.config, full, options.context + room)
         fill(cache, model, options.context)
-        steps = {name: step_time(model, cache, plan) for name, plan in plans.items()}
-        rows = [verification(model, cache, length, steps, options.accepted) for length in options.lengths]
+        steps = {"full": step_time(model, cache)}
+        rows = []
+        for drafting, accepted in (("plan", options.accepted), ("verification", options.accepted_verification)):
+            cache.use_plan(plan.with_drafting(drafting))
+            drafts = cache.for_drafts(max(options.lengths))
+            choose(model, drafts)
+            steps[drafting] = step_time(model, drafts)
+            captured = drafts.step is not None
+            rows += [verification(model, drafts, drafting, length, steps, accepted) for length in options.lengths]
     report = {
         **environment(device),
         "model": options.config,
@@ -50,9 +57,10 @@ def main() -> None:
         "plan": options.plan,
         "budget": options.budget,
         "context": options.context,
-        "captured": cache.step is not None,
+        "captured": captured,
         "full_step_ms": steps["full"],
-        "draft_step_ms": steps["draft"],
+        "draft_step_ms": steps["plan"],
+        "verified_draft_step_ms": steps["verification"],
         "rows": rows,
     }
     print(table(report), file=sys.stderr)
@@ -71,12 +79,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plan", default="paper")
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--lengths", type=lambda text: [int(item) for item in text.split(",")], default=[8, 16])
-    parser.add_argument(
-        "--accepted",
-        type=lambda text: {int(item.split(":")[0]): float(item.split(":")[1]) for item in text.split(",")},
-        default={},
-        help="tokens out per round, measured elsewhere: T:tokens,T:tokens",
-    )
+
+    def by_length(text: str) -> dict[int, float]:
+        return {int(item.split(":")[0]): float(item.split(":")[1]) for item in text.split(",")}
+
+    for option in ("--accepted", "--accepted-verification"):
+        told = "tokens out per round, measured elsewhere: T:tokens,T:tokens"
+        parser.add_argument(option, type=by_length, default={}, help=told)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--output", type=Path)
@@ -89,22 +98,28 @@ def fill(cache, model, context):
     cache.fill(1, context, model.device, model.dtype, generator)
 
 
-def step_time(model, cache, plan):
-    """Median milliseconds of a decode step, the cache's length as it was afterwards."""
-    cache.use_plan(plan)
-    before = cache.get_seq_length()
+def choose(model, drafts):
+    """One verification pass, over one token that is forgotten again: what drafts out of verification begin with."""
+    before, lengths = drafts.get_seq_length(), drafts.sequences.lengths.clone()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    full_pass(model, drafts, token, lengths[:, None].long(), capture=False)
+    drafts.rewind(before, lengths)
+
+
+def step_time(model, cache):
+    """Median milliseconds of a decode step, the same one each time."""
+    before, lengths = cache.get_seq_length(), cache.sequences.lengths.clone()
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
 
     def decode():
         nonlocal token
         token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        cache.rewind(before, lengths)
 
-    timing = time_steps(decode, model.device, WARM_UP, STEPS, REPEATS)
-    cache.crop(before - cache.get_seq_length())
-    return round(timing.ms, 4)
+    return round(time_steps(decode, model.device, WARM_UP, STEPS, REPEATS).ms, 4)
 
 
-def verification(model, cache, length, steps, accepted):
+def verification(model, cache, drafting, length, steps, accepted):
     """The row of one draft length: its pass over `length` + 1 tokens, and what a round costs with it."""
     ids = torch.randint(model.config.vocab_size, (1, length + 1), device=model.device)
     before, lengths = cache.get_seq_length(), cache.sequences.lengths.clone()
@@ -118,8 +133,9 @@ def verification(model, cache, length, steps, accepted):
     verify()
     growth = memory.growth()
     ms = time_steps(verify, model.device, WARM_UP, STEPS, REPEATS).ms
-    round_ms = length * steps["draft"] + ms
+    round_ms = length * steps[drafting] + ms
     row = {
+        "drafting": drafting,
         "drafted": length,
         "captured": length + 1 in cache.chunks,
         "verification_ms": round(ms, 4),
@@ -156,12 +172,13 @@ def table(report):
     """The report in a few lines."""
     lines = [
         f"{report['model']}, {report['context']:,} tokens, {report['plan']} with {report['budget']}, {report['dtype']}",
-        f"full step {report['full_step_ms']:.3f} ms, draft step {report['draft_step_ms']:.3f} ms",
-        "  T  captured  verification ms  over full step  round ms  break-even  speed-up",
+        f"full step {report['full_step_ms']:.3f} ms, draft step {report['draft_step_ms']:.3f} ms by the plan,"
+        f" {report['verified_draft_step_ms']:.3f} ms out of verification",
+        "  drafting        T  captured  verification ms  over full step  round ms  break-even  speed-up",
     ]
     for row in report["rows"]:
         lines.append(
-            f"{row['drafted']:>3}  {row['captured']!s:>8}  {row['verification_ms']:>15.3f}"
+            f"  {row['drafting']:<12}  {row['drafted']:>3}  {row['captured']!s:>8}  {row['verification_ms']:>15.3f}"
             f"  {row['verification_over_full_step']:>14.3f}  {row['round_ms']:>8.2f}"
             f"  {row['tokens_per_round_to_break_even']:>10.2f}  {row.get('projected_speedup', '-'):>8}"
         )

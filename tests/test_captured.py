@@ -101,6 +101,38 @@ def test_the_traced_pass_over_a_chunk_is_the_models_own(tiny, family, tokens):
     assert own.get_seq_length() == traced.get_seq_length() == 20 + 2 * tokens
 
 
+def test_traced_rounds_out_of_verification_are_the_models_own(tiny):
+    """A pass that chooses and the drafts behind it, twice; some of the tokens are taken back in between."""
+    torch._dynamo.reset()
+    model = tiny("llama")
+    plan = find_plan("paper", model.config).with_budget(8).with_drafting("verification")
+    apply(model, plan)
+    own, traced = (read_prompt(model, plan, 60).for_drafts(3) for _ in range(2))
+    step = torch.compile(captured.decode_step, fullgraph=True, dynamic=False, backend="eager")
+    for start in (20, 22):
+        for cache in (own, traced):
+            cache.rewind(start, torch.tensor([start, start - 6]))
+        positions = own.sequences.lengths[:, None].long() + torch.arange(4)
+        expected = full_pass(model, own, PROMPT[:, :4], positions)
+        traced.advance_chunk(4)
+        with torch.no_grad(), captured.running(traced, chunk=True), merged_products(model):
+            logits = step(model._tidaldecode.forward, PROMPT[:, :4].contiguous(), positions)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        traced.count(4)
+        assert torch.equal(own.attention.indices.sort(-1).values, traced.attention.indices.sort(-1).values)
+        for cache in (own, traced):
+            cache.rewind(start + 2, cache.sequences.lengths - 2)
+        for token in next_tokens(3, "cpu"):
+            positions = own.sequences.lengths[:, None].long()
+            expected = model(token, position_ids=positions, past_key_values=own).logits
+            traced.advance()
+            with torch.no_grad(), captured.running(traced), merged_products(model):
+                logits = step(model._tidaldecode.forward, token, positions)
+            traced.count(1)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert torch.equal(own.attention.counts, traced.attention.counts)
+
+
 @pytest.mark.parametrize("recent", [1, 7, 0.0, 0.25, 0.9])
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 1 / 3, 0.5, 1.0])
 def test_budgets_on_the_device_are_the_plans(fraction, recent):
@@ -315,16 +347,26 @@ def test_captured_chunks_equal_uncaptured_ones(gpu_model, tiny, tokens):
 
 
 @on_gpu
-def test_lossless_rounds_replay_graphs(gpu_model, tiny):
+@pytest.mark.parametrize("drafting", ["plan", "verification"])
+def test_lossless_rounds_replay_graphs(gpu_model, tiny, drafting):
     """In float32 the tokens are full attention's, and the cache's rows are corrected by captured passes too."""
-    plan = PLANS["paper"](tiny().config)
+    plan = PLANS["paper"](tiny().config).with_drafting(drafting)
     model = gpu_model(plan)
     arguments = {"attention_mask": MASK.cuda(), "max_new_tokens": 40, "pad_token_id": 0, "do_sample": False}
     cache = TidalCache(model.config, PLANS["full"](model.config), 80)
     expected = model.generate(PROMPT.cuda(), past_key_values=cache, **arguments)
     cache = TidalCache(model.config, plan, 80)
     assert torch.equal(model.generate(PROMPT.cuda(), past_key_values=cache, lossless=4, **arguments), expected)
-    assert cache.step is not None and cache.chunks.keys() == {5}
+    drafts = cache.for_drafts(4)
+    assert drafts.step is not None and drafts.chunks.keys() == {5}
+    assert (drafts is cache) == (drafting == "plan")
+    with uncaptured(drafts):  # the same rounds by the model's own steps
+        drafts.chunks.clear()
+        drafts.chunks_refused.add(5)
+        rounds = cache.rounds
+        cache.reset()
+        assert torch.equal(model.generate(PROMPT.cuda(), past_key_values=cache, lossless=4, **arguments), expected)
+        assert cache.rounds == rounds
     cache = TidalCache(model.config, plan, 80)
     output = model.generate(PROMPT.cuda(), past_key_values=cache, correction_interval=6, **arguments)
     assert cache.step is not None and cache.chunks.keys() == {6}

@@ -149,6 +149,35 @@ def test_multi_query_attention(dtype, head_dim, heads, kv_heads, block_size, que
         assert not output[b, : queries - count].any()
 
 
+@pytest.mark.parametrize("rule", ["per_head", "per_group", "unified"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries", "block_size"),
+    [(6, 3, 1, 2600), (6, 3, 5, 16), (5, 1, 33, 2600)] + [(32, 8, 9, 2600), (32, 32, 17, 2600)] * GPU,
+)
+def test_a_chunk_that_chooses(rule, heads, kv_heads, queries, block_size):
+    """With more rows of queries than one program takes, too; the second sequence leaves no choice."""
+    lengths = (2500, 1 + queries, 1300, 30 + queries) if GPU else (1100, 1 + queries, 64 + queries)
+    case, exact = make(torch.float32, 16, heads, kv_heads, block_size, lengths)
+    new = torch.tensor([queries, 1, max(1, queries - 2), queries][: len(lengths)], dtype=torch.int32, device=DEVICE)
+    query = torch.randn(len(lengths), queries, heads, 16, device=DEVICE)
+    sets = {"per_head": heads, "per_group": kv_heads, "unified": 1}[rule]
+    table = torch.full((len(lengths), sets, 99), -7, dtype=torch.int32, device=DEVICE)
+    expected = table.clone()
+    budgets, recents = (torch.full_like(new, value) for value in (60, 5))
+    choice = rule, budgets, recents, 3, 2600
+    output = kernels.multi_query_attention_with_selection(
+        query, *case.cache, case.lengths, new, case.scale, *choice, table
+    )
+    wanted = reference.multi_query_attention_with_selection(
+        query.double(), *exact.cache, exact.lengths, new, exact.scale, *choice, expected
+    )
+    assert_near(output, wanted, torch.float32)
+    for b, count in enumerate(new.tolist()):
+        assert not output[b, : queries - count].any()
+    different = table.sort(-1).values != expected.sort(-1).values
+    assert different.sum() <= 2 * len(lengths)  # scores within rounding at a budget's border
+
+
 @pytest.mark.parametrize("block_size", [256, 16, 5])
 def test_write_kv(block_size):
     case, _ = make(torch.float32, 24, 6, 3, block_size, (200, 7, 1, 64))

@@ -38,13 +38,13 @@ def llama(tiny):
     return tiny("llama").double()
 
 
-def plans(config):
+DRAFTING = pytest.mark.parametrize("drafting", ["plan", "verification"])
+
+
+def plans(config, drafting="plan"):
     """Good and bad: everything read; a budget that binds; next to nothing read, so that drafts are hardly accepted."""
-    return {
-        "good": plan_for(config, token_budget=1.0),
-        "middling": plan_for(config, token_budget=0.7),
-        "bad": plan_for(config, token_budget=2),
-    }
+    budgets = {"good": 1.0, "middling": 0.7, "bad": 2}
+    return {kind: plan_for(config, token_budget=budget).with_drafting(drafting) for kind, budget in budgets.items()}
 
 
 def full_attention(model, ids, mask, **options):
@@ -60,36 +60,40 @@ def full_attention(model, ids, mask, **options):
 
 @pytest.mark.parametrize("kind", ["good", "middling", "bad"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_greedy_tokens_are_full_attentions(llama, kind, batch):
+@DRAFTING
+def test_greedy_tokens_are_full_attentions(llama, kind, batch, drafting):
     ids, mask = ragged_batch(LENGTHS[:batch])
     expected = llama.generate(ids, attention_mask=mask, **GREEDY)
-    plan = plans(llama.config)[kind]
+    plan = plans(llama.config, drafting)[kind]
     tidaldecode.apply(llama, plan)
     for length in (1, 2, 5, 8, 32, "auto"):
         cache = TidalCache(llama.config, plan, 100)
         output = llama.generate(ids, attention_mask=mask, past_key_values=cache, lossless=length, **GREEDY)
         assert torch.equal(output, expected), length
         if kind == "good" and length != "auto":
-            drafted = cache.rounds.drafted
+            drafted = cache.rounds.drafted[1:] if drafting == "verification" else cache.rounds.drafted
             assert drafted[:-1] == [length] * (len(drafted) - 1)
-            assert cache.rounds.tokens == [batch * (count + 1) for count in drafted]
+            assert cache.rounds.tokens[-len(drafted) :] == [batch * (count + 1) for count in drafted]
+            assert sum(cache.rounds.tokens) == 23 * batch
         elif kind == "bad" and length != "auto":
             assert cache.rounds.accepted_per_round < 0.9 * (length + 1)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("llama", "gemma3_text")])
-def test_families(tiny, family):
+@DRAFTING
+def test_families(tiny, family, drafting):
     model = tiny(family)
     ids, mask = ragged_batch()
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    tidaldecode.apply(model, plan_for(model.config))
+    tidaldecode.apply(model, plan_for(model.config).with_drafting(drafting))
     assert torch.equal(model.generate(ids, attention_mask=mask, lossless=3, **GREEDY), expected)
 
 
-def test_the_cache_holds_what_it_would_hold(llama):
+@DRAFTING
+def test_the_cache_holds_what_it_would_hold(llama, drafting):
     """Lengths, and K and V of a full prefill: no trace of refused tokens, or of sparse layers."""
     ids, mask = ragged_batch(LENGTHS)
-    plan = plans(llama.config)["bad"]
+    plan = plans(llama.config, drafting)["bad"]
     tidaldecode.apply(llama, plan)
     cache = TidalCache(llama.config, plan, 100)
     output = llama.generate(ids, attention_mask=mask, past_key_values=cache, lossless=4, **GREEDY)
@@ -108,11 +112,12 @@ def assert_exact(model, cache, ids, mask):
             torch.testing.assert_close(mine.values[b, :, :length], theirs.values[b, :, :length], rtol=0, atol=1e-9)
 
 
-def test_a_conversation_goes_on_in_its_cache(llama):
+@DRAFTING
+def test_a_conversation_goes_on_in_its_cache(llama, drafting):
     """Also where a single token is new, which would be a decode step by the plan."""
     for length in (12, 1):
         first, second = ragged_batch((30,))[0], ragged_batch((length,), seed=1)[0][:, : length - 1]
-        plan = plans(llama.config)["bad"]
+        plan = plans(llama.config, drafting)["bad"]
         history = torch.cat([full_attention(llama, first, torch.ones_like(first), **GREEDY), second], 1)
         expected = full_attention(llama, history, torch.ones_like(history), **GREEDY)
         tidaldecode.apply(llama, plan)
@@ -260,11 +265,12 @@ def test_processors_of_the_users(llama):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_an_end_of_sequence_inside_a_round(llama, batch):
+@DRAFTING
+def test_an_end_of_sequence_inside_a_round(llama, batch, drafting):
     """At every place of a round, and at another place of each sequence."""
     ids, mask = ragged_batch(LENGTHS[:batch])
     new = llama.generate(ids, attention_mask=mask, **GREEDY)[:, 40:]
-    plan = plan_for(llama.config, token_budget=0.9)
+    plan = plan_for(llama.config, token_budget=0.9).with_drafting(drafting)
     for place in (0, 1, 2, 3, 7):
         ends = sorted({int(row[(place + 2 * b) % 24]) for b, row in enumerate(new)})
         options = {**GREEDY, "attention_mask": mask, "eos_token_id": ends, "pad_token_id": 1}
@@ -353,9 +359,10 @@ def test_stop_strings_of_the_models_own_configuration(llama, byte_tokenizer):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize(("tokens", "call"), [(1, 1), (1, 3), (6, 1), (6, 2)], ids=str)
-def test_a_stop_leaves_a_usable_cache(llama, monkeypatch, stop, tokens, call):
+@DRAFTING
+def test_a_stop_leaves_a_usable_cache(llama, monkeypatch, stop, tokens, call, drafting):
     """In a draft step and in a verification pass, of the first round and a later one."""
-    plan = plan_for(llama.config)
+    plan = plan_for(llama.config).with_drafting(drafting)
     ids, mask = ragged_batch()
     expected = llama.generate(ids, attention_mask=mask, **GREEDY)
     tidaldecode.apply(llama, plan)

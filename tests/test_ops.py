@@ -145,6 +145,33 @@ def test_multi_query_attention(heads, kv_heads, new, block_size):
             torch.testing.assert_close(output[b, 5 - count + i].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block_size", [64, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 3), (8, 2)])
+@pytest.mark.parametrize("rule", ["per_head", "per_group", "unified"])
+def test_a_chunk_chooses_by_its_first_token(heads, kv_heads, rule, block_size):
+    """Among the tokens before the chunk, whatever the others ask for."""
+    lengths, new = (33, 9, 64, 40), (5, 2, 3, 1)
+    case = Case(heads, kv_heads, 16, block_size, lengths=lengths)
+    queries = torch.randn(4, 5, heads, 16, generator=torch.Generator().manual_seed(2))
+    sets = {"per_head": heads, "per_group": kv_heads, "unified": 1}[rule]
+    table = torch.full((4, sets, 12), -7, dtype=torch.int32)
+    budgets, recents = torch.tensor([12, 10, 9, 11]).int(), torch.tensor([3, 2, 1, 4]).int()
+    chunk = queries, *case.cache, case.lengths, torch.tensor(new).int(), case.scale
+    output = ops.multi_query_attention_with_selection(*chunk, rule, budgets, recents, 2, 64, table)
+    torch.testing.assert_close(output, ops.multi_query_attention(*chunk), rtol=0, atol=0)
+    for b, (length, count) in enumerate(zip(lengths, new, strict=True)):
+        past, budget, recent = length - count, int(budgets[b]), int(recents[b])
+        case.query[b] = queries[b, 5 - count]
+        probabilities = case.scores(b)[:, : past + 1].softmax(-1)
+        importance = probabilities.view(sets, heads // sets, -1).mean(1)
+        for row in range(sets):
+            chosen = table[b, row, : min(budget, past)].tolist()
+            forced = set(range(min(2, past))) | set(range(max(0, past - recent), past))
+            free = sorted(set(range(past)) - forced, key=lambda token, row=row: -float(importance[row, token]))
+            assert set(chosen) == forced | set(free[: max(0, budget - len(forced))])
+            assert len(chosen) == len(set(chosen)) and (table[b, row, len(chosen) :] == -7).all()
+
+
 @pytest.mark.parametrize("block_size", [64, 8, 5])
 def test_write_kv(block_size):
     case = Case(6, 3, 16, block_size)

@@ -26,6 +26,7 @@ def test_survives_a_file(tmp_path):
         name="a",
         model=ModelShape(name="m", num_layers=5, num_query_heads=4, num_kv_heads=2, head_dim=8),
         sources={4: ("1:unified", "3:per_head:2", "3:per_group:1", "1:per_head:0")},
+        drafting="verification",
     )
     plan.save(tmp_path / "plan.json")
     assert TidalPlan.load(tmp_path / "plan.json") == plan
@@ -64,6 +65,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"selection": "per_layer"}, "selection: "),
         ({"selection": None}, "selection: "),
         ({"page_size": 16}, "page_size: unknown key"),
+        ({"drafting": "none"}, "drafting: Input should be 'plan' or 'verification'"),
         ({"sources": {3: ("1:unified",)}}, "layer 3 is not a sparse layer"),
         ({"sources": {9: ("1:unified",)}}, "layer 9 is not a sparse layer"),
         ({"sources": {2: ("3:unified",)}}, "layer 2 reads layer 3, which is no select layer below it"),
@@ -112,6 +114,14 @@ def test_budget_at_a_context():
     assert plan.with_budget(64).budget_for(10_000) == 64
     with pytest.raises(InputError, match="5 is below"):
         plan.with_budget(5)
+
+
+def test_another_way_to_draft():
+    plan = TidalPlan(**FIELDS)
+    assert plan.drafting == "plan"
+    assert plan.with_drafting("verification") == TidalPlan(**FIELDS, drafting="verification")
+    with pytest.raises(InputError, match="drafting: Input should be"):
+        plan.with_drafting("both")
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])

@@ -111,30 +111,18 @@ class DecodeAttention:
             or capacity > self._capacity
         ):
             self._allocate(lengths, capacity)
-        assert self._budgets is not None and self.counts is not None
-        if isinstance(self.plan.token_budget, float):
-            self._set_budgets(lengths)
+        assert self._budgets is not None and self._recents is not None and self.counts is not None
+        write_budgets(self.plan, lengths, self._budgets, self._recents)
         torch.minimum(self._budgets, lengths, out=self.counts)
 
     def _allocate(self, lengths: Tensor, capacity: int) -> None:
         width = min(self.plan.budget_for(capacity), capacity)
-        budget = min(self.plan.budget_for(1), torch.iinfo(torch.int32).max)
         with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
             self.indices = lengths.new_zeros(len(lengths), self.num_sets, width)
             self.counts = torch.zeros_like(lengths)
-            self._budgets = torch.full_like(lengths, budget)
-            self._recents = torch.full_like(lengths, self.plan.recent_for(budget))
+            self._budgets, self._recents = budgets_like(self.plan, lengths)
         self.head_to_set = {layer: rows.to(lengths.device) for layer, rows in self.head_to_set.items()}
         self._capacity = capacity
-
-    def _set_budgets(self, lengths: Tensor) -> None:
-        """`plan.budget_for` and `plan.recent_for` of every length, on the device."""
-        assert self._budgets is not None and self._recents is not None
-        plan = self.plan
-        budgets = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
-        self._budgets.copy_(budgets)
-        if isinstance(plan.recent_tokens, float):
-            self._recents.copy_((budgets * plan.recent_tokens).floor().clamp(min=1))
 
     def attend(
         self,
@@ -223,6 +211,22 @@ class DecodeAttention:
         size = self.shape.group_size
         groups = [set(rows[start : start + size]) for start in range(0, len(rows), size)]
         return sum(len(group) for group in groups) / len(groups)
+
+
+def budgets_like(plan: TidalPlan, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the budgets and recent tokens of sequences, [B], int32 each; filled where they go by no length."""
+    budget = min(plan.budget_for(1), torch.iinfo(torch.int32).max)
+    return torch.full_like(lengths, budget), torch.full_like(lengths, plan.recent_for(budget))
+
+
+def write_budgets(plan: TidalPlan, lengths: Tensor, budgets: Tensor, recents: Tensor) -> None:
+    """Writes `plan.budget_for` and `plan.recent_for` of every length, on the device, into what `budgets_like` made."""
+    if isinstance(plan.token_budget, int):
+        return
+    exact = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
+    budgets.copy_(exact)
+    if isinstance(plan.recent_tokens, float):
+        recents.copy_((exact * plan.recent_tokens).floor().clamp(min=1))
 
 
 def _as_slice(rows: list[int]) -> slice | None:

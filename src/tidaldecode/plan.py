@@ -25,6 +25,7 @@ from tidaldecode.whole_file import whole_file
 
 Role = Literal["full", "select", "sparse"]
 Selection = Literal["per_head", "per_group", "unified"]
+Drafting = Literal["plan", "verification"]
 
 PAPER_RESELECT_LAYERS = {
     "llama-2-7b": 7,
@@ -154,6 +155,9 @@ class TidalPlan(BaseModel):
             together (`per_group`), or all query heads together (`unified`).
         sources: for each sparse layer, and for each of its query heads, the set that it reads. Layers left out read
             the set of the same head of the nearest `select` layer below.
+        drafting: how lossless decoding drafts. `plan`: by the roles, as all other decoding. `verification`: every layer
+            with a role attends to the tokens that the latest verification pass chose in it by `selection`, and to those
+            that came since; `token_budget` counts the chosen ones.
         model: the model that the plan was made for; `None` fits every model with this many layers.
         origin: where the plan comes from, in words.
         calibration: how it was found and what it loses, of a plan that `tidaldecode calibrate` made.
@@ -171,6 +175,7 @@ class TidalPlan(BaseModel):
     sink_tokens: StrictInt = Field(default=0, ge=0)
     recent_tokens: StrictInt | StrictFloat = 1
     sources: dict[int, tuple[Source, ...]] | None = None
+    drafting: Drafting = "plan"
 
     # ---- validation
 
@@ -244,6 +249,14 @@ class TidalPlan(BaseModel):
             InputError: the budget leaves no room beside the sinks and recent tokens.
         """
         return self.validated(**{**self.model_dump(), "token_budget": token_budget})
+
+    def with_drafting(self, drafting: Drafting) -> Self:
+        """The same plan with another way to draft in lossless decoding.
+
+        Raises:
+            InputError: there is no such way.
+        """
+        return self.validated(**{**self.model_dump(), "drafting": drafting})
 
     @classmethod
     def validated(cls, **fields: Any) -> Self:

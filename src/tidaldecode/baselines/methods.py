@@ -223,5 +223,8 @@ def tokens_of(budget: int | float, context: int) -> int:
 
 def _digest(plan: TidalPlan) -> str:
     """Of everything that decides what a plan reads, but its budget."""
-    rules = plan.model_dump_json(exclude={"name", "origin", "calibration", "model", "token_budget"})
+    left_out = {"name", "origin", "calibration", "model", "token_budget"}
+    if plan.drafting == "plan":  # results that are older than the choice keep their digests
+        left_out.add("drafting")
+    rules = plan.model_dump_json(exclude=left_out)
     return hashlib.sha256(rules.encode()).hexdigest()[:12]

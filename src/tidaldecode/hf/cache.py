@@ -18,6 +18,7 @@ from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf.architecture import check_plan, model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan
+from tidaldecode.verified import VerifiedDrafts
 
 if TYPE_CHECKING:
     from tidaldecode.hf.captured import CapturedStep
@@ -294,6 +295,23 @@ class TidalCache(Cache):
         self._prepared = False
         self.step: CapturedStep | None = None  # it was captured with the attention before
         self.step_refused = False
+        self._drafts: TidalCache | None = None
+
+    def for_drafts(self, longest: int) -> TidalCache:
+        """The cache as rounds of lossless decoding see it, which draft at most `longest` tokens.
+
+        This one, or, if the plan drafts out of verification, one over the same sequences and rows with an attention and
+        captured passes of its own.
+        """
+        plan = self.attention.plan if isinstance(self.attention, DecodeAttention) else None
+        if plan is None or plan.drafting == "plan":
+            return self
+        before = None if self._drafts is None else self._drafts.attention
+        if self._drafts is None or not isinstance(before, VerifiedDrafts) or before.longest < longest:
+            self._drafts = copy.copy(self)
+            self._drafts.attention = VerifiedDrafts(plan, model_shape(self.config), longest)
+            self._drafts.chunks, self._drafts.chunks_refused = {}, set()
+        return self._drafts
 
     def prepare(self) -> None:
         """Lets the attention look at the K of a prompt, once, before the first step behind it."""
@@ -319,7 +337,7 @@ class TidalCache(Cache):
         lengths = self.sequences.lengths
         self.sequences.begin(batch, new_tokens, attention_mask, device)
         if self.sequences.lengths is not lengths:
-            self.step = None
+            self.step = self._drafts = None
             self.chunks.clear()
         self._attended = 0
         self._prepared = self._prepared and self.sequences.decoding
@@ -339,6 +357,7 @@ class TidalCache(Cache):
         """
         self.check_chunk(new_tokens)
         self.sequences.begin_chunk(new_tokens, new_lengths)
+        self._begin_verification()
         self._attended, self._prepared = 0, False
 
     def begin_steps(self, steps: int, device: torch.device) -> None:
@@ -404,6 +423,11 @@ class TidalCache(Cache):
         """Starts a pass over a chunk on the device alone, so that it can be captured in a CUDA graph."""
         self.sequences.new_lengths.fill_(new_tokens)
         self.sequences.lengths.add_(new_tokens)
+        self._begin_verification()
+
+    def _begin_verification(self) -> None:
+        if isinstance(self.attention, VerifiedDrafts):
+            self.attention.begin_pass(self.sequences.lengths, self.sequences.new_lengths, self.capacity)
 
     def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Writes a new token's K and V in one layer and attends, after `advance`.
@@ -433,9 +457,15 @@ class TidalCache(Cache):
         Returns:
             [B, N, Hq, D].
         """
+        return self._attend_to_all(layer, query.transpose(1, 2), *self._write(layer, key, value), scale)
+
+    def _attend_to_all(self, layer: int, query: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+        """Full attention of several new tokens, [B, N, Hq, D]; chooses what drafts read where they go by that."""
         sequences = self.sequences
-        cache = *self._write(layer, key, value), sequences.block_table
-        return ops.multi_query_attention(query.transpose(1, 2), *cache, sequences.lengths, sequences.new_lengths, scale)
+        cache = k_cache, v_cache, sequences.block_table, sequences.lengths
+        if isinstance(self.attention, VerifiedDrafts):
+            return self.attention.verify(layer, query, *cache, sequences.new_lengths, scale)
+        return ops.multi_query_attention(query, *cache, sequences.new_lengths, scale)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new K and V, [B, Hkv, N, D], in one layer; returns its blocks."""
@@ -482,9 +512,7 @@ class TidalCache(Cache):
                 layer, query[:, 0], k_cache, v_cache, sequences.block_table, sequences.lengths, scale
             )
             return output[:, None]
-        return ops.multi_query_attention(
-            query, k_cache, v_cache, sequences.block_table, sequences.lengths, sequences.new_lengths, scale
-        )
+        return self._attend_to_all(layer, query, k_cache, v_cache, scale)
 
     def use_plan(self, plan: TidalPlan) -> None:
         """Lets the steps that follow go by another plan: after `crop`, one prompt serves several.

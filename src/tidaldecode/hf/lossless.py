@@ -1,7 +1,8 @@
 """Lossless decoding: the plan drafts, full attention verifies, and what comes out is full attention's.
 
 The verification pass is that of cache correction, whose logits are full attention's at each drafted position. Reading
-them makes TidalDecode its own draft model in speculative decoding (Leviathan et al., ICML 2023).
+them makes TidalDecode its own draft model in speculative decoding (Leviathan et al., ICML 2023). A plan may say that
+drafts read what the pass chose (`drafting`); then a first round verifies alone, and drafts nothing.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class _Speculation:
         self._origin, self._padded_origin = lengths.long() - width, self.cache.get_seq_length() - width
         positions = model_kwargs.get("position_ids")
         self._offset = 0 if positions is None else positions[:, -1].to(lengths.device) + 1 - lengths
+        self._rounds_cache = self.cache.for_drafts(length.longest)
+        self._may_draft = self._rounds_cache is self.cache  # else only behind a pass that chose
 
     def run(self, release: Release, cache_is_kept: bool) -> Tensor:
         """Generates until `release` is done; [B, W], prompt and new tokens."""
@@ -122,11 +125,12 @@ class _Speculation:
     def _round(self, closed: list[bool]) -> None:
         tokens = self.tokens
         left = [0 if end else self._most - count for count, end in zip(tokens.counts, closed, strict=True)]
-        drafts = min(int(self.length), max(left) - 1)
+        drafts = min(int(self.length), max(left) - 1) if self._may_draft else 0
         self._ends.begin(closed)
         drafted, draft = self._draft(drafts)
         drafts = drafted.shape[1]
         accepted, behind = self._verify(drafted, draft)
+        self._may_draft = True
         tokens.write(accepted, self._ends.accepted(drafted, accepted, behind))
         numbers = accepted.tolist()
         new = [min(number + 1, room) for number, room in zip(numbers, left, strict=True)]
@@ -145,7 +149,7 @@ class _Speculation:
             logits = self.model(
                 input_ids=self._device(self.tokens.window(step - 1, 1)),
                 position_ids=self._positions(1),
-                past_key_values=self.cache,
+                past_key_values=self._rounds_cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
@@ -163,7 +167,7 @@ class _Speculation:
         Returns:
             How many drafted tokens are accepted, and the token behind them; [B] each.
         """
-        drafts, cache = drafted.shape[1], self.cache
+        drafts, cache = drafted.shape[1], self._rounds_cache
         cache.rewind(cache.get_seq_length() - drafts, cache.sequences.lengths - drafts)
         tokens = self._pass_length(drafts + 1)
         ids = self._device(self.tokens.window(-1, tokens))
@@ -181,8 +185,9 @@ class _Speculation:
         """Tokens of a pass over `tokens`: more in a last, shorter round, where a captured pass and room are there."""
         if tokens > int(self.length):
             return tokens
-        room = min(self.cache.capacity - self.cache.get_seq_length(), self.length.longest + 1)  # in `tokens` too
-        return min((captured for captured in self.cache.chunks if tokens <= captured <= room), default=tokens)
+        cache = self._rounds_cache
+        room = min(cache.capacity - cache.get_seq_length(), self.length.longest + 1)  # in `tokens` too
+        return min((captured for captured in cache.chunks if tokens <= captured <= room), default=tokens)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each sequence, [B], and the distribution that it is drawn from, [B, V]."""

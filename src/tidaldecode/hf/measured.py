@@ -195,7 +195,9 @@ def _generation(
     passes: Passes | None = None,
 ) -> Generation:
     assert cache.get_seq_length() == context + max(0, len(new) - 1), "the figures are of another cache"
-    attention, tokens = cache.attention, max(1, len(new) - 1)
+    rounds = passes is not None and passes.lossless is not None
+    attention = (cache.for_drafts(1) if rounds else cache).attention  # one that rounds went through, if there were any
+    tokens = max(1, len(new) - 1)
     read_at = list((passes or Passes()).read_at(context, len(new) - 1, cache.rounds)) or [(context, len(new) < 2)]
     reads = [
         dict.fromkeys(attention.tokens_read(length), float(length)) if full else attention.tokens_read(length)
@@ -209,7 +211,7 @@ def _generation(
         tokens_read={layer: sum(read[layer] for read in reads) / tokens for layer in reads[0]},
         kv_read_fraction=sum(fractions) / tokens,
         decode_ms_per_token=step_ms,
-        accepted_per_round=cache.rounds.accepted_per_round if passes and passes.lossless and cache.rounds else None,
+        accepted_per_round=cache.rounds.accepted_per_round if rounds and cache.rounds else None,
     )
 
 

@@ -85,6 +85,7 @@ full_attention = _by_device(reference.full_attention)
 full_attention_with_importance = _by_device(reference.full_attention_with_importance)
 full_attention_with_selection = _by_device(reference.full_attention_with_selection)
 multi_query_attention = _by_device(reference.multi_query_attention)
+multi_query_attention_with_selection = _by_device(reference.multi_query_attention_with_selection)
 sparse_attention = _by_device(reference.sparse_attention)
 write_kv = _by_device(reference.write_kv)
 
@@ -109,6 +110,7 @@ __all__ = [
     "full_attention_with_selection",
     "has_kernel",
     "multi_query_attention",
+    "multi_query_attention_with_selection",
     "select_tokens",
     "sparse_attention",
     "write_kv",

@@ -262,6 +262,45 @@ def multi_query_attention(
     return output
 
 
+def multi_query_attention_with_selection(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    new_lengths: Tensor,
+    scale: float,
+    selection: Selection,
+    budgets: Tensor,
+    recents: Tensor,
+    sink_tokens: int,
+    capacity: int,
+    indices: Tensor,
+) -> Tensor:
+    """Attention of a chunk that also chooses among the tokens before it: verification's, for the drafts that follow.
+
+    The importances are those of the chunk's first token. It alone is known to stay: those behind it were drafted.
+
+    Args:
+        query, k_cache, v_cache, block_table, lengths, new_lengths, scale: as for `multi_query_attention`.
+        selection: the rule of the choice.
+        budgets, recents, sink_tokens: as for `select_tokens`, of the tokens before the chunk.
+        capacity: as for `full_attention_with_selection`.
+        indices: [B, S, K], int32, written; S is Hq, Hkv or 1, by the rule. Of a sequence without new tokens undefined.
+
+    Returns:
+        [B, N, Hq, D], the output of `multi_query_attention`.
+    """
+    past = lengths - new_lengths
+    rows = (query.shape[1] - new_lengths).clamp(max=query.shape[1] - 1).long()
+    first = query[torch.arange(len(query), device=query.device), rows]  # [B, Hq, D]
+    importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=_accumulator(query.dtype))
+    seen = torch.minimum(past + 1, lengths)
+    full_attention_with_importance(first, k_cache, v_cache, block_table, seen, scale, [selection], importance)
+    select_tokens(importance, past, budgets, recents, sink_tokens, indices)
+    return multi_query_attention(query, k_cache, v_cache, block_table, lengths, new_lengths, scale)
+
+
 def write_kv(
     key: Tensor,
     value: Tensor,

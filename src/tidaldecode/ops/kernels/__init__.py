@@ -24,6 +24,7 @@ __all__ = [
     "full_attention_with_importance",
     "full_attention_with_selection",
     "multi_query_attention",
+    "multi_query_attention_with_selection",
     "select_tokens",
     "sparse_attention",
     "write_kv",
@@ -94,8 +95,7 @@ def full_attention_with_selection(
 
     A head's own set goes by its probabilities: the order of its scores, down to where they underflow to zero.
     """
-    padded = -(-capacity // 16) * 16  # rows that begin at a multiple of 64 bytes are read four scores at a time
-    scores = query.new_empty(len(query), query.shape[1], padded, dtype=torch.float32)
+    scores = _room_for_scores(query, capacity)
     output, normalizers = _attend_with_scores(query, k_cache, v_cache, block_table, lengths, scale, scores)
     for rows in _sets_by_rule(indices, selections, query.shape[1], k_cache.shape[2]).values():
         select_by_scores(scores, normalizers, lengths, budgets, recents, sink_tokens, rows)
@@ -108,6 +108,11 @@ def _sets_by_rule(
     """The rows of each rule among those of several, [B, S, ...]: views."""
     sizes = [{"per_head": num_heads, "per_group": num_kv_heads, "unified": 1}[rule] for rule in selections]
     return dict(zip(selections, rows.split(sizes, 1), strict=True))
+
+
+def _room_for_scores(query: Tensor, capacity: int) -> Tensor:
+    """[B, Hq, capacity or a few more], float32: rows that begin at multiples of 64 bytes are read by fours."""
+    return query.new_empty(len(query), query.shape[-2], -(-capacity // 16) * 16, dtype=torch.float32)
 
 
 def _attend_with_scores(
@@ -172,3 +177,44 @@ def multi_query_attention(
         return reference.multi_query_attention(query, k_cache, v_cache, block_table, lengths, new_lengths, scale)
     tiling = _tiling(query, 128, 4, 3, 1)
     return attend(query, k_cache, v_cache, block_table, lengths, scale, tiling=tiling, new_lengths=new_lengths)
+
+
+def multi_query_attention_with_selection(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    new_lengths: Tensor,
+    scale: float,
+    selection: Selection,
+    budgets: Tensor,
+    recents: Tensor,
+    sink_tokens: int,
+    capacity: int,
+    indices: Tensor,
+) -> Tensor:
+    """As `reference.multi_query_attention_with_selection`; longer chunks than verification's go through plain PyTorch.
+
+    A head's own set goes by its probabilities, as in `full_attention_with_selection`.
+    """
+    chunk = query, k_cache, v_cache, block_table, lengths, new_lengths, scale
+    choice = budgets, recents, sink_tokens
+    if query.shape[1] > MOST_CHUNK_TOKENS:
+        return reference.multi_query_attention_with_selection(*chunk, selection, *choice, capacity, indices)
+    scores = _room_for_scores(query, capacity)
+    normalizers = scores.new_empty(scores.shape[:2])
+    output = attend(
+        query,
+        k_cache,
+        v_cache,
+        block_table,
+        lengths,
+        scale,
+        tiling=_tiling(query, 128, 4, 3, 1),
+        new_lengths=new_lengths,
+        scores=scores,
+        normalizers=normalizers,
+    )
+    select_by_scores(scores, normalizers, lengths - new_lengths, *choice, indices)
+    return output

@@ -70,7 +70,7 @@ def _attend_kernel(
     indices,  # [B, S, K]; with SPARSE
     head_to_set,
     output,  # [B, N, Hq, D]
-    scores,  # [B, Hq, T]; with WRITE_SCORES
+    scores,  # [B, Hq, T], of the first new token; with WRITE_SCORES
     normalizers,  # [B, Hq], log of the sum of exp(scores); with WRITE_SCORES
     partials,  # [slots, HEADS, rows, D], float32: attention over a stretch
     partial_normalizers,  # [slots, HEADS, rows], float32, base 2
@@ -145,6 +145,8 @@ def _attend_kernel(
     dims = tl.arange(0, BLOCK_D)
     q_pointers = query + b64 * query_b + (row // GROUP) * query_n + (head * GROUP + row % GROUP) * query_h
     real = (row < ROWS)[:, None] & (dims < DIM)[None, :]
+    if WRITE_SCORES:
+        first_new = QUERIES - tl.load(new_lengths + b) if QUERIES > 1 else 0
     q = tl.load(q_pointers[:, None] + dims[None, :], mask=real, other=0.0)  # [M, D]
     if not busy:
         return
@@ -175,9 +177,9 @@ def _attend_kernel(
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, T], float32
         if WRITE_SCORES:
             s_base = scores + b64 * scores_b + tl.cast(head * GROUP, tl.int64) * scores_h
-            s_pointers = s_base + (row * scores_h)[:, None] + entry[None, :]
+            s_pointers = s_base + (row % GROUP * scores_h)[:, None] + entry[None, :]
             # also past the length, in whole vectors: a store for each score would take as long as the reads
-            s_there = (row < ROWS)[:, None] & (entry < scores_t)[None, :]
+            s_there = (row // GROUP == first_new)[:, None] & (entry < scores_t)[None, :]
             tl.store(s_pointers, dots * scale, mask=s_there, eviction_policy="evict_last")
         visible = inside[None, :]
         if QUERIES > 1:  # the newest token that each row may see
@@ -224,15 +226,16 @@ def _attend_kernel(
             stored = (m_row < ROWS)[:, None] & (dims < DIM)[None, :]
             tl.store(o_base + o_rows[:, None] + dims[None, :], merged.to(output.dtype.element_ty), mask=stored)
             if WRITE_SCORES:
-                n_row = normalizers + b * (HEADS * GROUP) + head * GROUP + m_row
-                tl.store(n_row, m_normalizer * _LN_2, mask=m_row < ROWS)
+                n_row = normalizers + b * (HEADS * GROUP) + head * GROUP + m_row % GROUP
+                tl.store(n_row, m_normalizer * _LN_2, mask=m_row // GROUP == first_new)
     else:
         if QUERIES > 1:
             result = tl.where((row // GROUP >= QUERIES - tl.load(new_lengths + b))[:, None], result, 0.0)
         o_rows = (row // GROUP) * output_n + (head * GROUP + row % GROUP) * output_h
         tl.store(o_base + o_rows[:, None] + dims[None, :], result.to(output.dtype.element_ty), mask=real)
         if WRITE_SCORES:
-            tl.store(normalizers + b * (HEADS * GROUP) + head * GROUP + row, normalizer * _LN_2, mask=row < ROWS)
+            n_row = normalizers + b * (HEADS * GROUP) + head * GROUP + row % GROUP
+            tl.store(n_row, normalizer * _LN_2, mask=row // GROUP == first_new)
 
 
 @triton.jit
@@ -319,7 +322,7 @@ def attend(
         tiling: how the work is cut.
         new_lengths: [B], int32; with N > 1, how many of the N are real.
         indices, head_to_set, page_size: as for `sparse_attention`.
-        scores: [B, Hq, T], float32, written: the scaled scores.
+        scores: [B, Hq, T], float32, written: the scaled scores of each sequence's first new token.
         normalizers: [B, Hq], float32, written with `scores`: log of the sum of their exponentials.
 
     Returns:

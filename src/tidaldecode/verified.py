@@ -1,0 +1,147 @@
+"""Drafting out of verification: draft steps read what the latest verification pass chose, and no layer reads it all.
+
+Verification attends to the whole cache in every layer. So each layer can choose for itself there, by exact scores, and
+the drafts that follow need neither `full` nor `select` layers: each of their layers attends to its own chosen tokens
+and to those that came since.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tidaldecode import ops
+from tidaldecode.attention import budgets_like, write_budgets
+from tidaldecode.plan import ModelShape, TidalPlan
+
+
+class VerifiedDrafts:
+    """The attention of draft steps, as `Attention`, and of the verification passes that choose for them.
+
+    The sets of all layers lie in one table. A pass writes the chosen tokens, and behind them those that can follow, one
+    after another; so a draft step takes in one entry more of each set, and writes nothing.
+
+    Args:
+        plan: its `selection`, budget, sinks and recent tokens choose, in each layer.
+        shape: heads and layers of the model.
+        longest: most tokens that are drafted between two passes.
+
+    Attributes:
+        indices: the sets, [L, B, S, width], int32; `None` before the first pass.
+        counts: valid entries of each of a sequence's sets, [B], int32; the tokens that a draft step reads.
+    """
+
+    def __init__(self, plan: TidalPlan, shape: ModelShape, longest: int) -> None:
+        self.plan, self.shape, self.longest = plan, shape, longest
+        self._newest = 2 * longest + 1  # a pass's tokens, all of which may be accepted, and the drafts behind them
+        self._capacity = 0
+        self.indices: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    # ---- the verification pass
+
+    def begin_pass(self, lengths: Tensor, new_lengths: Tensor, capacity: int) -> None:
+        """Starts a verification pass.
+
+        Args:
+            lengths: [B], int32; lengths of the sequences, the new tokens included.
+            new_lengths: [B], int32; tokens of the pass, at most `longest + 1`.
+            capacity: the longest that the sequences can become; sizes the table, once.
+        """
+        if self.indices is None or capacity > self._capacity or self.indices.shape[1] != len(lengths):
+            self._allocate(lengths, capacity)
+        assert self.indices is not None
+        torch.sub(lengths, new_lengths, out=self._past)
+        write_budgets(self.plan, self._past, self._budgets, self._recents)
+        torch.minimum(self._budgets, self._past, out=self._chosen)
+        following = torch.arange(self._newest, device=lengths.device, dtype=torch.int32)
+        shape = *self.indices.shape[:3], self._newest
+        entries, tokens = (start[:, None, None] + following for start in (self._chosen, self._past))
+        self.indices.scatter_(3, entries.long().expand(shape), tokens.expand(shape))
+
+    def _allocate(self, lengths: Tensor, capacity: int) -> None:
+        width = min(self.plan.budget_for(capacity), capacity) + self._newest
+        sets = self.shape.num_sets(self.plan.selection)
+        with torch.inference_mode(False):  # as the cache: written by later passes, in whatever mode
+            self.indices = lengths.new_zeros(self.shape.num_layers, len(lengths), sets, width)
+            self.counts, self._past, self._chosen = (torch.zeros_like(lengths) for _ in range(3))
+            self._budgets, self._recents = budgets_like(self.plan, lengths)
+        self._capacity = capacity
+
+    def verify(
+        self,
+        layer: int,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        new_lengths: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Full attention of a pass's tokens in one layer, after `begin_pass`, which chooses what drafts read there.
+
+        Args:
+            query: [B, N, Hq, D].
+            k_cache, v_cache, block_table, lengths: the layer's cache, see `tidaldecode.ops`.
+            new_lengths: [B], int32; the last so many rows of `query` are tokens.
+            scale: factor of the scores.
+
+        Returns:
+            [B, N, Hq, D], dtype of `query`.
+        """
+        assert self.indices is not None
+        cache = k_cache, v_cache, block_table, lengths
+        choice = self.plan.selection, self._budgets, self._recents, self.plan.sink_tokens
+        return ops.multi_query_attention_with_selection(
+            query, *cache, new_lengths, scale, *choice, self._capacity, self.indices[layer]
+        )
+
+    # ---- draft steps, as `Attention`
+
+    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+        """Nothing is kept of a prompt."""
+
+    def begin(self, lengths: Tensor, capacity: int) -> None:
+        """Starts a draft step, after a verification pass: what came since is read too.
+
+        Args:
+            lengths: [B], int32; lengths of the sequences, the new tokens included.
+            capacity: as for `begin_pass`.
+        """
+        assert self.counts is not None, "no verification pass has chosen"
+        torch.sub(lengths, self._past, out=self.counts)
+        self.counts.add_(self._chosen)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attention of the new tokens in one layer, after `begin`; as `DecodeAttention.attend`."""
+        assert self.indices is not None and self.counts is not None
+        return ops.sparse_attention(query, k_cache, v_cache, block_table, self.indices[layer], self.counts, None, scale)
+
+    def is_full(self, layer: int) -> bool:
+        """Never."""
+        return False
+
+    def tokens_read(self, context: int) -> dict[int, float]:
+        """Tokens whose K and V each layer reads in one step, per KV head; the most that can have come since included.
+
+        Query heads of one KV head that choose for themselves read their sets one by one, and are counted so.
+        """
+        count = self.plan.budget_for(context) + self._newest
+        copies = self.shape.num_sets(self.plan.selection) / self.shape.num_kv_heads
+        read = float(context) if count >= context else count * max(1.0, copies)
+        return {layer: read for layer, role in enumerate(self.plan.roles) if role is not None}
+
+    def kv_read_fraction(self, context: int) -> float:
+        """Share of the KV cache of all layers with a role that one step reads at a context of `context` tokens."""
+        reads = self.tokens_read(context)
+        return sum(reads.values()) / (context * len(reads))
