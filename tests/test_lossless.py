@@ -390,30 +390,36 @@ def test_a_stop_leaves_a_usable_cache(llama, monkeypatch, stop, tokens, call, dr
 # ---- sampling
 
 
-def test_sampled_tokens_are_distributed_as_full_attentions(tiny):
-    """20,000 texts of three tokens, by the whole machinery: temperature, top-k and a repetition penalty too."""
+@pytest.mark.parametrize(("drafting", "new"), [("plan", 3), ("verification", 4)])
+def test_sampled_tokens_are_distributed_as_full_attentions(tiny, drafting, new):
+    """20,000 texts, by the whole machinery: temperature, top-k and a repetition penalty too.
+
+    Of three tokens; out of verification of four, for its first round drafts none.
+    """
     model = tiny("llama", vocab_size=7, num_hidden_layers=3, bos_token_id=None, eos_token_id=None)
     prompt = torch.tensor([[2, 3, 4, 2, 6, 5, 4, 3, 2, 5]])
     options = {"do_sample": True, "temperature": 1.3, "top_k": 5, "repetition_penalty": 1.2, "eos_token_id": None}
-    expected = exact_distribution(model, prompt, options)
-    plan = TidalPlan(roles=("select", "sparse", "sparse"), selection="unified", token_budget=2)
+    expected = exact_distribution(model, prompt, options, new)
+    plan = TidalPlan(roles=("select", "sparse", "sparse"), selection="unified", token_budget=2, drafting=drafting)
     tidaldecode.apply(model, plan)
     torch.manual_seed(0)
-    counts = torch.zeros(7**3)
+    counts = torch.zeros(7**new)
     for _ in range(5):
         output = model.generate(
-            prompt.expand(4000, -1), max_new_tokens=3, lossless=2, return_dict_in_generate=True, **options
+            prompt.expand(4000, -1), max_new_tokens=new, lossless=2, return_dict_in_generate=True, **options
         )
-        assert 1.2 < output.past_key_values.rounds.accepted_per_round < 1.99  # some are accepted, some not
-        counts += (output.sequences[:, -3:] @ torch.tensor([49, 7, 1])).bincount(minlength=7**3)
+        rounds = output.past_key_values.rounds
+        accepted = [tokens / 4000 for drafted, tokens in zip(rounds.drafted, rounds.tokens, strict=True) if drafted]
+        assert 1.2 < accepted[0] < 1.99  # some are accepted, some not
+        counts += (output.sequences[:, -new:] @ 7 ** torch.arange(new).flip(0)).bincount(minlength=7**new)
     assert p_value(counts, expected * counts.sum()) > 0.01
 
 
-def exact_distribution(model, prompt, options):
-    """Probability of each text of three tokens by Transformers' own loop: [7 ** 3]."""
+def exact_distribution(model, prompt, options, new):
+    """Probability of each text of `new` tokens by Transformers' own loop: [7 ** new]."""
     probabilities = torch.ones(1, dtype=torch.float64)
     texts = prompt
-    for _ in range(3):
+    for _ in range(new):
         settings = {**options, "max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
         scores = model.generate(texts, attention_mask=torch.ones_like(texts), **settings).scores[0]
         probabilities = (probabilities[:, None] * scores.double().softmax(1)).flatten()

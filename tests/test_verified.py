@@ -9,7 +9,9 @@ import tidaldecode
 from families import plan_for, ragged_batch
 from tidaldecode import ModelShape, TidalCache, TidalPlan, ops
 from tidaldecode.attention import DecodeAttention
+from tidaldecode.baselines.methods import Method
 from tidaldecode.hf.measured import Passes, generate_measured
+from tidaldecode.plans import shipped_plans
 from tidaldecode.verified import VerifiedDrafts
 
 SHAPE = ModelShape(num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=8)
@@ -128,3 +130,12 @@ def test_no_draft_reads_everything(tiny, monkeypatch):
     assert cache.rounds.drafted[:2] == [0, 4]
     rounds, drafts = len(cache.rounds.drafted), sum(cache.rounds.drafted)
     assert done.kv_read_fraction == pytest.approx((rounds + drafts * (8 + 9) / 210) / 19, rel=0.02)
+
+
+def test_results_tell_ways_to_draft_apart():
+    """Those of plans that draft by their roles keep the digest that they had before there was another way."""
+    by_roles = shipped_plans()["smollm2-135m"]
+    digests = [
+        Method("tidal", 64, way).key()["plan_digest"] for way in (by_roles, by_roles.with_drafting("verification"))
+    ]
+    assert digests[0] == "19bac751638c" != digests[1]
