@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ from transformers import LlamaConfig
 
 from tidaldecode import InputError, ModelShape, TidalPlan
 from tidaldecode.attention import DecodeAttention
+from tidaldecode.vllm import register
 from tidaldecode.vllm.batch import as_slice, split
 from tidaldecode.vllm.rank import RankAttention
 from tidaldecode.vllm.reads import Reads
 from tidaldecode.vllm.settings import Settings
-from tidaldecode.vllm.support import check_engine, check_layer
+from tidaldecode.vllm.support import check_engine, check_kernels, check_layer
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=8, num_kv_heads=4, head_dim=16)
 ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")
@@ -32,7 +34,7 @@ def _array(*values: int) -> np.ndarray:
 
 def test_tokens_behind_a_prompt_are_decoded():
     # a first chunk; one generated token; a resumed request of 3 prompt tokens, 2 generated ones; padding
-    parts = split(_array(0, 4, 5, 10, 10), _array(4, 9, 5, 0), _array(7, 6, 3, 0))
+    parts = split(_array(0, 4, 5, 10, 10), _array(4, 9, 5, 0), _array(7, 6, 3, 0), 99)
     assert parts.prompt_tokens.tolist() == [0, 1, 2, 3, 5, 6, 7]
     assert parts.prompt_requests.tolist() == [0, 2]
     assert parts.prompt_counts.tolist() == [4, 3]
@@ -42,9 +44,16 @@ def test_tokens_behind_a_prompt_are_decoded():
 
 
 def test_the_last_token_of_a_prompt_is_no_decoded_one():
-    parts = split(_array(0, 1, 2), _array(7, 8), _array(7, 7))
+    parts = split(_array(0, 1, 2), _array(7, 8), _array(7, 7), 99)
     assert parts.prompt_tokens.tolist() == [0]
     assert parts.decode_tokens.tolist() == [1]
+
+
+def test_what_is_too_much_to_decode_at_once_is_read_in_full():
+    # resumed with 5 and 2 generated tokens, and one that generates
+    parts = split(_array(0, 6, 9, 10), _array(6, 3, 9), _array(1, 1, 4), 4)
+    assert parts.decode_requests.tolist() == [1, 1, 2]
+    assert parts.prompt_counts.tolist() == [6, 1]
 
 
 def test_a_slice_holds_what_follows_each_other():
@@ -76,18 +85,25 @@ def test_settings_come_from_the_config_or_else_from_the_environment(monkeypatch,
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"plans": "paper"}, "plans"),
-        ({"token_budget": "many"}, "token_budget"),
+        ({"plans": "paper"}, "plans: unknown setting; there are plan and token_budget"),
+        ({"token_budget": "many"}, "'tidaldecode': token_budget"),
         ({"plan": "papre"}, "papre"),
         ({"plan": "smollm2-135m"}, "30 layers"),
         ({"plan": "paper", "token_budget": 1}, "token_budget: 1"),
-        ([1], "tidaldecode"),
+        ([1], r"give an object such as .*, not \[1\]"),
     ],
 )
 def test_wrong_settings_are_told_in_one_line(given, words):
     with pytest.raises(InputError, match=words) as caught:
         Settings.of({"tidaldecode": given}).plan_for(_config())
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_variable_is_named(monkeypatch):
+    monkeypatch.setenv("TIDALDECODE_BUDGET", "many")
+    with pytest.raises(InputError, match="^TIDALDECODE_BUDGET: "):
+        Settings.of({})
+    assert Settings.of({"tidaldecode": {"token_budget": 9}}).token_budget == 9
 
 
 def _engine(**changes: object) -> SimpleNamespace:
@@ -131,6 +147,20 @@ def test_layers_that_our_kernels_do_not_have_are_refused():
         check_layer("auto", "encoder_only", {})
     with pytest.raises(InputError, match="with ALiBi"):
         check_layer("auto", "decoder", {"ALiBi": [0.5]})
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch):
+    check_kernels(torch.device("cpu"), torch.float64, 999)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(InputError, match="Tesla T4 is too old"):
+        check_kernels(torch.device("cuda", 0), torch.float16, 128)
+
+
+def test_a_vllm_without_its_registry_is_no_error(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    register()
+    assert "can't register" in caplog.text
 
 
 # ---- ranks
@@ -190,6 +220,7 @@ def _step(attention: DecodeAttention, cache: list[tuple], query: list[torch.Tens
 )
 def test_ranks_attend_as_one_does(size, plan, monkeypatch):
     monkeypatch.setattr("tidaldecode.vllm.rank._SCORE_BYTES", 4 * 2 * 64 * 4)  # some sequences at a time
+    monkeypatch.setattr("tidaldecode.vllm.rank._ROWS", 2)
     torch.manual_seed(0)
     lengths = torch.tensor([40, 7, 64, 33, 16], dtype=torch.int32)
     blocks, table = 20, torch.randperm(20, dtype=torch.int32).view(5, 4)
@@ -202,7 +233,7 @@ def test_ranks_attend_as_one_does(size, plan, monkeypatch):
 
     def run(rank: int) -> None:
         attention = RankAttention(plan, SHAPE, ranks.group(rank), 64)
-        attention.reserve(3 if rank else 8, torch.device("cpu"))  # more sequences than there is room for, too
+        attention.reserve(3 if rank else 8, 8, torch.device("cpu"))  # more sequences than there is room for, too
         outputs[rank] = _step(attention, cache, query, table, lengths)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
@@ -232,7 +263,7 @@ def test_kv_heads_on_several_ranks_can_not_choose_per_group():
 
 def test_room_stays_where_it_is():
     attention = RankAttention(_plan("unified"), SHAPE, _alone(), 64)
-    attention.reserve(4, torch.device("cpu"))
+    attention.reserve(4, 8, torch.device("cpu"))
     attention.begin(torch.tensor([9, 30], dtype=torch.int32))
     assert attention.counts.tolist() == [9, 16]
     address = attention.indices.data_ptr()
@@ -250,7 +281,7 @@ def test_reads_agree_with_the_plan():
     reads = Reads(attention)
     assert math.isnan(reads.fraction)
     reads.count(_array(12, 40, 0, 50))
-    assert (reads.steps, reads.tokens) == (1, 3)
+    assert reads.tokens == 3
     assert reads.read == sum(sum(attention.tokens_read(length).values()) for length in (12, 40, 50))
     assert reads.whole == 6 * (12 + 40 + 50)
 

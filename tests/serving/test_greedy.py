@@ -11,14 +11,14 @@ from engines import attention_of, greedy, with_plan
 import tidaldecode
 from tidaldecode.plans import read_plan
 
-PROMPTS, NEW_TOKENS = 20, 12
+PROMPTS, NEW_TOKENS = 20, 10
 
 
 @pytest.fixture(scope="module")
 def prompts(demo_tokenizer) -> list[list[int]]:
     text = (Path(__file__).parents[2] / "examples" / "moby_dick_101-103.txt").read_text(encoding="utf-8")
     ids = demo_tokenizer(text)["input_ids"]
-    return [ids[300 * i : 300 * i + 120 + 10 * i] for i in range(PROMPTS)]
+    return [ids[300 * i : 300 * i + 100 + 8 * i] for i in range(PROMPTS)]
 
 
 def test_a_budget_of_the_whole_context_answers_as_vllm_does(start, demo_files, prompts):

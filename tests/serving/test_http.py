@@ -26,20 +26,25 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
+def _command(folder: str, port: int, settings: str) -> list[str]:
+    return [
+        # the server of `vllm serve`, whose own command does not start in the CPU build: it looks for a package `vllm`
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", folder, "--served-model-name", "demo", "--additional-config", settings),
+        *("--attention-backend", "CUSTOM", "--dtype", "float32", "--max-model-len", "4096", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", "1G", "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY),
+    ]
+
+
+ENVIRONMENT = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+
+
 @pytest.fixture(scope="module")
 def server(demo_files, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     """The address of a server, and its log."""
     port, log = _free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [
-        # the server of `vllm serve`, whose own command does not start in the CPU build: it looks for a package `vllm`
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(demo_files.location), "--served-model-name", "demo"),
-        *("--attention-backend", "CUSTOM", "--additional-config", '{"tidaldecode": {"plan": "auto"}}'),
-        *("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--kv-cache-memory-bytes", "1G"),
-        *("--host", "127.0.0.1", "--port", str(port), "--api-key", KEY),
-    ]
-    environment = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
+    command = _command(demo_files.location, port, '{"tidaldecode": {"plan": "auto", "token_budget": 40}}')
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT) as process:
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log)
             yield f"http://127.0.0.1:{port}/v1", log
@@ -89,4 +94,11 @@ def test_a_wrong_key_is_refused(server):
 
 def test_the_log_says_what_the_plan_does(server):
     text = server[1].read_text()
-    assert text.count("tidaldecode: plan smollm2-135m") == 1
+    assert text.count("tidaldecode: plan smollm2-135m with a budget of 40 tokens") == 1
+
+
+def test_a_wrong_plan_stops_the_server_with_a_line_that_names_it(demo_files):
+    command = _command(demo_files.location, _free_port(), '{"tidaldecode": {"plan": "no-such-plan"}}')
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert result.returncode != 0
+    assert "no plan 'no-such-plan': give a plan file, 'auto'" in result.stdout + result.stderr
