@@ -102,16 +102,16 @@ def _rows(block_sizes: list[int]) -> Iterator[dict[str, object]]:
     for kv_heads, batch, context, budget in CASES:
         case = {"kv_heads": kv_heads, "batch": batch, "context": context}
         full = _sdpa(kv_heads, batch, context)
-        yield case | {"method": "sdpa, contiguous", "step_ms": full.ms, "spread": full.spread}
+        yield case | {"method": "sdpa, contiguous", "attention_ms": full.ms, "spread": full.spread}
         flash = _flashinfer(kv_heads, batch, context, 16)
         if flash is not None:
-            yield case | {"method": "flashinfer", "block_size": 16, "step_ms": flash.ms, "spread": flash.spread}
+            yield case | {"method": "flashinfer", "block_size": 16, "attention_ms": flash.ms, "spread": flash.spread}
         for selection in ("per_head", "unified"):
             for layout, block_size in ((layout, size) for layout in LAYOUTS for size in block_sizes):
                 torch.cuda.empty_cache()
                 timing = _tidal(kv_heads, batch, context, budget, selection, block_size, layout)
                 what = {"method": "tidal", "selection": selection, "budget": budget, "layout": layout}
-                times = {"step_ms": timing.ms, "spread": timing.spread, "speedup_vs_sdpa": full.ms / timing.ms}
+                times = {"attention_ms": timing.ms, "spread": timing.spread, "speedup_vs_sdpa": full.ms / timing.ms}
                 yield case | what | {"block_size": block_size} | times
 
 

