@@ -42,13 +42,13 @@ def main() -> None:
         cache = TidalCache(model.config, full, options.context + room)
         fill(cache, model, options.context)
         steps = {"full": step_time(model, cache)}
-        rows = []
+        rows, captured = [], True
         for drafting, accepted in (("plan", options.accepted), ("verification", options.accepted_verification)):
             cache.use_plan(plan.with_drafting(drafting))
             drafts = cache.for_drafts(max(options.lengths))
             choose(model, drafts)
             steps[drafting] = step_time(model, drafts)
-            captured = drafts.step is not None
+            captured = captured and drafts.step is not None
             rows += [verification(model, drafts, drafting, length, steps, accepted) for length in options.lengths]
     report = {
         **environment(device),

@@ -199,7 +199,6 @@ def test_a_chunk_that_can_not_be_captured_runs_all_the_same(tiny, monkeypatch, c
     assert "the pass over 4 tokens with full attention runs without a CUDA graph" in caplog.text
     assert "no kernel for chunks of more than 65 tokens" in caplog.text
     assert torch.equal(cache.sequences.lengths, before)
-    assert copy.deepcopy(cache).chunks == {}
 
 
 def test_a_compilation_that_the_user_stops_leaves_the_cache_as_it_was(tiny, monkeypatch):

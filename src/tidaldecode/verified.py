@@ -111,7 +111,8 @@ class VerifiedDrafts:
         """
         assert self.counts is not None, "no verification pass has chosen"
         torch.sub(lengths, self._past, out=self.counts)
-        self.counts.add_(self._chosen)
+        # a sequence that ended, and was cut back to its end, may be shorter than what the pass looked at
+        self.counts.add_(self._chosen).clamp_(min=0)
 
     def attend(
         self,

@@ -144,7 +144,7 @@ def _cell(
         cell["nll"] = -float(scores.log_probs.double().mean())
         cache.crop(prompt - cache.get_seq_length())
     if model.device.type == "cuda":  # what the rounds need is compiled and captured before the clock runs
-        _generate(model, cache, window, variant, min(rest.shape[1] - 1, (variant.length or 0) + 2))
+        _generate(model, cache, window, variant, min(rest.shape[1] - 1, tokens_of_warm_up(variant.length)))
     tokens, cell["ms_per_token"] = _generate(model, cache, window, variant, rest.shape[1] - 1)
     cell["token_ids"] = tokens
     if variant.mode == "lossless":
@@ -152,6 +152,11 @@ def _cell(
         cell["accepted_per_round"] = cache.rounds.accepted_per_round
         cell["first_difference"] = first_difference(tokens, full["token_ids"])
     return cell
+
+
+def tokens_of_warm_up(length: int | None) -> int:
+    """New tokens in which a round drafts all `length` tokens that it may, also if a first one drafts none."""
+    return (length or 0) + 3
 
 
 def _generate(

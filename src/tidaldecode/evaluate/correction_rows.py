@@ -26,6 +26,7 @@ class CorrectionRow:
         accepted_per_round: tokens out of a round; `None` but for `lossless`.
         differing: windows in which a lossless text is not full attention's, token for token.
         gap_stderr: standard error of the mean of `gap` over the windows; `None` of a single window.
+        plan: its name; `None` for `full`.
     """
 
     mode: str
@@ -38,6 +39,7 @@ class CorrectionRow:
     differing: int | None
     windows: int
     gap_stderr: float | None = None
+    plan: str | None = None
 
 
 def row_of(pairs: Sequence[tuple[Cell, Cell]]) -> CorrectionRow:
@@ -56,6 +58,7 @@ def row_of(pairs: Sequence[tuple[Cell, Cell]]) -> CorrectionRow:
         accepted_per_round=round(statistics.fmean(accepted), 4) if accepted else None,
         differing=sum(mine["first_difference"] is not None for mine, _ in pairs) if accepted else None,
         windows=len(pairs),
+        plan=first.get("plan"),
         gap_stderr=statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None,
     )
 

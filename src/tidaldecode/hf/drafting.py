@@ -78,7 +78,7 @@ class DraftLength:
         share = 1 / max(1, len(accepted))
         self._accepted = _MEMORY * self._accepted + share * sum(accepted)
         self._tested = _MEMORY * self._tested + share * tested
-        self._length = max(_LENGTHS, key=self._tokens_for_cost)
+        self._length = max((length for length in _LENGTHS if length <= self.longest), key=self._tokens_for_cost)
 
     def _tokens_for_cost(self, length: int) -> float:
         rate = min(self._accepted / self._tested, 0.999)

@@ -38,8 +38,9 @@ def _card(result: Result, rows: Sequence[CorrectionRow]) -> list[Card]:
     lossless = [row for row in rows if row.mode == "lossless" and row.accepted_per_round is not None]
     if not lossless:
         return []
-    budget = lossless[-1].budget
-    values = tuple((f"{row.accepted_per_round:.2f}", str(row.length)) for row in lossless if row.budget == budget)
+    budget, plan = lossless[-1].budget, lossless[-1].plan
+    own = [row for row in lossless if (row.budget, row.plan) == (budget, plan)]
+    values = tuple((f"{row.accepted_per_round:.2f}", str(row.length)) for row in own)
     note = f"At most one more than are drafted; budget {budget_label(budget)}, {_windows(rows)}."
     return [Card("Tokens out of a lossless round", model_of(result), values, "tokens drafted", note)]
 
@@ -50,10 +51,21 @@ def _windows(rows: Sequence[CorrectionRow]) -> str:
 
 
 def _table(rows: Sequence[CorrectionRow]) -> Table:
-    columns = ("", "budget", "T", "gap, nats per token", "ms per token", "speed-up", "tokens per round", "other texts")
+    columns = (
+        "",
+        "plan",
+        "budget",
+        "T",
+        "gap, nats per token",
+        "ms per token",
+        "speed-up",
+        "tokens per round",
+        "other texts",
+    )
     body = [
         (
             row.mode,
+            row.plan or "–",
             budget_label(row.budget) or "–",
             "–" if row.length is None else str(row.length),
             signed(row.gap) + ("" if not row.gap_stderr else f" ± {row.gap_stderr:.3f}"),

@@ -27,18 +27,19 @@ def correction_panels(rows: Sequence[CorrectionRow], width: float) -> Figure:
     The gap of a few windows may be below 0; bars are its standard errors.
 
     Args:
-        rows: of `tidaldecode.evaluate.correction.study`; one budget a colour, lossless decoding dashed.
+        rows: of `tidaldecode.evaluate.correction.study`; one plan and budget a colour, lossless decoding dashed.
         width: inches.
     """
     figure = new_figure(width, 3.4 if width > 5 else 8)
     axes = list(figure.subplots(1, 3).flat) if width > 5 else list(figure.subplots(3, 1).flat)
     lengths: Sequence[int | None] = sorted({row.length for row in rows if row.length is not None})
-    budgets = list(dict.fromkeys(row.budget for row in rows if row.mode != "full"))
+    ways = list(dict.fromkeys((row.plan, row.budget) for row in rows if row.mode != "full"))
+    several = len({plan for plan, _ in ways}) > 1
     places = {length: place for place, length in enumerate([*lengths, None])}
-    styles = line_styles(["tidal", *["spare"] * (len(budgets) - 1)])
-    for budget, style in zip(budgets, styles, strict=True):
-        own = [row for row in rows if row.budget == budget]
-        name = f"budget {budget_label(budget)}"
+    styles = line_styles(["tidal", *["spare"] * (len(ways) - 1)])
+    for (plan, budget), style in zip(ways, styles, strict=True):
+        own = [row for row in rows if (row.plan, row.budget) == (plan, budget)]
+        name = f"{plan}, budget {budget_label(budget)}" if several else f"budget {budget_label(budget)}"
         corrected = [row for row in own if row.mode in ("correction", "plain")]
         lossless = [row for row in own if row.mode == "lossless"]
         for axis, field in ((axes[0], "gap"), (axes[1], "ms_per_token")):
