@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
+from tidaldecode import apply
+from tidaldecode.evaluate.correction import tokens_of_warm_up
 
 
 @pytest.fixture
@@ -62,3 +65,22 @@ def test_bad_options(study, run, tmp_path):
     result = run("eval", "correction", "--model", str(tmp_path / "gemma"), "--text", str(tmp_path / "text.txt"),
                  "--context", "90", "--decode", "12")  # fmt: skip
     assert_one_line(result, "sliding-window layers, which can't forget: leave out --model")
+
+
+def test_the_warm_up_drafts_all_that_a_round_can(tiny):
+    """Out of verification, too, where the first round drafts none."""
+    for drafting in ("plan", "verification"):
+        model = tiny("llama")
+        plan = plan_for(model.config, token_budget=400).with_drafting(drafting)
+        apply(model, plan)
+        prompt = torch.arange(2, 42)[None]
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens_of_warm_up(4),
+            lossless=4,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+        )
+        assert 4 in output.past_key_values.rounds.drafted

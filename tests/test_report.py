@@ -241,8 +241,8 @@ def test_tables_hold_the_numbers(page):
     assert "tidal 128 3.200 1.000 2.50× 10 %" in page.text
     assert "tidaldecode eval ppl --seed 7" in page.text and "torch 2.11.0" in page.text
     assert "generate full 48 paper 1" in page.text
-    assert "plain 64 – +0.300 ± 0.100 1.00 2.00× – –" in page.text
-    assert "lossless 64 8 +0.000 1.00 2.00× 7.50 1" in page.text
+    assert "plain shipped 64 – +0.300 ± 0.100 1.00 2.00× – –" in page.text
+    assert "lossless shipped 64 8 +0.000 1.00 2.00× 7.50 1" in page.text
     assert "Coherence of smollm2" in page.text and "Recall over distance" in page.text
 
 
@@ -461,6 +461,13 @@ def test_results_of_this_repository_are_understood_and_shown_once():
     shown = [file for file, kind in kinds.items() if kind in ("ppl", "needle") or file.endswith("correction.jsonl")]
     assert shown == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
     assert not any("needle" in file or "ppl" in file for file, kind in kinds.items() if kind == "other")
+
+
+def test_plans_of_a_study_are_told_apart():
+    cells = [{**cell, "plan": plan} for plan in ("a", "b") for cell in CORRECTION if cell["mode"] != "full"]
+    rows = rows_of([cell for cell in CORRECTION if cell["mode"] == "full"] + cells)
+    plain = [row for row in rows if row.mode == "plain"]
+    assert [row.plan for row in plain] == ["a", "b"]
 
 
 def printed(rows: list[dict], **fields) -> str:

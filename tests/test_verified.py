@@ -76,6 +76,13 @@ def test_a_fraction_of_each_context_is_chosen():
     assert attention.indices.shape == (2, 2, 1, 15 + 5)
 
 
+def test_a_sequence_that_ended_far_back_reads_nothing():
+    attention = VerifiedDrafts(plan(), SHAPE, longest=2)
+    attention.begin_pass(lengths_of(40, 30) + 3, lengths_of(3, 3), 60)
+    attention.begin(lengths_of(41, 12), 60)
+    assert attention.counts.tolist() == [9, 0]
+
+
 def test_what_a_draft_step_reads():
     drafts = VerifiedDrafts(plan(roles=("full", None, "select")), SHAPE, longest=2)
     assert drafts.tokens_read(100) == {0: 13, 2: 13}

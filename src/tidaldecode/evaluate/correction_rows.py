@@ -58,7 +58,7 @@ def row_of(pairs: Sequence[tuple[Cell, Cell]]) -> CorrectionRow:
         accepted_per_round=round(statistics.fmean(accepted), 4) if accepted else None,
         differing=sum(mine["first_difference"] is not None for mine, _ in pairs) if accepted else None,
         windows=len(pairs),
-        plan=first.get("plan"),
+        plan=None if first["mode"] == "full" else first.get("plan"),
         gap_stderr=statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None,
     )
 

@@ -109,9 +109,7 @@ class TidalDecodeBuilder(_Builder):
             return None
         starts = common.query_start_loc_cpu.numpy().astype(np.int64)
         lengths = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        known = (
-            prompt_lens.cpu().numpy().astype(np.int64)
-        )  # on a GPU this waits for the step before, in steps with prompts
+        known = prompt_lens.cpu().numpy().astype(np.int64)  # on a GPU this waits for the step before
         of_prompt = np.zeros_like(lengths)
         of_prompt[: len(known)] = known[: len(lengths)]
         return self._mixed(common, split(starts, lengths, of_prompt, self.attention.most_rows))
@@ -120,7 +118,7 @@ class TidalDecodeBuilder(_Builder):
     def _in_graphs(self) -> bool:
         """Whether a batch of one token per request runs in a CUDA graph, which knows decoded tokens alone.
 
-        Then the last token of a prompt counts as one of them, if all others of the prompt were cached.
+        Then a prompt's token counts as one of them, if it is the only one of its prompt in such a batch.
         """
         mode = self.vllm_config.compilation_config.cudagraph_mode
         return mode is not None and mode.has_full_cudagraphs()
