@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from engines import attention_of, greedy, tiny_plan, with_plan
+from vllm.v1.attention.backend import AttentionType
 
 from tidaldecode import InputError
 
@@ -37,6 +39,26 @@ def _first_impl(engine):
 def test_what_can_not_work_is_refused_at_the_start(start, tiny_llama, options, words):
     with pytest.raises(InputError, match=words) as caught:
         start(tiny_llama, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("feature", "words"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "soft-capped scores"),
+        ({"sinks": torch.zeros(4)}, "sinks"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "the KV cache of another layer"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder_only"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layers_of_other_kinds_are_refused(feature, words):
+    from tidaldecode.vllm.backend import TidalDecodeImpl
+
+    layer = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+    with pytest.raises(InputError, match=words) as caught:
+        TidalDecodeImpl(4, 32, 1.0, 2, **(layer | feature))
     assert "\n" not in str(caught.value)
 
 
