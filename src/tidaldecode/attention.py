@@ -253,8 +253,7 @@ class DecodeAttention:
 
         Sets of their own for the query heads of a KV head can read a token more than once, and so more than all of it.
         """
-        reads = self.tokens_read(context)
-        return sum(reads.values()) / (context * len(reads))
+        return share_read(self.tokens_read(context), context)
 
     def _sets_per_kv_head(self, layer: int) -> float:
         rows = self.head_to_set[layer].tolist()
@@ -263,6 +262,11 @@ class DecodeAttention:
         size = self.shape.group_size
         groups = [set(rows[start : start + size]) for start in range(0, len(rows), size)]
         return sum(len(group) for group in groups) / len(groups)
+
+
+def share_read(reads: dict[int, float], context: int) -> float:
+    """Share of the KV cache of the layers in `reads` that a step reads, from `tokens_read` at a context."""
+    return sum(reads.values()) / (context * len(reads))
 
 
 def budgets_like(plan: TidalPlan, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.attention import budgets_like, write_budgets
+from tidaldecode.attention import budgets_like, share_read, write_budgets
 from tidaldecode.plan import ModelShape, TidalPlan
 
 
@@ -144,5 +144,4 @@ class VerifiedDrafts:
 
     def kv_read_fraction(self, context: int) -> float:
         """Share of the KV cache of all layers with a role that one step reads at a context of `context` tokens."""
-        reads = self.tokens_read(context)
-        return sum(reads.values()) / (context * len(reads))
+        return share_read(self.tokens_read(context), context)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.attention import share_read
 from tidaldecode.plan import ModelShape, Selection
 
 
@@ -94,5 +95,4 @@ class OracleAttention:
 
     def kv_read_fraction(self, context: int) -> float:
         """Share of the KV cache that one step reads at a context of `context` tokens, once the tokens are chosen."""
-        reads = self.tokens_read(context)
-        return sum(reads.values()) / (context * len(reads))
+        return share_read(self.tokens_read(context), context)

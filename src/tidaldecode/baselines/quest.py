@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.attention import share_read
 from tidaldecode.baselines.pages import page_bounds, page_scores
 from tidaldecode.plan import ModelShape
 
@@ -111,5 +112,4 @@ class QuestAttention:
 
     def kv_read_fraction(self, context: int) -> float:
         """Share of the KV cache that one step reads at a context of `context` tokens, bounds counted."""
-        reads = self.tokens_read(context)
-        return sum(reads.values()) / (context * len(reads))
+        return share_read(self.tokens_read(context), context)
