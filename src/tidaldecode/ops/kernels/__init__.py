@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tidaldecode.ops import MOST_CHUNK_TOKENS, reference
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.importance import average_probabilities
-from tidaldecode.ops.kernels.select import select_by_scores, select_tokens
+from tidaldecode.ops.kernels.importance import write_importance
+from tidaldecode.ops.kernels.scores import Scores
+from tidaldecode.ops.kernels.select import Choosing, select_tokens
 from tidaldecode.ops.kernels.split_kv import Tiling, attend
 from tidaldecode.ops.kernels.write import write_kv
 from tidaldecode.plan import Selection
@@ -50,7 +51,7 @@ def full_attention(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
     """As `reference.full_attention`."""
-    tiling = _tiling(query, 128, 4, 3, 1)
+    tiling = _tiling(query, 64, 2, 3, 2)
     return attend(query[:, None], k_cache, v_cache, block_table, lengths, scale, tiling=tiling)[:, 0]
 
 
@@ -66,14 +67,35 @@ def full_attention_with_importance(
 ) -> Tensor:
     """As `reference.full_attention_with_importance`."""
     rows = _sets_by_rule(importance, selections, query.shape[1], k_cache.shape[2])
-    scores = rows.get("per_head")  # these importances are the scores
-    if scores is None:
-        scores = importance.new_empty(len(query), query.shape[1], importance.shape[2])
-    output, normalizers = _attend_with_scores(query, k_cache, v_cache, block_table, lengths, scale, scores)
-    if "per_group" in rows or "unified" in rows:
-        average_probabilities(
-            scores, normalizers, lengths, k_cache.shape[2], rows.get("per_group"), rows.get("unified")
+    tiling = _tiling(query, 64, 2, 3, 2)
+    scores = Scores.room(
+        query,
+        k_cache.shape[2],
+        lengths,
+        torch.zeros_like(lengths),
+        importance.shape[2],
+        tile=tiling.tokens,
+        sets=1,
+        counts=0,
+        more_bytes=0,
+        coded="per_head" not in rows,  # whose importances are the scores
+    )
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for turn in range(scores.rounds.number):
+        attend(
+            query[:, None],
+            k_cache,
+            v_cache,
+            block_table,
+            lengths,
+            scale,
+            tiling=tiling,
+            scores=scores,
+            turn=turn,
+            output=output[:, None],
         )
+        for rule, sets in rows.items():
+            write_importance(scores, turn, sets, as_scores=rule == "per_head")
     return output
 
 
@@ -93,12 +115,27 @@ def full_attention_with_selection(
 ) -> Tensor:
     """As `reference.full_attention_with_selection`; among equal importances the earlier token is chosen.
 
-    A head's own set goes by its probabilities: the order of its scores, down to where they underflow to zero.
+    A head's own set goes by its probabilities: the order of its scores, down to where they underflow to zero. With
+    16-bit queries, scores that differ by less than 1/1024 of an octave count as equal.
     """
-    scores = _room_for_scores(query, capacity)
-    output, normalizers = _attend_with_scores(query, k_cache, v_cache, block_table, lengths, scale, scores)
-    for rows in _sets_by_rule(indices, selections, query.shape[1], k_cache.shape[2]).values():
-        select_by_scores(scores, normalizers, lengths, budgets, recents, sink_tokens, rows)
+    tables = _sets_by_rule(indices, selections, query.shape[1], k_cache.shape[2])
+    tiling = _tiling(query, 64, 2, 3, 2)
+    choosing = Choosing(query, k_cache.shape[2], lengths, budgets, capacity, tiling.tokens, list(tables.values()))
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for turn in range(choosing.scores.rounds.number):
+        attend(
+            query[:, None],
+            k_cache,
+            v_cache,
+            block_table,
+            lengths,
+            scale,
+            tiling=tiling,
+            scores=choosing.scores,
+            turn=turn,
+            output=output[:, None],
+        )
+        choosing.choose(turn, lengths, budgets, recents, sink_tokens)
     return output
 
 
@@ -108,30 +145,6 @@ def _sets_by_rule(
     """The rows of each rule among those of several, [B, S, ...]: views."""
     sizes = [{"per_head": num_heads, "per_group": num_kv_heads, "unified": 1}[rule] for rule in selections]
     return dict(zip(selections, rows.split(sizes, 1), strict=True))
-
-
-def _room_for_scores(query: Tensor, capacity: int) -> Tensor:
-    """[B, Hq, capacity or a few more], float32: rows that begin at multiples of 64 bytes are read by fours."""
-    return query.new_empty(len(query), query.shape[-2], -(-capacity // 16) * 16, dtype=torch.float32)
-
-
-def _attend_with_scores(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float, scores: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Full attention that writes scores [B, Hq, T], and returns the heads' normalizers [B, Hq] with its output."""
-    normalizers = scores.new_empty(query.shape[:2])
-    output = attend(
-        query[:, None],
-        k_cache,
-        v_cache,
-        block_table,
-        lengths,
-        scale,
-        tiling=_tiling(query, 128, 4, 3, 1),
-        scores=scores,
-        normalizers=normalizers,
-    )[:, 0]
-    return output, normalizers
 
 
 def sparse_attention(
@@ -202,19 +215,22 @@ def multi_query_attention_with_selection(
     choice = budgets, recents, sink_tokens
     if query.shape[1] > MOST_CHUNK_TOKENS:
         return reference.multi_query_attention_with_selection(*chunk, selection, *choice, capacity, indices)
-    scores = _room_for_scores(query, capacity)
-    normalizers = scores.new_empty(scores.shape[:2])
-    output = attend(
-        query,
-        k_cache,
-        v_cache,
-        block_table,
-        lengths,
-        scale,
-        tiling=_tiling(query, 128, 4, 3, 1),
-        new_lengths=new_lengths,
-        scores=scores,
-        normalizers=normalizers,
-    )
-    select_by_scores(scores, normalizers, lengths - new_lengths, *choice, indices)
+    tiling = _tiling(query, 128, 4, 3, 1)
+    choosing = Choosing(query, k_cache.shape[2], lengths, budgets, capacity, tiling.tokens, [indices])
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for turn in range(choosing.scores.rounds.number):
+        attend(
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            lengths,
+            scale,
+            tiling=tiling,
+            new_lengths=new_lengths,
+            scores=choosing.scores,
+            turn=turn,
+            output=output,
+        )
+        choosing.choose(turn, lengths - new_lengths, *choice)
     return output

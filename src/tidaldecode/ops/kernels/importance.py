@@ -1,7 +1,4 @@
-"""How important each cached token is: from scores to probabilities, averaged over query heads.
-
-The softmax normalizer is known only when attention is done, so this is a second pass, over scores and not over K.
-"""
+"""How important each cached token is: scores, or probabilities averaged over query heads, for each sequence and set."""
 
 from __future__ import annotations
 
@@ -9,81 +6,93 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_TOKENS = 256
+from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.chunks import chunks_in_round, sequence_of
+from tidaldecode.ops.kernels.scores import Scores, mean_probabilities
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_PROGRAMS = 8  # on a multiprocessor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "turn", "window"])
 def _importance_kernel(
-    scores,  # [B, Hq, T]
-    normalizers,  # [B, Hq]
+    values,
+    tops,
+    normalizers,
     lengths,  # [B]
-    groups,  # [B, Hkv, T]; with PER_GROUP
-    unified,  # [B, 1, T]; with UNIFIED
-    scores_b,
-    scores_h,
-    groups_b,
-    groups_h,
-    unified_b,
-    KV_HEADS: tl.constexpr,
+    importance,  # [B, SETS, T], written
+    batch,
+    turn,
+    window,
+    importance_b,
+    importance_s,
+    BATCH: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    UNIFIED: tl.constexpr,
+    SETS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    CODED: tl.constexpr,
+    AS_SCORES: tl.constexpr,  # one head a set, and its scores instead of its probabilities
 ):
-    b = tl.program_id(1).to(tl.int64)
-    length = tl.load(lengths + b)
-    start = tl.program_id(0) * BLOCK_T
-    if start >= length:
-        return
-    token = start + tl.arange(0, BLOCK_T)
-    inside = token < length
-    over_all = tl.zeros([BLOCK_T], tl.float32)
-    for kv_head in tl.static_range(KV_HEADS):
-        over_group = tl.zeros([BLOCK_T], tl.float32)
-        for g in tl.static_range(GROUP):
-            head = kv_head * GROUP + g
-            score = tl.load(scores + b * scores_b + head * scores_h + token, mask=inside, other=float("-inf"))
-            over_group += tl.exp2((score - tl.load(normalizers + b * (KV_HEADS * GROUP) + head)) * _LOG2_E)
-        if PER_GROUP:
-            tl.store(groups + b * groups_b + kv_head * groups_h + token, over_group / GROUP, mask=inside)
-        over_all += over_group
-    if UNIFIED:
-        tl.store(unified + b * unified_b + token, over_all / (KV_HEADS * GROUP), mask=inside)
+    in_round, before, chunks, behind = chunks_in_round(lengths, batch, turn, window, BATCH, CHUNK)
+    HEADS: tl.constexpr = ALL_HEADS // SETS
+    for item in range(tl.program_id(0), in_round * SETS, tl.num_programs(0)):
+        chunk, s = before + item // SETS, item % SETS
+        b, _, first = sequence_of(chunk, chunks, behind, batch, BATCH)
+        place = chunk - turn * window
+        if AS_SCORES:
+            entry = tl.arange(0, CHUNK)
+            first_tile = (place.to(tl.int64) * (ALL_HEADS // GROUP) + s // GROUP) * (CHUNK // TILE)
+            row = (first_tile + entry // TILE) * GROUP + s % GROUP
+            value = tl.load(values + row * TILE + entry % TILE) * _LN_2
+        else:
+            value = mean_probabilities(
+                values,
+                tops,
+                normalizers + b * ALL_HEADS,
+                place,
+                s * HEADS,
+                ALL_HEADS,
+                GROUP,
+                HEADS,
+                CHUNK,
+                TILE,
+                CODED,
+            )
+        token = (chunk - first) * CHUNK + tl.arange(0, CHUNK)
+        row = importance + b.to(tl.int64) * importance_b + s * importance_s
+        tl.store(row + token, value, mask=token < tl.load(lengths + b))
 
 
-def average_probabilities(
-    scores: Tensor,
-    normalizers: Tensor,
-    lengths: Tensor,
-    num_kv_heads: int,
-    per_group: Tensor | None,
-    unified: Tensor | None,
-) -> None:
-    """Writes the mean probability of each token over the query heads of a KV head, and over all query heads.
+def write_importance(scores: Scores, turn: int, importance: Tensor, as_scores: bool) -> None:
+    """Writes the importances that the scores of one round stand for.
 
     Args:
-        scores: [B, Hq, T], float32; entries past a sequence's length are not read.
-        normalizers: [B, Hq], float32; log of the sum of the exponentials of a head's scores.
-        lengths: [B], int32.
-        num_kv_heads: Hkv.
-        per_group: [B, Hkv, T], float32, written; `None` if not wanted.
-        unified: [B, 1, T], float32, written; `None` if not wanted.
+        scores: as attention left them; not coded if they are written themselves.
+        turn: the round.
+        importance: [B, S, T], float32, written; S is Hq, Hkv or 1, and the sets share the query heads evenly, in order.
+        as_scores: for S = Hq, the scores instead of the probabilities.
     """
-    batch, num_heads, capacity = scores.shape
-    _importance_kernel[triton.cdiv(capacity, _TOKENS), batch](
-        scores,
-        normalizers,
-        lengths,
-        scores if per_group is None else per_group,
-        scores if unified is None else unified,
-        *scores.stride()[:2],
-        *((0, 0) if per_group is None else per_group.stride()[:2]),
-        0 if unified is None else unified.stride(0),
-        KV_HEADS=num_kv_heads,
-        GROUP=num_heads // num_kv_heads,
-        BLOCK_T=_TOKENS,
-        PER_GROUP=per_group is not None,
-        UNIFIED=unified is not None,
-        num_warps=2,
+    batch, sets = importance.shape[:2]
+    room, kv_heads, tiles, group, tile = scores.values.shape
+    _importance_kernel[min(room * sets, scratch.multiprocessors(importance.device) * _PROGRAMS),](
+        scores.values,
+        scores.tops,
+        scores.normalizers,
+        scores.lengths,
+        importance,
+        batch,
+        turn,
+        scores.rounds.window,
+        *importance.stride()[:2],
+        BATCH=triton.next_power_of_2(batch),
+        ALL_HEADS=kv_heads * group,
+        GROUP=group,
+        SETS=sets,
+        CHUNK=tiles * tile,
+        TILE=tile,
+        CODED=scores.coded,
+        AS_SCORES=as_scores,
+        num_warps=8,
     )

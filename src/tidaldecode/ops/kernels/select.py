@@ -4,39 +4,52 @@ Three short launches. The first counts the importances of each chunk of tokens b
 its first mantissa bits); given scores it makes importances of them on the way. The second knows from the counts in
 which bin the budget ends: it writes the tokens above that bin, and lists those in it as candidates. The third finds
 the exact threshold among the candidates, by bisection. Where a chunk's tokens go follows from the counts of the chunks
-before it, so that the same importances always give the same table. A short row of importances needs one launch: a
-program holds all of it, and bisects at once.
+before it, so that the same importances always give the same table. Programs take the chunks that there are, one after
+another. A short row of importances needs one launch: a program holds all of it, and bisects at once.
+
+No launch leaves anything for the next choice: what a failed or interrupted one has written is never read.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.chunks import Rounds, chunks_in_round, rounds_for, sequence_of
+from tidaldecode.ops.kernels.scores import Scores, mean_probabilities
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_BINS = tl.constexpr(256)
+_IMPORTANCE_BINS, _SCORE_BINS = 256, 64  # counters of an index set; counting costs as much as there are bins
 _HELD = 8192  # importances that one program can hold
-_FEW, _MANY = tl.constexpr(2048), tl.constexpr(8192)  # candidates that a program holds, usually and at most
+_FEW, _MANY = tl.constexpr(1024), tl.constexpr(8192)  # candidates that a program holds, usually and at most
+_BEFORE = tl.constexpr(128)  # earlier chunks whose counts are added up at once
+_FEW_HEADS = tl.constexpr(4)  # importances of more heads are kept, of fewer computed anew: as many bytes, or fewer
+_PROGRAMS = 8  # on a multiprocessor
 _LEAST, _MOST = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def _ordered(importance):
-    """Integers in the order of the floats."""
-    bits = importance.to(tl.int32, bitcast=True)
+    """Integers in the order of the floats; any NaN is the largest, as for `torch.topk`."""
+    bits = tl.where(importance == importance, importance.to(tl.int32, bitcast=True), 0x7FC00000)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _bin(key):
-    """A coarse bin that never falls as the key rises, below 224.
+def _bin(key, wanted, PROBABILITIES: tl.constexpr):
+    """A coarse bin, four an octave, that never falls as the key rises, and below the last.
 
-    Four bins an octave, from 2^-32 to 2^8 for positive numbers, from -2^8 to -2^-8 for negative ones. What lies
-    outside shares the outermost bins: slower, but right.
+    `wanted` probabilities that add up to one at most can't all exceed `1 / wanted`, so they end below it: the bins of
+    probabilities cover 15 octaves from there down. Those of importances go from 2^-32 to 2^8 for positive numbers, from
+    -2^8 to -2^-8 for negative ones. What lies outside shares the outermost bins: slower, but right.
     """
+    if PROBABILITIES:
+        most = (1.0 / wanted.to(tl.float32)).to(tl.int32, bitcast=True) >> 21
+        return tl.minimum(tl.maximum((key >> 21) - most + 62, 0), 62)
     positive = tl.minimum(tl.maximum((key >> 21) - 380, 0), 159) + 64
     negative = 63 - tl.minimum(tl.maximum((~key >> 21) - 476, 0), 63)
     return tl.where(key >= 0, positive, negative)
@@ -114,150 +127,221 @@ def _choose_held_kernel(
         _write_forced(chosen_set, length, budget, recent, sink, 256)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "turn", "window"])
 def _count_kernel(
-    values,  # [B, S, T] importances; with HEADS > 0 scores, [B, S * HEADS, T]
-    normalizers,  # [B, S * HEADS]; with HEADS > 0
-    lengths,
+    values,  # [B, S, T] importances; with HEADS > 0 scores, see `Scores`
+    tops,
+    normalizers,
+    cached,  # [B]; tokens of the sequences, by which they are cut into chunks
+    lengths,  # [B]; those to choose from
     budgets,
     recents,
     sink,
-    importance,  # [B, S, T], written with HEADS > 0
-    reaching,  # [B, S, chunks, BINS], written: importances of a chunk in each bin or above it
+    importance,  # [chunks, S, CHUNK], written with more than a few HEADS
+    reaching,  # [chunks, S, BINS], written: importances of a chunk in each bin or above it
     totals,  # [B, S, BINS], added up over the chunks; zero before
-    capacity,
+    batch,
+    turn,
+    window,
     values_b,
-    values_s,  # from head to head with HEADS > 0
-    importance_b,
-    importance_s,
+    values_s,
+    totals_b,
+    BATCH: tl.constexpr,
+    SETS: tl.constexpr,
     HEADS: tl.constexpr,
-    HEAD_TILE: tl.constexpr,
+    GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    CODED: tl.constexpr,
+    BINS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    chunk, s, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    length, budget, recent = tl.load(lengths + b), tl.load(budgets + b), tl.load(recents + b)
-    if length <= budget or chunk * CHUNK >= length - recent:
-        return
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    free = (token >= sink) & (token < length - recent)
-    there = token < capacity  # loads of whole vectors: what is not free is left out of the counts
-    if HEADS == 0:
-        value = tl.load(values + b * values_b + s * values_s + token, mask=there, other=0.0)
-    else:
-        value = tl.zeros([CHUNK], tl.float32)
-        for first in tl.static_range(0, HEADS, HEAD_TILE):
-            head = s * HEADS + first + tl.arange(0, HEAD_TILE)
-            real = first + tl.arange(0, HEAD_TILE) < HEADS
-            pointers = values + b * values_b + (head * values_s)[:, None] + token[None, :]
-            score = tl.load(pointers, mask=real[:, None] & there[None, :], other=float("-inf"))
-            normalizer = tl.load(normalizers + b * (tl.num_programs(1) * HEADS) + head, mask=real, other=0.0)
-            value += tl.sum(tl.exp2((score - normalizer[:, None]) * _LOG2_E), 0)
-        value = value / HEADS
-        tl.store(importance + b * importance_b + s * importance_s + token, value, mask=there)
-    counts = tl.histogram(_bin(_ordered(value)), _BINS, mask=free)
-    row = b * tl.num_programs(1) + s
-    bins = tl.arange(0, _BINS)
-    tl.store(reaching + (row * tl.num_programs(0) + chunk) * _BINS + bins, tl.cumsum(counts, 0, reverse=True))
-    tl.atomic_add(totals + row * _BINS + bins, counts, mask=counts > 0, sem="relaxed")
+    in_round, before, chunks, behind = chunks_in_round(cached, batch, turn, window, BATCH, CHUNK)
+    for item in range(tl.program_id(0), in_round * SETS, tl.num_programs(0)):
+        chunk, s = before + item // SETS, item % SETS
+        b, _, first = sequence_of(chunk, chunks, behind, batch, BATCH)
+        length, budget, recent = tl.load(lengths + b), tl.load(budgets + b), tl.load(recents + b)
+        start = (chunk - first) * CHUNK
+        if (length > budget) & (start < length - recent):
+            place = chunk - turn * window
+            row = place.to(tl.int64) * SETS + s
+            token = start + tl.arange(0, CHUNK)
+            if HEADS == 0:
+                pointers = values + b.to(tl.int64) * values_b + s * values_s + token
+                value = tl.load(pointers, mask=token < length, other=0.0)
+            else:
+                value = mean_probabilities(
+                    values,
+                    tops,
+                    normalizers + b * (SETS * HEADS),
+                    place,
+                    s * HEADS,
+                    SETS * HEADS,
+                    GROUP,
+                    HEADS,
+                    CHUNK,
+                    TILE,
+                    CODED,
+                )
+            if HEADS > _FEW_HEADS:
+                tl.store(importance + row * CHUNK + tl.arange(0, CHUNK), value)
+            free = (token >= sink) & (token < length - recent)
+            its_bin = _bin(_ordered(value), budget - sink - recent, HEADS > 0)
+            counts = tl.histogram(its_bin, BINS, mask=free)
+            bins = tl.arange(0, BINS)
+            tl.store(reaching + row * BINS + bins, tl.cumsum(counts, 0, reverse=True))
+            total = totals + b.to(tl.int64) * totals_b + s * BINS + bins
+            tl.atomic_add(total, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
-def _border(totals, wanted):
+def _border(totals, wanted, BINS: tl.constexpr):
     """The bin in which the budget ends, how many importances lie above it, and how many in it."""
-    bins = tl.arange(0, _BINS)
+    bins = tl.arange(0, BINS)
     reach = tl.cumsum(tl.load(totals + bins), 0, reverse=True)
     border = tl.sum((reach >= wanted).to(tl.int32)) - 1
     num_above = tl.sum(tl.where(bins == border + 1, reach, 0))
     return border, num_above, tl.sum(tl.where(bins == border, reach, 0)) - num_above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "turn", "window"])
 def _write_above_kernel(
-    importance,
+    values,
+    tops,
+    normalizers,
+    cached,
     lengths,
     budgets,
     recents,
     sink,
+    importance,
     reaching,
     totals,
-    candidate_keys,  # [B, S, T], written
+    candidate_keys,  # for each sequence and set its chunks, one after another; written
     candidate_tokens,
-    indices,
-    capacity,
-    importance_b,
-    importance_s,
+    indices,  # [B, S, K], written
+    batch,
+    turn,
+    window,
+    values_b,
+    values_s,
+    totals_b,
     indices_b,
     indices_s,
+    BATCH: tl.constexpr,
+    SETS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    TILE: tl.constexpr,
+    CODED: tl.constexpr,
+    BINS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    chunk, s, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    length, budget, recent = tl.load(lengths + b), tl.load(budgets + b), tl.load(recents + b)
-    row = b * tl.num_programs(1) + s
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    value = tl.load(importance + b * importance_b + s * importance_s + token, mask=token < capacity, other=0.0)
-    chosen_set = indices + b * indices_b + s * indices_s
-    if length <= budget:  # chosen whole
-        tl.store(chosen_set + token, token, mask=token < length)
-        return
-    if chunk * CHUNK >= length - recent:
-        return
-    border, _, _ = _border(totals + row * _BINS, budget - sink - recent)
+    in_round, before, chunks, behind = chunks_in_round(cached, batch, turn, window, BATCH, CHUNK)
+    for item in range(tl.program_id(0), in_round * SETS, tl.num_programs(0)):
+        chunk, s = before + item // SETS, item % SETS
+        b, own, first = sequence_of(chunk, chunks, behind, batch, BATCH)
+        length, budget, recent = tl.load(lengths + b), tl.load(budgets + b), tl.load(recents + b)
+        b64, start, place = b.to(tl.int64), (chunk - first) * CHUNK, chunk - turn * window
+        token = start + tl.arange(0, CHUNK)
+        chosen_set = indices + b64 * indices_b + s * indices_s
+        if length <= budget:  # chosen whole
+            tl.store(chosen_set + token, token, mask=token < length)
+        elif start < length - recent:
+            row = place.to(tl.int64) * SETS + s
+            if HEADS == 0:
+                value = tl.load(values + b64 * values_b + s * values_s + token, mask=token < length, other=0.0)
+            elif HEADS > _FEW_HEADS:
+                value = tl.load(importance + row * CHUNK + tl.arange(0, CHUNK))
+            else:
+                value = mean_probabilities(
+                    values,
+                    tops,
+                    normalizers + b * (SETS * HEADS),
+                    place,
+                    s * HEADS,
+                    SETS * HEADS,
+                    GROUP,
+                    HEADS,
+                    CHUNK,
+                    TILE,
+                    CODED,
+                )
+            wanted = budget - sink - recent
+            border, _, _ = _border(totals + b64 * totals_b + s * BINS, wanted, BINS)
+            above_before, reached_before = 0, 0
+            first_row = row - (chunk - first) * SETS
+            for start_before in range(0, chunk - first, _BEFORE):
+                earlier = start_before + tl.arange(0, _BEFORE)
+                counts = reaching + (first_row + earlier * SETS) * BINS + border
+                there = earlier < chunk - first
+                above_before += tl.sum(tl.load(counts + 1, mask=there, other=0))
+                reached_before += tl.sum(tl.load(counts, mask=there, other=0))
 
-    before = tl.arange(0, CHUNKS)
-    earlier = reaching + (row * tl.num_programs(0) + before) * _BINS + border
-    above_before = tl.sum(tl.load(earlier + 1, mask=before < chunk, other=0))
-    candidates_before = tl.sum(tl.load(earlier, mask=before < chunk, other=0)) - above_before
-
-    free = (token >= sink) & (token < length - recent)
-    key = _ordered(value)
-    its_bin = _bin(key)
-    above, inside = free & (its_bin > border), free & (its_bin == border)
-    ranks = tl.cumsum(above.to(tl.int32) + (inside.to(tl.int32) << 16), 0)  # both counts in one scan
-    tl.store(chosen_set + sink + above_before + (ranks & 0xFFFF) - 1, token, mask=above)
-    place = row * capacity + candidates_before + (ranks >> 16) - 1
-    tl.store(candidate_keys + place, key, mask=inside)
-    tl.store(candidate_tokens + place, token, mask=inside)
+            free = (token >= sink) & (token < length - recent)
+            key = _ordered(value)
+            its_bin = _bin(key, wanted, HEADS > 0)
+            above, inside = free & (its_bin > border), free & (its_bin == border)
+            ranks = tl.cumsum(above.to(tl.int32) + (inside.to(tl.int32) << 16), 0)  # both counts in one scan
+            tl.store(chosen_set + sink + above_before + (ranks & 0xFFFF) - 1, token, mask=above)
+            room = (first - turn * window).to(tl.int64) * SETS + s * own
+            entry = room * CHUNK + reached_before - above_before + (ranks >> 16) - 1
+            tl.store(candidate_keys + entry, key, mask=inside)
+            tl.store(candidate_tokens + entry, token, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "turn", "window"])
 def _finish_kernel(
+    cached,
     lengths,
     budgets,
     recents,
     sink,
-    totals,  # zero afterwards
+    totals,
     candidate_keys,
     candidate_tokens,
     indices,
-    capacity,
+    batch,
+    turn,
+    window,
+    totals_b,
     indices_b,
     indices_s,
+    BATCH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length, budget, recent = tl.load(lengths + b), tl.load(budgets + b), tl.load(recents + b)
-    if length <= budget:
+    _, _, chunks, behind = chunks_in_round(cached, batch, turn, window, BATCH, CHUNK)
+    index = tl.arange(0, BATCH)
+    own = tl.sum(tl.where(index == b, chunks, 0))
+    first = tl.sum(tl.where(index == b, behind, 0)) - own
+    if (length <= budget) | (first // window != turn):
         return
-    row = b * tl.num_programs(0) + s
-    wanted = budget - sink - recent
-    _, num_above, num_candidates = _border(totals + row * _BINS, wanted)
-    tl.store(totals + row * _BINS + tl.arange(0, _BINS), tl.zeros([_BINS], tl.int32))
-    chosen_set = indices + b * indices_b + s * indices_s
+    b64, wanted = b.to(tl.int64), budget - sink - recent
+    _, num_above, num_candidates = _border(totals + b64 * totals_b + s * BINS, wanted, BINS)
+    chosen_set = indices + b64 * indices_b + s * indices_s
     _write_forced(chosen_set, length, budget, recent, sink, 256)
-    keys, tokens = candidate_keys + row * capacity, candidate_tokens + row * capacity
-    _choose_among(keys, tokens, num_candidates, wanted - num_above, chosen_set + sink + num_above)
+    room = ((first - turn * window).to(tl.int64) * tl.num_programs(0) + s * own) * CHUNK
+    _choose_among(
+        candidate_keys + room,
+        candidate_tokens + room,
+        num_candidates,
+        wanted - num_above,
+        chosen_set + sink + num_above,
+    )
 
 
 @triton.jit
@@ -347,104 +431,176 @@ def select_tokens(
             launch_pdl=scratch.overlaps(indices.device),
             num_warps=max(1, min(8, held // 1024)),
         )
-    else:
-        _count_and_choose(importance, None, importance, lengths, budgets, recents, sink_tokens, indices)
+        return
+    rounds = rounds_for(batch, capacity, sets, _bytes(sets))
+    lists = _Lists.room(indices, rounds, _IMPORTANCE_BINS, kept=False)
+    totals = torch.zeros(batch, sets * _IMPORTANCE_BINS, dtype=torch.int32, device=indices.device)
+    for turn in range(rounds.number):
+        _count_and_choose(importance, rounds, turn, lengths, budgets, recents, sink_tokens, totals, lists, indices)
 
 
-def select_by_scores(
-    scores: Tensor,
-    normalizers: Tensor,
-    lengths: Tensor,
-    budgets: Tensor,
-    recents: Tensor,
-    sink_tokens: int,
-    indices: Tensor,
-) -> None:
-    """Writes the index sets that mean probabilities choose; the sets share the query heads evenly, in order.
+@dataclass(frozen=True)
+class _Lists:
+    """What the launches of a round leave for each other, by chunks.
+
+    Attributes:
+        importance: [chunks, S, C], float32; what scores of more than a few heads became.
+        reaching: [chunks, S, BINS], int32.
+        candidate_keys, candidate_tokens: [chunks · S · C], int32.
+    """
+
+    importance: Tensor
+    reaching: Tensor
+    candidate_keys: Tensor
+    candidate_tokens: Tensor
+
+    @classmethod
+    def room(cls, indices: Tensor, rounds: Rounds, bins: int, kept: bool) -> _Lists:
+        sets = indices.shape[1]
+        candidates = indices.new_empty(2, rounds.chunks * sets * rounds.tokens)
+        return cls(
+            indices.new_empty(rounds.chunks if kept else 0, sets, rounds.tokens, dtype=torch.float32),
+            indices.new_empty(rounds.chunks, sets, bins),
+            *candidates,
+        )
+
+
+def _bytes(sets: int) -> int:
+    """What `_Lists` takes for each token, at most."""
+    return sets * (4 + 2 + 8)
+
+
+class Choosing:
+    """Selection from scores: makes its room before attention writes the scores, so that nothing is half done.
 
     Args:
-        scores: [B, Hq, T], float32; entries past a sequence's length are not read.
-        normalizers: [B, Hq], float32; log of the sum of the exponentials of a head's scores.
-        lengths, budgets, recents, sink_tokens: as for `select_tokens`.
-        indices: [B, S, K], int32, written; S is 1, Hkv or Hq.
+        query: [B, ..., Hq, D].
+        num_kv_heads: Hkv.
+        lengths: [B], int32; tokens in the cache.
+        budgets: [B], int32.
+        capacity: the longest that a sequence can become.
+        tile: tokens that attention reads at once.
+        tables: for each rule, the index sets that it writes, [B, S, K], int32; S is 1, Hkv or Hq.
+
+    Attributes:
+        scores: room for the scores; attention fills it for one round, then `choose` reads it.
     """
-    batch, _, capacity = scores.shape
-    importance = scores.new_empty(batch, indices.shape[1], capacity)
-    _count_and_choose(scores, normalizers, importance, lengths, budgets, recents, sink_tokens, indices)
+
+    def __init__(
+        self,
+        query: Tensor,
+        num_kv_heads: int,
+        lengths: Tensor,
+        budgets: Tensor,
+        capacity: int,
+        tile: int,
+        tables: list[Tensor],
+    ) -> None:
+        sets = [table.shape[1] for table in tables]
+        heads = query.shape[-2]
+        self._tables = tables
+        self.scores = Scores.room(
+            query,
+            num_kv_heads,
+            lengths,
+            budgets,
+            capacity,
+            tile=tile,
+            sets=max(sets),
+            counts=sum(sets) * _SCORE_BINS,
+            more_bytes=_bytes(max(sets)),
+            coded=True,
+        )
+        rounds = self.scores.rounds
+        self._lists = [
+            _Lists.room(table, rounds, _SCORE_BINS, heads // table.shape[1] > _FEW_HEADS.value) for table in tables
+        ]
+
+    def choose(self, turn: int, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int) -> None:
+        """Writes the index sets of one round.
+
+        Args:
+            turn: the round.
+            lengths, budgets, recents, sink_tokens: as for `select_tokens`; no length exceeds the cache's.
+        """
+        start = 0
+        for table, lists in zip(self._tables, self._lists, strict=True):
+            counts = self.scores.counts[:, start : start + table.shape[1] * _SCORE_BINS]
+            start += counts.shape[1]
+            _count_and_choose(
+                self.scores, self.scores.rounds, turn, lengths, budgets, recents, sink_tokens, counts, lists, table
+            )
 
 
 def _count_and_choose(
-    values: Tensor,
-    normalizers: Tensor | None,
-    importance: Tensor,
+    source: Scores | Tensor,
+    rounds: Rounds,
+    turn: int,
     lengths: Tensor,
     budgets: Tensor,
     recents: Tensor,
     sink_tokens: int,
+    totals: Tensor,
+    lists: _Lists,
     indices: Tensor,
 ) -> None:
-    batch, sets, capacity = importance.shape
-    heads = 0 if normalizers is None else values.shape[1] // sets
-    chunk = max(512, min(2048, triton.next_power_of_2(capacity * sets * batch // 256)))
-    chunks = triton.cdiv(capacity, chunk)
+    """The three launches of one round, from scores or from importances [B, S, T]."""
+    batch, sets = indices.shape[:2]
     overlap = scratch.overlaps(indices.device)
-    bins = int(_BINS.value)
-    grid = (chunks, sets, batch)
-    reaching = indices.new_empty(batch * sets * chunks * bins)
-    totals = scratch.zeros("totals", batch * sets * bins, indices.device)
-    _count_kernel[grid](
-        values,
-        values if normalizers is None else normalizers,
-        lengths,
-        budgets,
-        recents,
-        sink_tokens,
-        importance,
-        reaching,
-        totals,
-        capacity,
-        *values.stride()[:2],
-        *importance.stride()[:2],
-        HEADS=heads,
-        HEAD_TILE=max(1, min(triton.next_power_of_2(max(heads, 1)), 8192 // chunk)),
-        CHUNK=chunk,
-        OVERLAP=overlap,
-        num_warps=4 if heads <= 1 else 8,
-        launch_pdl=overlap,
+    if isinstance(source, Scores):
+        values, cached, strides = (source.values, source.tops, source.normalizers), source.lengths, (0, 0)
+        kv_heads, _, group, tile = source.values.shape[1:]
+        heads, coded = kv_heads * group // sets, source.coded
+    else:
+        values, cached, strides = (source,) * 3, lengths, (source.stride(0), source.stride(1))
+        heads, group, tile, coded = 0, 1, rounds.tokens, False
+    which = cached, lengths, budgets, recents, sink_tokens
+    bins = lists.reaching.shape[2]
+    shared = {
+        "BINS": bins,
+        "BATCH": triton.next_power_of_2(batch),
+        "CHUNK": rounds.tokens,
+        "OVERLAP": overlap,
+        "launch_pdl": overlap,
+    }
+    read = {
+        "SETS": sets,
+        "HEADS": heads,
+        "GROUP": group,
+        "TILE": tile,
+        "CODED": coded,
+    }
+    programs = min(rounds.chunks * sets, scratch.multiprocessors(indices.device) * _PROGRAMS)
+    turn_and_strides = batch, turn, rounds.window, *strides, totals.stride(0)
+    candidates = lists.candidate_keys, lists.candidate_tokens
+    warps = 4 if rounds.tokens < 2048 and heads <= 1 else 8
+    _count_kernel[programs,](
+        *values, *which, lists.importance, lists.reaching, totals, *turn_and_strides, **read, **shared, num_warps=warps
     )
-    candidate_keys, candidate_tokens = indices.new_empty(2, batch * sets * capacity)
-    _write_above_kernel[grid](
-        importance,
-        lengths,
-        budgets,
-        recents,
-        sink_tokens,
-        reaching,
+    _write_above_kernel[programs,](
+        *values,
+        *which,
+        lists.importance,
+        lists.reaching,
         totals,
-        candidate_keys,
-        candidate_tokens,
+        *candidates,
         indices,
-        capacity,
-        *importance.stride()[:2],
+        *turn_and_strides,
         *indices.stride()[:2],
-        CHUNK=chunk,
-        CHUNKS=triton.next_power_of_2(chunks),
-        OVERLAP=overlap,
-        num_warps=4,
-        launch_pdl=overlap,
+        **read,
+        **shared,
+        num_warps=warps,
     )
     _finish_kernel[sets, batch](
-        lengths,
-        budgets,
-        recents,
-        sink_tokens,
+        *which,
         totals,
-        candidate_keys,
-        candidate_tokens,
+        *candidates,
         indices,
-        capacity,
+        batch,
+        turn,
+        rounds.window,
+        totals.stride(0),
         *indices.stride()[:2],
-        OVERLAP=overlap,
-        num_warps=8,
-        launch_pdl=overlap,
+        **shared,
+        num_warps=4,
     )

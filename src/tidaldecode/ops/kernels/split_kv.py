@@ -17,15 +17,22 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.scores import CODE_STEPS, Scores
 
 _ROUNDS = 4
+_STEPS = tl.constexpr(CODE_STEPS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _stretch(lengths, slot, batch, split_target, BATCH: tl.constexpr, BLOCK_T: tl.constexpr):
-    """What a slot works on: (whether anything, sequence, split, splits of the sequence, their first slot, length)."""
+def _stretch(
+    lengths, slot, batch, split_target, turn, window, BATCH: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr
+):
+    """What a slot works on.
+
+    (whether anything, sequence, split, splits of the sequence, their first slot, length, its first chunk in the round)
+    """
+    first_chunk = 0
     if BATCH == 1:  # no sums over the batch to wait for
         mine_length = tl.load(lengths)
         tiles = (mine_length + BLOCK_T - 1) // BLOCK_T
@@ -35,9 +42,15 @@ def _stretch(lengths, slot, batch, split_target, BATCH: tl.constexpr, BLOCK_T: t
     else:
         index = tl.arange(0, BATCH)
         length = tl.load(lengths + index, mask=index < batch, other=0)
+        mine = index < batch
+        if CHUNK > 0:  # the sequences of this round alone, see `chunks`
+            chunks = (length + CHUNK - 1) // CHUNK
+            chunks_before = tl.cumsum(chunks, 0) - chunks
+            mine = mine & (chunks_before // window == turn)
+            length = tl.where(mine, length, 0)
         tiles = (length + BLOCK_T - 1) // BLOCK_T
         stretch = tl.maximum((tl.sum(tiles) + split_target - 1) // split_target, 1)
-        splits = tl.where(index < batch, tl.maximum((tiles + stretch - 1) // stretch, 1), 0)
+        splits = tl.where(mine, tl.maximum((tiles + stretch - 1) // stretch, 1), 0)
         behind = tl.cumsum(splits, 0)
         b = tl.sum((behind <= slot).to(tl.int32))
         busy = b < batch
@@ -45,7 +58,9 @@ def _stretch(lengths, slot, batch, split_target, BATCH: tl.constexpr, BLOCK_T: t
         num_splits = tl.sum(tl.where(index == b, splits, 0))
         first = tl.sum(tl.where(index == b, behind, 0)) - num_splits
         mine_length = tl.sum(tl.where(index == b, length, 0))
-    return busy, b, slot - first, num_splits, first, mine_length
+        if CHUNK > 0:
+            first_chunk = tl.sum(tl.where(index == b, chunks_before, 0)) - turn * window
+    return busy, b, slot - first, num_splits, first, mine_length, first_chunk
 
 
 @triton.jit
@@ -60,6 +75,18 @@ def _cache_rows(tokens, block_table, block_stride, row_stride, BLOCK: tl.constex
 
 
 @triton.jit
+def _first_half(rows, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The first half of the rows of a matrix, or of a vector (`WIDTH` of 0)."""
+    if WIDTH == 0:
+        halves = tl.reshape(rows, [2, ROWS // 2])
+        first = (tl.arange(0, 2) == 0)[:, None]
+    else:
+        halves = tl.reshape(rows, [2, ROWS // 2, WIDTH])
+        first = (tl.arange(0, 2) == 0)[:, None, None]
+    return tl.sum(tl.where(first, halves, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["batch", "split_target", "turn", "window"])  # else compiled anew for some batches
 def _attend_kernel(
     query,  # [B, N, Hq, D]
     k_cache,
@@ -70,8 +97,13 @@ def _attend_kernel(
     indices,  # [B, S, K]; with SPARSE
     head_to_set,
     output,  # [B, N, Hq, D]
-    scores,  # [B, Hq, T], of the first new token; with WRITE_SCORES
-    normalizers,  # [B, Hq], log of the sum of exp(scores); with WRITE_SCORES
+    scores,  # of the first new token; with CHUNK > 0, see `Scores`
+    tops,
+    normalizers,  # [B, Hq]
+    counts,  # [B, COUNTS], int32, written: zeros
+    budgets,  # [B]; with CHUNK > 0: a shorter sequence needs no scores
+    turn,
+    window,
     partials,  # [slots, HEADS, rows, D], float32: attention over a stretch
     partial_normalizers,  # [slots, HEADS, rows], float32, base 2
     tickets,  # [B, HEADS, row tiles], int32, zero before and after
@@ -93,9 +125,6 @@ def _attend_kernel(
     output_h,
     indices_b,
     indices_s,
-    scores_b,
-    scores_h,
-    scores_t,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that a program serves
     HEADS: tl.constexpr,  # programs side by side: KV heads, or query heads with an index set each
@@ -114,7 +143,9 @@ def _attend_kernel(
     BLOCK: tl.constexpr,  # tokens of a block; 0 for one block per sequence
     SAME_ROWS: tl.constexpr,  # K and V have the same strides
     WIDE: tl.constexpr,
-    WRITE_SCORES: tl.constexpr,
+    CHUNK: tl.constexpr,  # tokens of a chunk of scores; 0 if none are wanted
+    CODED: tl.constexpr,
+    COUNTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -124,9 +155,14 @@ def _attend_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     ROWS: tl.constexpr = QUERIES * GROUP
     ROW_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    EVICTION: tl.constexpr = "evict_first" if CHUNK > 0 else ""  # the L2 cache is for scores, which are read again
+    SHARE: tl.constexpr = (COUNTS + HEADS - 1) // HEADS  # counters that each head's program clears
+    SHARE_2: tl.constexpr = triton.next_power_of_2(SHARE)
     head, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
     slot = tl.program_id(1)
-    busy, b, split, num_splits, first_slot, length = _stretch(lengths, slot, batch, split_target, BATCH, BLOCK_T)
+    busy, b, split, num_splits, first_slot, length, first_chunk = _stretch(
+        lengths, slot, batch, split_target, turn, window, BATCH, BLOCK_T, CHUNK
+    )
     b64 = tl.cast(b, tl.int64)
     table = block_table + b64 * table_b
     kv_head = tl.cast(head // PER_KV_HEAD, tl.int64)
@@ -144,11 +180,21 @@ def _attend_kernel(
     dims = tl.arange(0, BLOCK_D)
     q_pointers = query + b64 * query_b + (row // GROUP) * query_n + (head * GROUP + row % GROUP) * query_h
     real = (row < ROWS)[:, None] & (dims < DIM)[None, :]
-    if WRITE_SCORES:
+    if CHUNK > 0:
         first_new = QUERIES - tl.load(new_lengths + b) if QUERIES > 1 else 0
+        # where half of the rows hold all heads, the other half is not worth the work
+        HALVED: tl.constexpr = QUERIES == 1 and BLOCK_M == 16 and GROUP <= 8
+        s_row = tl.arange(0, BLOCK_M // 2) if HALVED else row
+        s_there = (s_row < tl.where(length > tl.load(budgets + b), ROWS, 0)) & (s_row // GROUP == first_new)
+        TILES: tl.constexpr = CHUNK // BLOCK_T
     q = tl.load(q_pointers[:, None] + dims[None, :], mask=real, other=0.0)  # [M, D]
     if not busy:
         return
+    if COUNTS > 0:  # noqa: SIM102 - known when it is compiled: without counters there is no range of them
+        if (split == 0) & (row_tile == 0):
+            entry = head * SHARE + tl.arange(0, SHARE_2)
+            cleared = (tl.arange(0, SHARE_2) < SHARE) & (entry < COUNTS)
+            tl.store(counts + b64 * COUNTS + entry, tl.zeros([SHARE_2], tl.int32), mask=cleared)
 
     tiles = (length + BLOCK_T - 1) // BLOCK_T
     per_split = (tiles + num_splits - 1) // num_splits
@@ -171,21 +217,28 @@ def _attend_kernel(
         k_rows = _cache_rows(token, table, k_block, k_row, BLOCK, WIDE)
         v_rows = k_rows if SAME_ROWS else _cache_rows(token, table, v_block, v_row, BLOCK, WIDE)
         here = inside[:, None] if BLOCK_D == DIM else inside[:, None] & (dims < DIM)[None, :]
-        k = tl.load(k_base + (k_rows[:, None] + dims[None, :]), mask=here, other=0.0)  # [T, D]
-        v = tl.load(v_base + (v_rows[:, None] + dims[None, :]), mask=here, other=0.0)
+        k_pointers, v_pointers = k_base + (k_rows[:, None] + dims[None, :]), v_base + (v_rows[:, None] + dims[None, :])
+        k = tl.load(k_pointers, mask=here, other=0.0, eviction_policy=EVICTION)  # [T, D]
+        v = tl.load(v_pointers, mask=here, other=0.0, eviction_policy=EVICTION)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, T], float32
-        if WRITE_SCORES:
-            s_base = scores + b64 * scores_b + tl.cast(head * GROUP, tl.int64) * scores_h
-            s_pointers = s_base + (row % GROUP * scores_h)[:, None] + entry[None, :]
-            # also past the length, in whole vectors: a store for each score would take as long as the reads
-            s_there = (row // GROUP == first_new)[:, None] & (entry < scores_t)[None, :]
-            tl.store(s_pointers, dots * scale, mask=s_there, eviction_policy="evict_last")
         visible = inside[None, :]
         if QUERIES > 1:  # the newest token that each row may see
             visible = visible & (token[None, :] <= (length - QUERIES + row // GROUP)[:, None])
         logits = tl.where(visible, dots * (scale * _LOG2_E), float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if QUERIES > 1 else new_top
+        if CHUNK > 0:
+            s_tile = ((first_chunk + start // CHUNK).to(tl.int64) * HEADS + head) * TILES + start % CHUNK // BLOCK_T
+            s_place = s_tile * GROUP + s_row % GROUP
+            s_score = _first_half(logits, BLOCK_M, BLOCK_T) if HALVED else logits
+            s_top = _first_half(shift, BLOCK_M, 0) if HALVED else shift
+            s_pointers = scores + (s_place * BLOCK_T)[:, None] + tl.arange(0, BLOCK_T)[None, :]
+            if CODED:  # also past the length, in whole vectors: a store for each score would take as long as the reads
+                code = tl.minimum((s_top[:, None] - s_score) * _STEPS + 0.5, 65535.0).to(tl.int32).to(tl.uint16)
+                tl.store(s_pointers, code, mask=s_there[:, None], eviction_policy="evict_last")
+                tl.store(tops + s_place, s_top, mask=s_there)
+            else:
+                tl.store(s_pointers, s_score, mask=s_there[:, None], eviction_policy="evict_last")
         weights = tl.exp2(logits - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(weights, 1)
@@ -224,17 +277,17 @@ def _attend_kernel(
             o_rows = (m_row // GROUP) * output_n + (head * GROUP + m_row % GROUP) * output_h
             stored = (m_row < ROWS)[:, None] & (dims < DIM)[None, :]
             tl.store(o_base + o_rows[:, None] + dims[None, :], merged.to(output.dtype.element_ty), mask=stored)
-            if WRITE_SCORES:
+            if CHUNK > 0:
                 n_row = normalizers + b * (HEADS * GROUP) + head * GROUP + m_row % GROUP
-                tl.store(n_row, m_normalizer * _LN_2, mask=m_row // GROUP == first_new)
+                tl.store(n_row, m_normalizer, mask=(m_row < ROWS) & (m_row // GROUP == first_new))
     else:
         if QUERIES > 1:
             result = tl.where((row // GROUP >= QUERIES - tl.load(new_lengths + b))[:, None], result, 0.0)
         o_rows = (row // GROUP) * output_n + (head * GROUP + row % GROUP) * output_h
         tl.store(o_base + o_rows[:, None] + dims[None, :], result.to(output.dtype.element_ty), mask=real)
-        if WRITE_SCORES:
+        if CHUNK > 0:
             n_row = normalizers + b * (HEADS * GROUP) + head * GROUP + row % GROUP
-            tl.store(n_row, normalizer * _LN_2, mask=row // GROUP == first_new)
+            tl.store(n_row, normalizer, mask=(row < ROWS) & (row // GROUP == first_new))
 
 
 @triton.jit
@@ -310,8 +363,9 @@ def attend(
     indices: Tensor | None = None,
     head_to_set: Tensor | None = None,
     page_size: int = 1,
-    scores: Tensor | None = None,
-    normalizers: Tensor | None = None,
+    scores: Scores | None = None,
+    turn: int = 0,
+    output: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel.
 
@@ -321,8 +375,9 @@ def attend(
         tiling: how the work is cut.
         new_lengths: [B], int32; with N > 1, how many of the N are real.
         indices, head_to_set, page_size: as for `sparse_attention`.
-        scores: [B, Hq, T], float32, written: the scaled scores of each sequence's first new token.
-        normalizers: [B, Hq], float32, written with `scores`: log of the sum of their exponentials.
+        scores: written, of the sequences of one round: those of each one's first new token.
+        turn: the round; without `scores` there is one.
+        output: [B, N, Hq, D], contiguous; written for the sequences of the round, instead of a new one.
 
     Returns:
         [B, N, Hq, D], dtype of `query`.
@@ -343,12 +398,17 @@ def attend(
     slots = split_target + batch - 1
     merge_m = triton.next_power_of_2(min(rows, block_m))
     merge_s = max(1, min(triton.next_power_of_2(split_target), 8192 // (merge_m * block_d)))
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if output is None:
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
     partials = torch.empty(slots * heads * rows * (dim + 1), dtype=torch.float32, device=query.device)
     overlap = scratch.overlaps(query.device)
     none = output  # stands for what a variant does not read
     index_strides = (0, 0) if indices is None else indices.stride()[:2]
-    score_strides = (0, 0, 0) if scores is None else (*scores.stride()[:2], scores.shape[2])
+    if scores is None:
+        score_tensors, window, budgets = (none,) * 4, 1, none
+    else:
+        score_tensors, window = (scores.values, scores.tops, scores.normalizers, scores.counts), scores.rounds.window
+        budgets = scores.budgets
     _attend_kernel[heads * row_tiles, slots](
         query,
         k_cache,
@@ -359,8 +419,10 @@ def attend(
         none if indices is None else indices,
         none if head_to_set is None else head_to_set,
         output,
-        none if scores is None else scores,
-        none if normalizers is None else normalizers,
+        *score_tensors,
+        budgets,
+        turn,
+        window,
         partials,
         partials[slots * heads * rows * dim :],
         scratch.zeros("tickets", batch * heads * row_tiles, query.device),
@@ -373,7 +435,6 @@ def attend(
         block_table.stride(0),
         *output.stride()[:3],
         *index_strides,
-        *score_strides,
         QUERIES=queries,
         GROUP=group,
         HEADS=heads,
@@ -392,7 +453,9 @@ def attend(
         BLOCK=0 if block_table.shape[1] == 1 else k_cache.shape[1],
         SAME_ROWS=k_cache.stride()[:2] == v_cache.stride()[:2],
         WIDE=k_cache.shape[1] * max(k_cache.stride(1), v_cache.stride(1)) >= 2**31,
-        WRITE_SCORES=scores is not None,
+        CHUNK=0 if scores is None else scores.rounds.tokens,
+        CODED=scores is not None and scores.coded,
+        COUNTS=0 if scores is None else scores.counts.shape[1],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=tiling.stages,
         OVERLAP=overlap,
