@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from tidaldecode import InputError, ModelShape, TidalPlan
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.vllm import register
-from tidaldecode.vllm.batch import as_slice, split
+from tidaldecode.vllm.batch import split
 from tidaldecode.vllm.rank import RankAttention
 from tidaldecode.vllm.reads import Reads
 from tidaldecode.vllm.settings import Settings
@@ -32,34 +32,42 @@ def _array(*values: int) -> np.ndarray:
 # ---- batches
 
 
-def test_tokens_behind_a_prompt_are_decoded():
-    # a first chunk; one generated token; a resumed request of 3 prompt tokens, 2 generated ones; padding
-    parts = split(_array(0, 4, 5, 10, 10), _array(4, 9, 5, 0), _array(7, 6, 3, 0), 99)
-    assert parts.prompt_tokens.tolist() == [0, 1, 2, 3, 5, 6, 7]
-    assert parts.prompt_requests.tolist() == [0, 2]
-    assert parts.prompt_counts.tolist() == [4, 3]
-    assert parts.decode_tokens.tolist() == [4, 8, 9]
-    assert parts.decode_requests.tolist() == [1, 2, 2]
-    assert parts.decode_lengths.tolist() == [9, 4, 5]
+def test_requests_that_decode_come_first_then_prompts():
+    # two that decode; the middle of a prompt; a whole one
+    parts = split(_array(0, 1, 2, 6, 9), _array(9, 5, 8, 3), _array(6, 4, 10, 3), 99)
+    assert (parts.tokens, parts.requests) == (slice(0, 2), slice(0, 2))
+    assert parts.lengths.tolist() == [9, 5]
+    assert parts.first_prompt == 2
+
+
+def test_generated_tokens_behind_a_prompt_are_decoded():
+    # a generated token; a first chunk; a resumed request of 3 prompt tokens, 2 generated ones; padding
+    parts = split(_array(0, 1, 5, 10, 10), _array(9, 4, 5, 0), _array(6, 7, 3, 0), 99)
+    assert parts.tokens.tolist() == [0, 8, 9]
+    assert parts.requests.tolist() == [0, 2, 2]
+    assert parts.lengths.tolist() == [9, 4, 5]
+    assert parts.first_prompt == 1
 
 
 def test_the_last_token_of_a_prompt_is_no_decoded_one():
     parts = split(_array(0, 1, 2), _array(7, 8), _array(7, 7), 99)
-    assert parts.prompt_tokens.tolist() == [0]
-    assert parts.decode_tokens.tolist() == [1]
+    assert parts.tokens.tolist() == [1]
+    assert parts.first_prompt == 0
+
+
+def test_without_prompts_nothing_is_read_in_full():
+    # resumed, a chunk of generated tokens alone
+    parts = split(_array(0, 1, 4), _array(7, 8), _array(5, 4), 99)
+    assert parts.tokens.tolist() == [0, 1, 2, 3]
+    assert parts.lengths.tolist() == [7, 6, 7, 8]
+    assert parts.first_prompt == 2
 
 
 def test_what_is_too_much_to_decode_at_once_is_read_in_full():
-    # resumed with 5 and 2 generated tokens, and one that generates
-    parts = split(_array(0, 6, 9, 10), _array(6, 3, 9), _array(1, 1, 4), 4)
-    assert parts.decode_requests.tolist() == [1, 1, 2]
-    assert parts.prompt_counts.tolist() == [6, 1]
-
-
-def test_a_slice_holds_what_follows_each_other():
-    assert as_slice(_array(3, 4, 5)) == slice(3, 6)
-    assert as_slice(_array(3, 5)) is None
-    assert as_slice(_array()) is None
+    # one that generates, and resumed with 5 and 2 generated tokens
+    parts = split(_array(0, 1, 7, 10), _array(9, 6, 3), _array(4, 1, 1), 4)
+    assert parts.requests.tolist() == [0, 2, 2]
+    assert parts.first_prompt == 1
 
 
 # ---- settings and refusals

@@ -127,11 +127,8 @@ class TidalDecodeImpl(_Impl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if step.prompts is not None:
-            tokens = step.prompts.tokens
-            part = output[tokens]
-            super().forward(layer, query[tokens], key[tokens], value[tokens], kv_cache, step.prompts.metadata, part)
-            if not isinstance(tokens, slice):
-                output[tokens] = part
+            part = slice(step.prompts.first_token, None)
+            super().forward(layer, query[part], key[part], value[part], kv_cache, step.prompts.metadata, output[part])
         k_cache, v_cache = cache_views(kv_cache)
         output[step.tokens] = self.attention.attend(
             self.layer, query[step.tokens], k_cache, v_cache, step.block_table, step.lengths, self.scale

@@ -100,6 +100,10 @@ class RankAttention(DecodeAttention):
         """Whether a layer needs nothing of ours: it has no role, or attends to the whole cache and chooses nothing."""
         return self.plan.roles[layer] is None or self.is_full(layer)
 
+    def is_short(self, length: int) -> bool:
+        """Whether a sequence is read in full, as each shorter one is, because it is no longer than its budget."""
+        return self.plan.budget_for(length) >= length
+
     def reserve(self, rows: int, most_tokens: int, device: torch.device) -> None:
         """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to.
 
