@@ -19,7 +19,7 @@ from tidaldecode.vllm.batch import split
 from tidaldecode.vllm.rank import RankAttention
 from tidaldecode.vllm.reads import Reads
 from tidaldecode.vllm.settings import Settings
-from tidaldecode.vllm.support import check_engine, check_kernels, check_layer
+from tidaldecode.vllm.support import check_engine, check_kernels, check_layer, check_room, memory_left
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=8, num_kv_heads=4, head_dim=16)
 ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")
@@ -93,7 +93,7 @@ def test_settings_come_from_the_config_or_else_from_the_environment(monkeypatch,
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"plans": "paper"}, "plans: unknown setting; there are plan and token_budget"),
+        ({"plans": "paper"}, "plans: unknown setting; there are plan, token_budget, vllm_attention"),
         ({"token_budget": "many"}, "'tidaldecode': token_budget"),
         ({"plan": "papre"}, "papre"),
         ({"plan": "smollm2-135m"}, "30 layers"),
@@ -145,6 +145,37 @@ def test_engines_that_tidaldecode_can_not_work_with_are_refused(change, words):
     with pytest.raises(InputError, match=words) as caught:
         check_engine(_engine(**change))
     assert "\n" not in str(caught.value)
+
+
+def test_batch_invariance_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    check_engine(_engine())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(InputError, match="VLLM_BATCH_INVARIANT=1, .*: unset it") as caught:
+        check_engine(_engine())
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_requests_for_the_memory_are_refused():
+    sets = 256 * 128 * 1024 * 4
+    attention = RankAttention(_plan("unified"), SHAPE, _alone(), 64)
+    attention.reserve(4, 8, torch.device("cpu"), left=2**30)
+    attention = RankAttention(_plan("per_head"), SHAPE, _alone(), 64)
+    with pytest.raises(InputError, match="--max-num-seqs 4 requests need .* GiB are left: lower --max-num-seqs"):
+        attention.reserve(4, 8, torch.device("cpu"), left=1000)
+    with pytest.raises(InputError, match=r"need 0\.1 GiB, a step 0\.5 GiB more, and 0\.5 GiB are left") as caught:
+        check_room(sets, 2**29, 2**29, 256)
+    assert "\n" not in str(caught.value)
+    check_room(sets, 2**29, sets + 2**29, 256)
+    check_room(sets, 2**29, None, 256)
+
+
+def test_memory_that_is_left_goes_by_vllms_share(monkeypatch):
+    assert memory_left(torch.device("cpu"), 0.9) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert memory_left(torch.device("cuda"), 0.9) == 300 - 100 + 20
 
 
 def test_layers_that_our_kernels_do_not_have_are_refused():
@@ -252,6 +283,24 @@ def test_ranks_attend_as_one_does(size, plan, monkeypatch):
     for layer in range(SHAPE.num_layers):
         together = torch.cat([outputs[rank][layer] for rank in range(size)], dim=1)
         torch.testing.assert_close(together, expected[layer])
+
+
+def test_what_ranks_add_up_is_as_long_as_the_longest_sequence():
+    shapes = []
+
+    def all_reduce(importance: torch.Tensor) -> torch.Tensor:
+        shapes.append(importance.shape)
+        return 2 * importance
+
+    group = SimpleNamespace(rank_in_group=0, world_size=2, all_reduce=all_reduce)
+    attention = RankAttention(_plan("unified"), SHAPE, group, 10**6)
+    attention.reserve(2, 8, torch.device("cpu"))
+    lengths = torch.tensor([30, 40], dtype=torch.int32)
+    cache = torch.randn(2, 4, 16, 2, 16)
+    table = torch.arange(4, dtype=torch.int32).view(2, 2) % 2
+    attention.begin(lengths, 40)
+    attention.attend(1, torch.randn(2, 4, 16), cache[0], cache[1], table, lengths * 0 + 32, 0.25)
+    assert shapes == [(2, 1, 40)]
 
 
 def test_only_sets_that_other_ranks_read_are_exchanged():

@@ -136,6 +136,17 @@ def test_short_sequences_are_vllms(builder):
     assert builder.build_for_cudagraph_capture(_batch([1], [20], [10])).tidal is not None
 
 
+def test_short_sequences_ask_for_vllms_own_graph(builder, monkeypatch):
+    config, attention = builder.vllm_config.compilation_config, builder.attention
+    monkeypatch.setattr(config, "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert _build(builder, [1, 1], [32, 20], [30, 8]) is None and attention.wants_own
+    assert _build(builder, [1, 1], [33, 20], [30, 8]) is not None and not attention.wants_own
+    assert _build(builder, [1, 1], [32, 20], [30, 8]) is None and attention.wants_own
+    assert builder.build_for_cudagraph_capture(_batch([1], [20], [10])).tidal is not None and not attention.wants_own
+    monkeypatch.setattr(attention, "captures_own", True)
+    assert builder.build_for_cudagraph_capture(_batch([1], [20], [10])).tidal is None
+
+
 def test_prompts_alone_are_vllms(builder):
     assert _build(builder, [6, 1], [6, 50], [6, 50]) is None
 

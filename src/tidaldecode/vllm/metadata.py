@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from tidaldecode.vllm.batch import Integers, Split, split
+from tidaldecode.vllm.graphs import capture_both
 from tidaldecode.vllm.parent import parent_backend
 from tidaldecode.vllm.runner import PromptLengths
 
@@ -55,7 +56,7 @@ class TidalDecodeBuilder(_Builder):
     """Builds the metadata of a batch: vLLM's own, with a `Step` in its attribute `tidal`.
 
     That is `None` where vLLM's own attention does all: if no token is decoded, and if no sequence that is decoded is
-    longer than the budget. (A CUDA graph does what it did when it was captured.)
+    longer than the budget. Which of two CUDA graphs is replayed follows from that, too.
 
     Nothing here waits for the device: what decides is known on the host, and what goes to the device is a part of what
     is there, or a copy that is not waited for.
@@ -79,7 +80,7 @@ class TidalDecodeBuilder(_Builder):
         indices = {layer.impl.layer for layer in layers.values()}
         self._works = not all(map(self.attention.reads_everything, indices))
         self._counts = self.attention.first_layer in indices
-        self._captures = False
+        self._captures = self._seen = False
         self._prompt_lengths = PromptLengths()
 
     @classmethod
@@ -106,11 +107,17 @@ class TidalDecodeBuilder(_Builder):
         if not self._works:
             return None
         prompt_lens = None if self._captures else self._prompt_lengths.of(common)
+        if prompt_lens is not None and not self._seen:
+            self._seen = True  # the runner's first requests, which it makes up to warm up: graphs come after
+            capture_both(self._prompt_lengths.runner, self.attention)
         one_each = common.max_query_len <= 1
         prefilling = common.is_prefilling is not None and bool(common.is_prefilling.any())
         if one_each and (self._in_graphs or not prefilling):
-            self.attention.begin(common.seq_lens)  # a graph that is replayed may read it, whatever the answer here
-            if prompt_lens is not None and not self._decodes(common.seq_lens_cpu_upper_bound.numpy()):
+            # a graph that is replayed may read it, whatever the answer here
+            self.attention.begin(common.seq_lens, None if self._captures else common.max_seq_len)
+            known = prompt_lens is not None
+            self.attention.wants_own = known and not self._decodes(common.seq_lens_cpu_upper_bound.numpy())
+            if self.attention.wants_own or (self._captures and self.attention.captures_own):
                 return None
             return Step(slice(0, common.num_reqs), common.block_table_tensor, common.seq_lens)
         if prompt_lens is None:
@@ -143,7 +150,7 @@ class TidalDecodeBuilder(_Builder):
         else:
             tokens, lengths = self._to_device(parts.tokens), self._to_device(parts.lengths.astype(np.int32))
             table = table[self._to_device(parts.requests)]
-        self.attention.begin(lengths)
+        self.attention.begin(lengths, int(parts.lengths.max()))
         return Step(tokens, table, lengths, self._prompts(common, parts.first_prompt))
 
     def _prompts(self, common: Any, first: int) -> Prompts | None:

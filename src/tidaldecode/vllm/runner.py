@@ -25,13 +25,18 @@ class PromptLengths:
     def __init__(self) -> None:
         self._runner = weakref.ref(_calling_runner())
 
+    @property
+    def runner(self) -> Any:
+        """The runner; `None` when it is gone."""
+        return self._runner()
+
     def of(self, common: Any) -> Integers | None:
         """[requests]; `None` in a trial run, which has none.
 
         Args:
             common: what vLLM knows of the batch (`CommonAttentionMetadata`).
         """
-        runner = self._runner()
+        runner = self.runner
         if runner is None:
             return None
         if hasattr(runner, "req_states"):  # model runner V2
