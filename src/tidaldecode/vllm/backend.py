@@ -110,7 +110,8 @@ class TidalDecodeImpl(_Impl):
         self.attention = _attention_of(config)
         scheduler = config.scheduler_config
         self._most = (scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
-        self._utilization = config.cache_config.gpu_memory_utilization
+        cache = config.cache_config
+        self._utilization = 1.0 if cache.kv_cache_memory_bytes else cache.gpu_memory_utilization
         self.layer = -1
 
     def forward(

@@ -46,8 +46,8 @@ class Graphs(dict[Any, Any]):
 
 def capture_both(runner: Any, chooser: Chooser) -> None:
     """Lets a model runner capture each of its full graphs twice, when it comes to that."""
-    manager = getattr(runner, "cudagraph_manager", None)
-    capture = getattr(manager, "capture", None)
+    manager: Any = getattr(runner, "cudagraph_manager", None)
+    capture: Any = getattr(manager, "capture", None)
     if not all(hasattr(manager, name) for name in ("graphs", "_capture_descs")) or hasattr(capture, "captures_both"):
         return
 

@@ -144,14 +144,13 @@ class TidalDecodeBuilder(_Builder):
     def _mixed(self, common: Any, parts: Split) -> Step | None:
         if not self._decodes(parts.lengths):
             return None
-        table = common.block_table_tensor
-        if isinstance(parts.tokens, slice):
-            tokens, table, lengths = parts.tokens, table[parts.requests], common.seq_lens[parts.requests]
+        tokens, requests = self._indices(parts.tokens), self._indices(parts.requests)
+        if isinstance(requests, slice):
+            lengths = common.seq_lens[requests]
         else:
-            tokens, lengths = self._to_device(parts.tokens), self._to_device(parts.lengths.astype(np.int32))
-            table = table[self._to_device(parts.requests)]
+            lengths = async_tensor_h2d(parts.lengths.astype(np.int32), device=self.device)
         self.attention.begin(lengths, int(parts.lengths.max()))
-        return Step(tokens, table, lengths, self._prompts(common, parts.first_prompt))
+        return Step(tokens, common.block_table_tensor[requests], lengths, self._prompts(common, parts.first_prompt))
 
     def _prompts(self, common: Any, first: int) -> Prompts | None:
         """The requests from `first` on, as views of what is known of all."""
@@ -178,5 +177,5 @@ class TidalDecodeBuilder(_Builder):
         )
         return Prompts(first_token, self._for_prompts.build(0, part))
 
-    def _to_device(self, values: Integers) -> Tensor:
-        return async_tensor_h2d(values, device=self.device)
+    def _indices(self, indices: slice | Integers) -> slice | Tensor:
+        return indices if isinstance(indices, slice) else async_tensor_h2d(indices, device=self.device)

@@ -71,7 +71,7 @@ class Counters:
             path = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
             self._file = np.memmap(path, np.float64, "w+", shape=len(COUNTERS))
 
-    def add(self, decoded: int, read: float, full: float) -> None:
+    def add(self, decoded: float, read: float, full: float) -> None:
         """Adds to each counter."""
         if self._counters is not None:
             for counter, more in zip(self._counters, (decoded, read, full), strict=True):

@@ -68,12 +68,12 @@ class Reads:
         """Share of the KV cache that was read; `nan` before the first step."""
         return self.read / self.whole if self.whole else math.nan
 
-    def _tell(self, *counted: float) -> None:
+    def _tell(self, decoded: int, more_read: float, more_whole: float) -> None:
         if not self._told:
             return
         if self._counters is None:  # by the process that decodes; the plan may have been made in another
             self._counters = Counters()
-        self._counters.add(*counted)
+        self._counters.add(decoded, more_read, more_whole)
         now = time.monotonic()
         since, tokens, read, whole = self._logged
         if now - since < _SECONDS or self.whole == whole:
