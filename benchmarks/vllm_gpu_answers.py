@@ -12,6 +12,9 @@ Each engine runs in a process of its own, and answers
     mixed       32 requests of 100 to 3,000 tokens, in chunks, with shared prefixes, some aborted, under a KV cache that
                 is too small for all: answers that are those which each request gets alone
     last        a prompt that is cached but for its last token, alone in its batch: the answer is that to the prompt
+
+and `--engines "two GPUs"` asks a tiny random model on one GPU and on two, with sets for all heads, for KV heads, and with
+heads that read sets of the other rank's: the answers are the same.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import gc
 import json
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tidaldecode import TidalPlan
 from tidaldecode.environment import environment
 from tidaldecode.evaluate.needle import NeedleSettings, needle_cases, paul_graham_essays
 from tidaldecode.evaluate.text import Text
@@ -48,8 +53,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "float32, Triton, V2, graphs": {"dtype": "float32", "parent": "TRITON_ATTN", "runner": 1, "graphs": True},
     "float32, Triton, V2, eager": {"dtype": "float32", "parent": "TRITON_ATTN", "runner": 1, "graphs": False},
     "float32, Triton, V1, graphs": {"dtype": "float32", "parent": "TRITON_ATTN", "runner": 0, "graphs": True},
+    "two GPUs": {"dtype": "float32", "parent": "TRITON_ATTN", "runner": 1, "graphs": True},
     "cpu": {"dtype": "float32", "parent": None, "runner": 0, "graphs": False},
 }
+ALONE = [name for name in ENGINES if name not in ("two GPUs", "cpu")]
 ABORTED = {4: 2, 40: 23, 90: 11}
 """Requests by the step after which they are aborted: while they are read, decode, or wait."""
 
@@ -68,7 +75,9 @@ def prepare(path: Path, cases: int, length: int) -> None:
 class Engine:
     """Engines of one configuration, one after another."""
 
-    def __init__(self, model: str, dtype: str, parent: str | None, graphs: bool, budget: int) -> None:
+    def __init__(
+        self, model: str, dtype: str, parent: str | None, graphs: bool, budget: int, plan: str = "smollm2-135m"
+    ) -> None:
         self._fixed: dict[str, Any] = {
             "model": model,
             "skip_tokenizer_init": True,
@@ -82,7 +91,7 @@ class Engine:
         if torch.cuda.is_available():
             self._fixed["compilation_config"] = {"mode": 0} | ({"cudagraph_mode": "FULL_DECODE_ONLY"} if graphs else {})
         self._own = {} if parent is None else {"attention_backend": parent}
-        self._settings = {"plan": "smollm2-135m", "token_budget": budget, "vllm_attention": parent}
+        self._settings = {"plan": plan, "token_budget": budget, "vllm_attention": parent}
 
     def start(self, tidal: bool, budget: int | None = None, **options: Any) -> Any:
         """An engine of vLLM's own, or one that decodes by the plan."""
@@ -200,9 +209,54 @@ def mixed(engines: Engine, new_tokens: int) -> dict[str, Any]:
     }
 
 
+PLANS: dict[str, dict[str, Any]] = {
+    "unified": {"selection": "unified"},
+    "per group": {"selection": "per_group"},
+    "crossing": {
+        "selection": "per_head",
+        "sources": {2: ["1:per_head:3", "1:per_head:2", "1:unified", "1:per_head:0"], 5: ["4:unified"] * 4},
+    },
+}
+
+
+def tiny_model(folder: Path) -> Path:
+    """A tiny random Llama with four query heads and two KV heads, which two ranks can share."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    sizes = {"vocab_size": 260, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 7}
+    config = LlamaConfig(**heads, **sizes, max_position_embeddings=8192, initializer_range=0.2, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def ranks(about: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+    """Answers on one GPU and on two."""
+    folder = tiny_model(Path(tempfile.mkdtemp()))
+    random = np.random.default_rng(1)
+    prompts = [random.integers(2, 258, 300 + 97 * i).tolist() for i in range(8)]
+    roles = ("full", "select", "sparse", "sparse", "select", "sparse", "sparse")
+    result = {}
+    for name, rules in PLANS.items():
+        plan = folder / f"{name}.json"
+        TidalPlan.validated(roles=roles, token_budget=32, sink_tokens=2, recent_tokens=4, **rules).save(plan)
+        engines = Engine(str(folder), about["dtype"], about["parent"], about["graphs"], 32, str(plan))
+        answers = {}
+        for size in (1, 2):
+            engine = engines.start(True, tensor_parallel_size=size)
+            answers[size] = greedy(engine, prompts, new_tokens)
+            stop(engine)
+        result[name] = equal(answers[1], answers[2])
+    return {"answers": len(prompts), "on_two_as_on_one": result}
+
+
 def measure(options: argparse.Namespace) -> None:
     """One configuration: a line of JSON on stdout for each part, behind `ROW `."""
     about = ENGINES[options.engine]
+    if options.engine == "two GPUs":
+        print("ROW", json.dumps({"engine": options.engine} | about | ranks(about, options.mixed_tokens)), flush=True)
+        return
     model = options.model or find_model("smollm2-135m").location
     engines = Engine(model, about["dtype"], about["parent"], about["graphs"], options.budget)
     cases = json.loads(options.prompts.read_text())[: options.cases]
@@ -249,7 +303,7 @@ def main() -> None:
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="writes the prompts, and ends")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--engines", default=";".join(name for name in ENGINES if name != "cpu"), help="with ; between")
+    parser.add_argument("--engines", default=";".join(ALONE), help="with ; between")
     parser.add_argument("--model", help="the folder of SmolLM2-135M-Instruct; default: the demo model's")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--length", type=int, default=4000)
