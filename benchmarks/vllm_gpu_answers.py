@@ -13,8 +13,8 @@ Each engine runs in a process of its own, and answers
                 is too small for all: answers that are those which each request gets alone
     last        a prompt that is cached but for its last token, alone in its batch: the answer is that to the prompt
 
-and `--engines "two GPUs"` asks a tiny random model on one GPU and on two, with sets for all heads, for KV heads, and with
-heads that read sets of the other rank's: the answers are the same.
+and `--engines "two GPUs"` asks a tiny random model on one GPU and on two, with sets for all heads, for KV heads, and
+with heads that read sets of the other rank's: the answers are the same.
 """
 
 from __future__ import annotations
