@@ -1,7 +1,8 @@
 """The bars of vLLM on a GPU, each answered from the result file that holds it.
 
-    python benchmarks/vllm_bars.py --serve vllm_serve.json --two-gpus vllm_serve_2_gpus.json \
-        --selection-us 12.3 --selection-file ops.json --output benchmarks/results/bars/vllm-gpu.json
+    python benchmarks/vllm_bars.py --serve vllm_serve.json --output benchmarks/results/bars/vllm-gpu.json
+
+More rows with `--two-gpus vllm_serve_2_gpus.json`, and with `--selection-us 12.3 --selection-file ops.json`.
 """
 
 from __future__ import annotations
