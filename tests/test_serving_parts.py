@@ -15,11 +15,11 @@ from transformers import LlamaConfig
 from tidaldecode import InputError, ModelShape, TidalPlan
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.vllm import register
-from tidaldecode.vllm.batch import as_slice, split
+from tidaldecode.vllm.batch import split
 from tidaldecode.vllm.rank import RankAttention
 from tidaldecode.vllm.reads import Reads
 from tidaldecode.vllm.settings import Settings
-from tidaldecode.vllm.support import check_engine, check_kernels, check_layer
+from tidaldecode.vllm.support import check_engine, check_kernels, check_layer, check_room, memory_left
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=8, num_kv_heads=4, head_dim=16)
 ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")
@@ -32,34 +32,42 @@ def _array(*values: int) -> np.ndarray:
 # ---- batches
 
 
-def test_tokens_behind_a_prompt_are_decoded():
-    # a first chunk; one generated token; a resumed request of 3 prompt tokens, 2 generated ones; padding
-    parts = split(_array(0, 4, 5, 10, 10), _array(4, 9, 5, 0), _array(7, 6, 3, 0), 99)
-    assert parts.prompt_tokens.tolist() == [0, 1, 2, 3, 5, 6, 7]
-    assert parts.prompt_requests.tolist() == [0, 2]
-    assert parts.prompt_counts.tolist() == [4, 3]
-    assert parts.decode_tokens.tolist() == [4, 8, 9]
-    assert parts.decode_requests.tolist() == [1, 2, 2]
-    assert parts.decode_lengths.tolist() == [9, 4, 5]
+def test_requests_that_decode_come_first_then_prompts():
+    # two that decode; the middle of a prompt; a whole one
+    parts = split(_array(0, 1, 2, 6, 9), _array(9, 5, 8, 3), _array(6, 4, 10, 3), 99)
+    assert (parts.tokens, parts.requests) == (slice(0, 2), slice(0, 2))
+    assert parts.lengths.tolist() == [9, 5]
+    assert parts.first_prompt == 2
+
+
+def test_generated_tokens_behind_a_prompt_are_decoded():
+    # a generated token; a first chunk; a resumed request of 3 prompt tokens, 2 generated ones; padding
+    parts = split(_array(0, 1, 5, 10, 10), _array(9, 4, 5, 0), _array(6, 7, 3, 0), 99)
+    assert parts.tokens.tolist() == [0, 8, 9]
+    assert parts.requests.tolist() == [0, 2, 2]
+    assert parts.lengths.tolist() == [9, 4, 5]
+    assert parts.first_prompt == 1
 
 
 def test_the_last_token_of_a_prompt_is_no_decoded_one():
     parts = split(_array(0, 1, 2), _array(7, 8), _array(7, 7), 99)
-    assert parts.prompt_tokens.tolist() == [0]
-    assert parts.decode_tokens.tolist() == [1]
+    assert parts.tokens.tolist() == [1]
+    assert parts.first_prompt == 0
+
+
+def test_without_prompts_nothing_is_read_in_full():
+    # resumed, a chunk of generated tokens alone
+    parts = split(_array(0, 1, 4), _array(7, 8), _array(5, 4), 99)
+    assert parts.tokens.tolist() == [0, 1, 2, 3]
+    assert parts.lengths.tolist() == [7, 6, 7, 8]
+    assert parts.first_prompt == 2
 
 
 def test_what_is_too_much_to_decode_at_once_is_read_in_full():
-    # resumed with 5 and 2 generated tokens, and one that generates
-    parts = split(_array(0, 6, 9, 10), _array(6, 3, 9), _array(1, 1, 4), 4)
-    assert parts.decode_requests.tolist() == [1, 1, 2]
-    assert parts.prompt_counts.tolist() == [6, 1]
-
-
-def test_a_slice_holds_what_follows_each_other():
-    assert as_slice(_array(3, 4, 5)) == slice(3, 6)
-    assert as_slice(_array(3, 5)) is None
-    assert as_slice(_array()) is None
+    # one that generates, and resumed with 5 and 2 generated tokens
+    parts = split(_array(0, 1, 7, 10), _array(9, 6, 3), _array(4, 1, 1), 4)
+    assert parts.requests.tolist() == [0, 2, 2]
+    assert parts.first_prompt == 1
 
 
 # ---- settings and refusals
@@ -85,7 +93,7 @@ def test_settings_come_from_the_config_or_else_from_the_environment(monkeypatch,
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"plans": "paper"}, "plans: unknown setting; there are plan and token_budget"),
+        ({"plans": "paper"}, "plans: unknown setting; there are plan, token_budget, vllm_attention"),
         ({"token_budget": "many"}, "'tidaldecode': token_budget"),
         ({"plan": "papre"}, "papre"),
         ({"plan": "smollm2-135m"}, "30 layers"),
@@ -137,6 +145,37 @@ def test_engines_that_tidaldecode_can_not_work_with_are_refused(change, words):
     with pytest.raises(InputError, match=words) as caught:
         check_engine(_engine(**change))
     assert "\n" not in str(caught.value)
+
+
+def test_batch_invariance_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    check_engine(_engine())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(InputError, match="VLLM_BATCH_INVARIANT=1, .*: unset it") as caught:
+        check_engine(_engine())
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_requests_for_the_memory_are_refused():
+    sets = 256 * 128 * 1024 * 4
+    attention = RankAttention(_plan("unified"), SHAPE, _alone(), 64)
+    attention.reserve(4, 8, torch.device("cpu"), left=2**30)
+    attention = RankAttention(_plan("per_head"), SHAPE, _alone(), 64)
+    with pytest.raises(InputError, match="--max-num-seqs 4 requests need .* GiB are left: lower --max-num-seqs"):
+        attention.reserve(4, 8, torch.device("cpu"), left=1000)
+    with pytest.raises(InputError, match=r"need 0\.1 GiB, a step 0\.5 GiB more, and 0\.5 GiB are left") as caught:
+        check_room(sets, 2**29, 2**29, 256)
+    assert "\n" not in str(caught.value)
+    check_room(sets, 2**29, sets + 2**29, 256)
+    check_room(sets, 2**29, None, 256)
+
+
+def test_memory_that_is_left_goes_by_vllms_share(monkeypatch):
+    assert memory_left(torch.device("cpu"), 0.9) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert memory_left(torch.device("cuda"), 0.9) == 300 - 100 + 20
 
 
 def test_layers_that_our_kernels_do_not_have_are_refused():
@@ -244,6 +283,24 @@ def test_ranks_attend_as_one_does(size, plan, monkeypatch):
     for layer in range(SHAPE.num_layers):
         together = torch.cat([outputs[rank][layer] for rank in range(size)], dim=1)
         torch.testing.assert_close(together, expected[layer])
+
+
+def test_what_ranks_add_up_is_as_long_as_the_longest_sequence():
+    shapes = []
+
+    def all_reduce(importance: torch.Tensor) -> torch.Tensor:
+        shapes.append(importance.shape)
+        return 2 * importance
+
+    group = SimpleNamespace(rank_in_group=0, world_size=2, all_reduce=all_reduce)
+    attention = RankAttention(_plan("unified"), SHAPE, group, 10**6)
+    attention.reserve(2, 8, torch.device("cpu"))
+    lengths = torch.tensor([30, 40], dtype=torch.int32)
+    cache = torch.randn(2, 4, 16, 2, 16)
+    table = torch.arange(4, dtype=torch.int32).view(2, 2) % 2
+    attention.begin(lengths, 40)
+    attention.attend(1, torch.randn(2, 4, 16), cache[0], cache[1], table, lengths * 0 + 32, 0.25)
+    assert shapes == [(2, 1, 40)]
 
 
 def test_only_sets_that_other_ranks_read_are_exchanged():

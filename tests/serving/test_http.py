@@ -16,6 +16,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from tidaldecode.vllm.metrics import COUNTERS
+
 KEY = "a-key-for-a-test"
 QUESTIONS = ["What is the capital of France?", "Name a whale.", "Who wrote Moby-Dick?", "What is 2 + 2?"]
 
@@ -90,6 +92,23 @@ def test_a_wrong_key_is_refused(server):
     client = openai.OpenAI(base_url=server[0], api_key="another")
     with pytest.raises(openai.AuthenticationError):
         _ask(client, QUESTIONS[0], stream=False)
+
+
+def test_metrics_say_what_was_read(server):
+    client = openai.OpenAI(base_url=server[0], api_key=KEY)
+    before = _counters(server[0])
+    _ask(client, QUESTIONS[0], stream=False)
+    after = _counters(server[0])
+    decoded, read, full = (after[name] - before.get(name, 0) for name in COUNTERS)
+    assert 1 <= decoded < 24
+    assert 0.2 * full < read < full
+
+
+def _counters(address: str) -> dict[str, float]:
+    """What the server's `/metrics` says of our counters."""
+    with urllib.request.urlopen(address.removesuffix("/v1") + "/metrics", timeout=30) as page:
+        lines = [line.split() for line in page.read().decode().splitlines() if line.startswith("tidaldecode")]
+    return {name.removesuffix("_total"): float(value) for name, value in lines}
 
 
 def test_the_log_says_what_the_plan_does(server):

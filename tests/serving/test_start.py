@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import attention_of, greedy, tiny_plan, with_plan
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+import tidaldecode.vllm
 from tidaldecode import InputError
 
 
@@ -73,6 +78,68 @@ def test_an_untested_vllm_is_refused(monkeypatch):
         check_version()
 
 
+def test_a_plan_in_the_environment_without_the_backend_is_warned_of(monkeypatch):
+    from vllm.platforms import current_platform
+
+    seen = []
+    monkeypatch.setattr(current_platform, "check_and_update_config", seen.append, raising=False)
+    monkeypatch.setenv("TIDALDECODE_PLAN", "auto")
+    tidaldecode.vllm.register()
+    chosen = SimpleNamespace(attention_config=SimpleNamespace(backend=AttentionBackendEnum.CUSTOM))
+    not_chosen = SimpleNamespace(attention_config=SimpleNamespace(backend=None))
+    with _lines() as lines:
+        current_platform.check_and_update_config(chosen)
+        assert lines == []
+        current_platform.check_and_update_config(not_chosen)
+        current_platform.check_and_update_config(not_chosen)
+    assert len(lines) == 1 and "start it with --attention-backend CUSTOM" in lines[0]
+    assert seen == [chosen, not_chosen, not_chosen]
+
+
+def _on_a_gpu(monkeypatch, version: int | None) -> None:
+    """Lets the parent backend be found as on a GPU, whose build of vLLM has a version of FlashAttention, or none."""
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, get_device_name=lambda: "NVIDIA A100")
+    monkeypatch.setattr("tidaldecode.vllm.parent.current_platform", platform)
+    monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.get_flash_attn_version", lambda: version)
+
+
+def _config(dtype: torch.dtype, **settings: str) -> SimpleNamespace:
+    model = SimpleNamespace(dtype=dtype)
+    return SimpleNamespace(model_config=model, additional_config={"tidaldecode": settings})
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "flash"),
+    [
+        (3, _config(torch.bfloat16), True),
+        (3, _config(torch.float32), False),
+        (3, _config(torch.bfloat16, vllm_attention="TRITON_ATTN"), False),
+        (None, _config(torch.bfloat16), False),
+    ],
+    ids=["there", "of another dtype", "not asked for", "not there"],
+)
+def test_flash_attention_is_the_parent_where_it_is_there(monkeypatch, version, config, flash):
+    from tidaldecode.vllm.parent import _takes_flash_attention
+
+    _on_a_gpu(monkeypatch, version)
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
+    with _lines() as lines:
+        assert _takes_flash_attention() == flash
+    assert [line for line in lines if "no FlashAttention for NVIDIA A100" in line] == (lines if version is None else [])
+    assert len(lines) == (version is None)
+
+
+def test_flash_attention_that_is_asked_for_and_not_there_is_refused(monkeypatch):
+    from tidaldecode.vllm.parent import _takes_flash_attention
+
+    _on_a_gpu(monkeypatch, None)
+    config = _config(torch.bfloat16, vllm_attention="FLASH_ATTN")
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
+    with pytest.raises(InputError, match="no FlashAttention for NVIDIA A100: leave vllm_attention out") as caught:
+        _takes_flash_attention()
+    assert "\n" not in str(caught.value)
+
+
 class _Lines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -82,17 +149,24 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def test_a_line_says_what_the_plan_does_and_what_was_read(start, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("tidaldecode.vllm.reads._SECONDS", 0)
+@contextlib.contextmanager
+def _lines() -> Iterator[list[str]]:
+    """The lines that are logged."""
     handler, logger = _Lines(), logging.getLogger("vllm.tidaldecode")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        engine = start(tiny_llama, **with_plan(tiny_plan(tmp_path, 32, "unified")))
-        greedy(engine, [list(range(2, 102))], 4)
+        yield handler.lines
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    assert sum("1 full layers, 2 select layers, 4 sparse layers" in line for line in handler.lines) == 1
-    assert "of the KV cache" in handler.lines[-1]
+
+
+def test_a_line_says_what_the_plan_does_and_what_was_read(start, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("tidaldecode.vllm.reads._SECONDS", 0)
+    with _lines() as lines:
+        engine = start(tiny_llama, **with_plan(tiny_plan(tmp_path, 32, "unified")))
+        greedy(engine, [list(range(2, 102))], 4)
+    assert sum("1 full layers, 2 select layers, 4 sparse layers" in line for line in lines) == 1
+    assert "of the KV cache" in lines[-1]
     assert attention_of(engine).reads.tokens == 3

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config,
+    get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
+)
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
@@ -16,7 +21,7 @@ from tidaldecode.vllm.metadata import Step, TidalDecodeBuilder
 from tidaldecode.vllm.parent import parent_backend
 from tidaldecode.vllm.rank import RankAttention
 from tidaldecode.vllm.settings import Settings
-from tidaldecode.vllm.support import check_engine, check_kernels, check_layer
+from tidaldecode.vllm.support import check_engine, check_kernels, check_layer, memory_left
 from tidaldecode.vllm.views import cache_views
 
 _log = logging.getLogger("vllm.tidaldecode")
@@ -44,6 +49,15 @@ class TidalDecodeBackend(_Backend):
     def get_builder_cls() -> type[Any]:
         """`TidalDecodeBuilder`."""
         return TidalDecodeBuilder
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """VLLM's own reasons against it; what concerns the whole engine is told before, in words of ours."""
+        config = get_current_vllm_config_or_none()
+        if config is not None:
+            check_engine(config)
+        reasons: list[str] = super().validate_configuration(*args, **kwargs)
+        return reasons
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
@@ -96,6 +110,8 @@ class TidalDecodeImpl(_Impl):
         self.attention = _attention_of(config)
         scheduler = config.scheduler_config
         self._most = (scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        cache = config.cache_config
+        self._utilization = 1.0 if cache.kv_cache_memory_bytes else cache.gpu_memory_utilization
         self.layer = -1
 
     def forward(
@@ -120,18 +136,15 @@ class TidalDecodeImpl(_Impl):
             output: [tokens, Hq, D], written.
         """
         if attn_metadata is None:
-            self.attention.reserve(*self._most, query.device)
+            self.attention.reserve(*self._most, query.device, memory_left(query.device, self._utilization))
         step: Step | None = None if attn_metadata is None else attn_metadata.tidal
         if step is None or self.attention.reads_everything(self.layer):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if step.prompts is not None:
-            tokens = step.prompts.tokens
-            part = output[tokens]
-            super().forward(layer, query[tokens], key[tokens], value[tokens], kv_cache, step.prompts.metadata, part)
-            if not isinstance(tokens, slice):
-                output[tokens] = part
+            part = slice(step.prompts.first_token, None)
+            super().forward(layer, query[part], key[part], value[part], kv_cache, step.prompts.metadata, output[part])
         k_cache, v_cache = cache_views(kv_cache)
         output[step.tokens] = self.attention.attend(
             self.layer, query[step.tokens], k_cache, v_cache, step.block_table, step.lengths, self.scale

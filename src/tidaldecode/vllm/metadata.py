@@ -11,26 +11,27 @@ from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tidaldecode.vllm.batch import Integers, Split, as_slice, split
+from tidaldecode.vllm.batch import Integers, Split, split
+from tidaldecode.vllm.graphs import capture_both
 from tidaldecode.vllm.parent import parent_backend
-
-_Tokens = slice | Tensor
+from tidaldecode.vllm.runner import PromptLengths
 
 _Builder: Any = parent_backend().get_builder_cls()
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The part of a batch that is prompts, as vLLM's own backend sees it.
+    """The part of a batch that vLLM's own backend reads in full: its last requests.
 
     Attributes:
-        tokens: where its tokens are in the batch.
-        metadata: vLLM's own, of these tokens alone.
+        first_token: where it begins in the batch.
+        metadata: vLLM's own, of these requests alone.
     """
 
-    tokens: _Tokens
+    first_token: int
     metadata: Any
 
 
@@ -39,24 +40,32 @@ class Step:
     """The tokens of a batch that the plan decodes; each is the last token of a sequence of its own.
 
     Attributes:
-        tokens: where they are in the batch.
+        tokens: where they are in the batch: a slice, or indices [B].
         block_table: [B, max_blocks], int32; the blocks of each one's sequence.
         lengths: [B], int32; tokens of the sequence, up to and with the decoded one; 0 in the padding of a CUDA graph.
-        prompts: the rest of the batch; `None` if there is no more.
+        prompts: what is read in full before; `None` if nothing is. The decoded tokens that lie in it come after it.
     """
 
-    tokens: _Tokens
+    tokens: slice | Tensor
     block_table: Tensor
     lengths: Tensor
     prompts: Prompts | None = None
 
 
 class TidalDecodeBuilder(_Builder):
-    """Builds the metadata of a batch: vLLM's own, with a `Step` in its attribute `tidal`, or `None` if none decodes."""
+    """Builds the metadata of a batch: vLLM's own, with a `Step` in its attribute `tidal`.
+
+    That is `None` where vLLM's own attention does all: if no token is decoded, and if no sequence that is decoded is
+    longer than the budget. Which of two CUDA graphs is replayed follows from that, too.
+
+    Nothing here waits for the device: what decides is known on the host, and what goes to the device is a part of what
+    is there, or a copy that is not waited for.
+    """
 
     # a batch of one new token per request, whatever the lengths; batches with prompts run outside of CUDA graphs
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     supports_update_block_table = False  # the step's own would be forgotten
+    reorder_batch_threshold = 1  # requests with one new token come first; model runner V2 always does so
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -71,6 +80,8 @@ class TidalDecodeBuilder(_Builder):
         indices = {layer.impl.layer for layer in layers.values()}
         self._works = not all(map(self.attention.reads_everything, indices))
         self._counts = self.attention.first_layer in indices
+        self._captures = self._seen = False
+        self._prompt_lengths = PromptLengths()
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -80,39 +91,40 @@ class TidalDecodeBuilder(_Builder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The metadata of one batch, from what is common to all backends (`CommonAttentionMetadata`)."""
-        prompt_lens = common_attn_metadata.rswa_prefix_lens
-        common = common_attn_metadata.replace(rswa_prefix_lens=None)
-        metadata = super().build(common_prefix_len, common, fast_build)
-        metadata.tidal = self._step(common, prompt_lens)
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.tidal = self._step(common_attn_metadata)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
-        """As `build`; a capture decodes nothing that counts."""
-        counts, self._counts = self._counts, False
+        """As `build`, of a trial run: what is captured is replayed for whatever lengths, and counts nothing."""
+        self._captures = True
         try:
             return super().build_for_cudagraph_capture(common_attn_metadata)
         finally:
-            self._counts = counts
+            self._captures = False
 
-    def _step(self, common: Any, prompt_lens: Tensor | None) -> Step | None:
+    def _step(self, common: Any) -> Step | None:
         if not self._works:
             return None
+        prompt_lens = None if self._captures else self._prompt_lengths.of(common)
+        if prompt_lens is not None and not self._seen:
+            self._seen = True  # the runner's first requests, which it makes up to warm up: graphs come after
+            capture_both(self._prompt_lengths.runner, self.attention)
         one_each = common.max_query_len <= 1
         prefilling = common.is_prefilling is not None and bool(common.is_prefilling.any())
         if one_each and (self._in_graphs or not prefilling):
-            if self._counts and prompt_lens is not None:  # there are none in a trial run
-                self.attention.reads.count(common.seq_lens_cpu_upper_bound.numpy())
-            self.attention.begin(common.seq_lens)
+            # a graph that is replayed may read it, whatever the answer here
+            self.attention.begin(common.seq_lens, None if self._captures else common.max_seq_len)
+            known = prompt_lens is not None
+            self.attention.wants_own = known and not self._decodes(common.seq_lens_cpu_upper_bound.numpy())
+            if self.attention.wants_own or (self._captures and self.attention.captures_own):
+                return None
             return Step(slice(0, common.num_reqs), common.block_table_tensor, common.seq_lens)
-        if prompt_lens is None:  # a trial run, or the first batch of all, which is prompts alone
-            _ask_for_prompt_lengths(self.vllm_config.model_config)
+        if prompt_lens is None:
             return None
         starts = common.query_start_loc_cpu.numpy().astype(np.int64)
         lengths = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        known = prompt_lens.cpu().numpy().astype(np.int64)  # on a GPU this waits for the step before
-        of_prompt = np.zeros_like(lengths)
-        of_prompt[: len(known)] = known[: len(lengths)]
-        return self._mixed(common, split(starts, lengths, of_prompt, self.attention.most_rows))
+        return self._mixed(common, split(starts, lengths, prompt_lens, self.attention.most_rows))
 
     @property
     def _in_graphs(self) -> bool:
@@ -123,59 +135,47 @@ class TidalDecodeBuilder(_Builder):
         mode = self.vllm_config.compilation_config.cudagraph_mode
         return mode is not None and mode.has_full_cudagraphs()
 
-    def _mixed(self, common: Any, parts: Split) -> Step | None:
-        if len(parts.decode_tokens) == 0:
-            return None
+    def _decodes(self, lengths: Integers) -> bool:
+        """Counts a step's sequences, and says whether the plan has a say in it: it has none where all are short."""
         if self._counts:
-            self.attention.reads.count(parts.decode_lengths)
-        lengths = self._to_device(parts.decode_lengths, torch.int32)
-        self.attention.begin(lengths)
-        requests = as_slice(parts.decode_requests)
-        table = common.block_table_tensor
-        table = table[self._to_device(parts.decode_requests) if requests is None else requests]
-        return Step(self._tokens(parts.decode_tokens), table, lengths, self._prompts(common, parts))
+            self.attention.reads.count(lengths)
+        return len(lengths) > 0 and not self.attention.is_short(int(lengths.max()))
 
-    def _prompts(self, common: Any, parts: Split) -> Prompts | None:
-        if len(parts.prompt_tokens) == 0:
+    def _mixed(self, common: Any, parts: Split) -> Step | None:
+        if not self._decodes(parts.lengths):
             return None
-        tokens = self._tokens(parts.prompt_tokens)
-        requests = self._tokens(parts.prompt_requests)
-        before = common.seq_lens_cpu_upper_bound.numpy() - np.diff(common.query_start_loc_cpu.numpy())
-        lengths = before[parts.prompt_requests] + parts.prompt_counts
-        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(parts.prompt_counts)]).astype(np.int32))
+        tokens, requests = self._indices(parts.tokens), self._indices(parts.requests)
+        if isinstance(requests, slice):
+            lengths = common.seq_lens[requests]
+        else:
+            lengths = async_tensor_h2d(parts.lengths.astype(np.int32), device=self.device)
+        self.attention.begin(lengths, int(parts.lengths.max()))
+        return Step(tokens, common.block_table_tensor[requests], lengths, self._prompts(common, parts.first_prompt))
+
+    def _prompts(self, common: Any, first: int) -> Prompts | None:
+        """The requests from `first` on, as views of what is known of all."""
+        if first == common.num_reqs:
+            return None
+        starts, lengths = common.query_start_loc_cpu[first:], common.seq_lens_cpu_upper_bound[first:]
+        first_token, end = int(starts[0]), int(starts[-1])
         part = common.replace(
-            query_start_loc=starts.to(self.device, non_blocking=True),
-            query_start_loc_cpu=starts,
-            seq_lens=self._to_device(lengths, torch.int32),
-            seq_lens_cpu_upper_bound=torch.from_numpy(lengths.astype(np.int32)),
-            num_reqs=len(lengths),
-            num_actual_tokens=len(parts.prompt_tokens),
-            max_query_len=int(parts.prompt_counts.max()),
+            query_start_loc=common.query_start_loc[first:] - first_token,
+            query_start_loc_cpu=starts - first_token,
+            seq_lens=common.seq_lens[first:],
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=common.num_reqs - first,
+            num_actual_tokens=end - first_token,
+            max_query_len=int(starts.diff().max()),
             max_seq_len=int(lengths.max()),
-            block_table_tensor=common.block_table_tensor[requests],
-            slot_mapping=common.slot_mapping[tokens],
-            positions=None if common.positions is None else common.positions[tokens],
+            block_table_tensor=common.block_table_tensor[first:],
+            slot_mapping=common.slot_mapping[first_token:end],
+            positions=None if common.positions is None else common.positions[first_token:end],
             is_prefilling=None,
             req_idx=None,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
-        return Prompts(tokens, self._for_prompts.build(0, part))
+        return Prompts(first_token, self._for_prompts.build(0, part))
 
-    def _tokens(self, tokens: Integers) -> _Tokens:
-        follow = as_slice(tokens)
-        return self._to_device(tokens) if follow is None else follow
-
-    def _to_device(self, values: Integers, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(values).to(dtype).to(self.device, non_blocking=True)
-
-
-def _ask_for_prompt_lengths(model_config: Any) -> None:
-    """Lets vLLM's model runner tell a backend how long the requests' prompts are.
-
-    It does so for models with reference sliding window attention, whose window is counted from the prompt's end
-    (`CommonAttentionMetadata.rswa_prefix_lens`), and in no other way. A window of the whole context changes nothing in
-    a model; vLLM's own layers and builders, which are made before, know nothing of it.
-    """
-    if model_config.rswa_window is None:
-        model_config.model_arch_config.rswa_window = model_config.max_model_len
+    def _indices(self, indices: slice | Integers) -> slice | Tensor:
+        return indices if isinstance(indices, slice) else async_tensor_h2d(indices, device=self.device)

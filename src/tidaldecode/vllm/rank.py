@@ -12,9 +12,10 @@ from tidaldecode.attention import DecodeAttention, StepSets
 from tidaldecode.errors import InputError
 from tidaldecode.plan import ModelShape, TidalPlan
 from tidaldecode.vllm.reads import Reads
+from tidaldecode.vllm.support import check_room
 
-_SCORE_BYTES = 256 * 2**20
-"""Most memory for the scores between attention and selection: more sequences are attended to some at a time."""
+_SCORE_BYTES = 2**29
+"""Most memory for what lies between attention and selection: where it takes more, sequences take turns."""
 
 _SET_BYTES = 2**30
 """Most memory for the sets of a step that decodes more tokens than there may be requests: after a preemption."""
@@ -52,6 +53,7 @@ class RankAttention(DecodeAttention):
     Attributes:
         reads: what the decode steps have read.
         most_rows: tokens that a step can decode.
+        captures_own, wants_own: see `graphs.Chooser`.
 
     Raises:
         InputError: the plan chooses per KV head, and the heads of a KV head are on several ranks.
@@ -69,8 +71,9 @@ class RankAttention(DecodeAttention):
         self.group = group
         self._longest = capacity
         self._room: StepSets | None = None
-        self.reads = Reads(self, logged=group.rank_in_group == 0)
+        self.reads = Reads(self, told=group.rank_in_group == 0)
         self.most_rows = 0
+        self.captures_own = self.wants_own = False
         self._exchanges = {layer for layer in self.writes if self._read_elsewhere(layer)}
 
     def _read_elsewhere(self, layer: int) -> bool:
@@ -100,33 +103,52 @@ class RankAttention(DecodeAttention):
         """Whether a layer needs nothing of ours: it has no role, or attends to the whole cache and chooses nothing."""
         return self.plan.roles[layer] is None or self.is_full(layer)
 
-    def reserve(self, rows: int, most_tokens: int, device: torch.device) -> None:
+    def is_short(self, length: int) -> bool:
+        """Whether a sequence is read in full, as each shorter one is, because it is no longer than its budget."""
+        return self.plan.budget_for(length) >= length
+
+    def reserve(self, rows: int, most_tokens: int, device: torch.device, left: int | None = None) -> None:
         """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to.
 
-        While vLLM measures how much memory a model takes, this also takes what a select layer needs for its scores, and
-        what a step of `most_tokens` decoded tokens needs, and gives it back.
-        """
-        if self._room is None:
-            self._room = self._allocate(rows, self._longest, device)
-            of_one = self._room.indices[0].numel() * 4
-            self.most_rows = max(rows, _SET_BYTES // max(of_one, 1))
-            torch.empty(2, self._at_once(), len(self.heads), self._longest, device=device)
-            torch.empty(min(self.most_rows, most_tokens) * of_one, dtype=torch.uint8, device=device)
+        While vLLM measures how much memory a model takes, this also takes what a select layer needs between attention
+        and selection, and what a step of `most_tokens` decoded tokens needs, and gives it back.
 
-    def _at_once(self) -> int:
-        """Sequences that a select layer attends to at a time."""
-        return max(1, min(_ROWS, _SCORE_BYTES // (len(self.heads) * self._longest * 4)))
+        Args:
+            rows: the most requests at once.
+            most_tokens: the most tokens of a step.
+            device: where it is.
+            left: bytes of memory that are left there; not checked if not given.
+
+        Raises:
+            InputError: that is too little.
+        """
+        if self._room is not None:
+            return
+        of_one = self.num_sets * min(self.plan.budget_for(self._longest), self._longest) * 4
+        between = len(self.heads) * self._longest * 4
+        between = min(_SCORE_BYTES + between, rows * between)  # a turn ends with the sequence that goes beyond
+        self.most_rows = max(rows, _SET_BYTES // max(of_one, 1))
+        beyond = min(self.most_rows, most_tokens) * of_one
+        check_room(rows * of_one, max(between, beyond), left, rows)
+        self._room = self._allocate(rows, self._longest, device)
+        for claimed in (between, beyond):
+            torch.empty(claimed, dtype=torch.uint8, device=device)
 
     def begin(self, lengths: Tensor, capacity: int | None = None) -> None:
-        """Starts a step of up to as many sequences as there is room for; of more in memory of its own."""
+        """Starts a step of up to as many sequences as there is room for; of more in memory of its own.
+
+        Args:
+            lengths: [B], int32.
+            capacity: none of them is longer; default: the longest that a sequence can become, as in a CUDA graph.
+        """
         assert self._room is not None
-        rows = len(lengths)
+        rows, capacity = len(lengths), self._longest if capacity is None else capacity
         if rows <= len(self._room.counts):
             sets = self._room.of(rows)
         else:
             self.indices = self.counts = None  # those of such a step before
-            sets = self._allocate(rows, self._longest, lengths.device)
-        self._use(sets, self._longest)
+            sets = self._allocate(rows, capacity, lengths.device)
+        self._use(sets, capacity)
         self._count(lengths)
 
     def attend(
@@ -163,7 +185,7 @@ class RankAttention(DecodeAttention):
         lengths: Tensor,
         scale: float,
     ) -> Tensor:
-        at_once = self._at_once()
+        at_once = self._at_once(layer, query)
         parts = [slice(start, start + at_once) for start in range(0, len(query), at_once)]
         outputs = [
             self._select_some(layer, part, query[part], k_cache, v_cache, block_table[part], lengths[part], scale)
@@ -173,6 +195,18 @@ class RankAttention(DecodeAttention):
         if layer in self._exchanges:
             self._exchange(layer)
         return output
+
+    def _at_once(self, layer: int, query: Tensor) -> int:
+        """Sequences that a select layer attends to at a time; kernels let them take turns by themselves."""
+        if self._adds_up(layer):
+            each = sum(part.stop - part.start for part in self._mine(layer)) * self._capacity * 4
+        else:
+            each = 0 if ops.has_kernel(query) else len(self.heads) * self._capacity * 4
+        return max(1, min(_ROWS, _SCORE_BYTES // max(each, 1)))
+
+    def _adds_up(self, layer: int) -> bool:
+        """Whether the ranks' importances must be there before a select layer can choose."""
+        return self.group.world_size > 1 and (len(self.writes[layer]) > 1 or "unified" in self.writes[layer])
 
     def _select_some(
         self,
@@ -185,23 +219,22 @@ class RankAttention(DecodeAttention):
         lengths: Tensor,
         scale: float,
     ) -> Tensor:
-        assert self._budgets is not None and self._recents is not None
+        assert self._budgets is not None and self._recents is not None and self.indices is not None
         cache = (k_cache, v_cache, block_table, lengths, scale, self.writes[layer])
         choice = (self._budgets[part], self._recents[part], self.plan.sink_tokens)
-        if self.group.world_size == 1:
-            table = self._written_by(layer)[part]
-            return ops.full_attention_with_selection(query, *cache, *choice, self._longest, table)
         mine = self._mine(layer)
+        if not self._adds_up(layer):
+            table = self._written_by(layer)[part] if self.group.world_size == 1 else self.indices[part, mine[0]]
+            return ops.full_attention_with_selection(query, *cache, *choice, self._capacity, table)
         width = sum(rows.stop - rows.start for rows in mine)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        importance = query.new_empty(len(query), width, self._longest, dtype=dtype)
+        importance = query.new_empty(len(query), width, self._capacity, dtype=dtype)
         output = ops.full_attention_with_importance(query, *cache, importance)
         start = 0
         for rule, rows in zip(self.writes[layer], mine, strict=True):
             of_rule = importance[:, start : start + rows.stop - rows.start]
             if rule == "unified":
                 of_rule = self.group.all_reduce(of_rule.contiguous())
-            assert self.indices is not None
             ops.select_tokens(of_rule, lengths, *choice, self.indices[part, rows])
             start += rows.stop - rows.start
         return output

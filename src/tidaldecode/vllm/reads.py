@@ -1,4 +1,4 @@
-"""How much of the KV cache the decode steps of an engine read: counted on the host, and logged from time to time."""
+"""How much of the KV cache the decode steps of an engine read: counted on the host, shown and logged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tidaldecode.attention import DecodeAttention
 from tidaldecode.plan import TidalPlan
+from tidaldecode.vllm.metrics import Counters
 
 _log = logging.getLogger("vllm.tidaldecode")
 _SECONDS = 10.0  # as often as vLLM logs its throughput
@@ -19,14 +20,19 @@ _SECONDS = 10.0  # as often as vLLM logs its throughput
 class Reads:
     """Counts the tokens whose K and V the layers with a role read, per KV head.
 
+    Args:
+        attention: a plan at work.
+        told: whether to log it from time to time, and to show it on `/metrics`; one rank of all does.
+
     Attributes:
         tokens: tokens that were decoded.
         read: tokens that the layers read, summed over layers and decoded tokens.
         whole: tokens that full attention would have read.
     """
 
-    def __init__(self, attention: DecodeAttention, logged: bool = True) -> None:
-        self._logged_at_all = logged
+    def __init__(self, attention: DecodeAttention, told: bool = True) -> None:
+        self._told = told
+        self._counters: Counters | None = None
         self._plan: TidalPlan = attention.plan
         # at a context of 2 tokens per budget token, what depends on the length is told from what does not
         context = 2 * attention.plan.budget_for(1) + 1
@@ -51,20 +57,26 @@ class Reads:
         budgets = least if isinstance(budget, int) else np.maximum(np.ceil(lengths * budget), least)
         short = budgets >= lengths
         sparse = np.where(short, lengths * self._short, budgets * self._sparse)
+        read, whole = float((lengths * self._full + sparse).sum()), float((lengths * self._layers).sum())
         self.tokens += len(lengths)
-        self.read += float((lengths * self._full + sparse).sum())
-        self.whole += float((lengths * self._layers).sum())
-        self._log()
+        self.read += read
+        self.whole += whole
+        self._tell(len(lengths), read, whole)
 
     @property
     def fraction(self) -> float:
         """Share of the KV cache that was read; `nan` before the first step."""
         return self.read / self.whole if self.whole else math.nan
 
-    def _log(self) -> None:
+    def _tell(self, decoded: int, more_read: float, more_whole: float) -> None:
+        if not self._told:
+            return
+        if self._counters is None:  # by the process that decodes; the plan may have been made in another
+            self._counters = Counters()
+        self._counters.add(decoded, more_read, more_whole)
         now = time.monotonic()
         since, tokens, read, whole = self._logged
-        if not self._logged_at_all or now - since < _SECONDS or self.whole == whole:
+        if now - since < _SECONDS or self.whole == whole:
             return
         part = (self.read - read) / (self.whole - whole)
         _log.info(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,7 +15,14 @@ from tidaldecode.plans.find import find_plan
 KEY = "tidaldecode"
 """Key of the settings in vLLM's additional config."""
 
-_VARIABLES = {"plan": "TIDALDECODE_PLAN", "token_budget": "TIDALDECODE_BUDGET"}
+_VARIABLES = {
+    "plan": "TIDALDECODE_PLAN",
+    "token_budget": "TIDALDECODE_BUDGET",
+    "vllm_attention": "TIDALDECODE_VLLM_ATTENTION",
+}
+
+VllmAttention = Literal["FLASH_ATTN", "TRITON_ATTN"]
+"""vLLM's own backends that ours can extend on a GPU, as vLLM names them."""
 
 
 class Settings(BaseModel):
@@ -24,12 +31,15 @@ class Settings(BaseModel):
     Attributes:
         plan: as for `tidaldecode.apply`: `auto`, a shipped plan's name, `paper`, or a plan file; `TIDALDECODE_PLAN`.
         token_budget: instead of the plan's, in tokens or as a fraction of the context; `TIDALDECODE_BUDGET`.
+        vllm_attention: vLLM's own backend for what is read in full, on a GPU; `TIDALDECODE_VLLM_ATTENTION`. Default:
+            FlashAttention where it is there and knows the dtype, else Triton.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: str = "auto"
     token_budget: int | float | None = None
+    vllm_attention: VllmAttention | None = None
 
     @classmethod
     def of(cls, additional_config: Any) -> Settings:
@@ -51,7 +61,7 @@ class Settings(BaseModel):
             name = str(detail["loc"][0])
             source = f"additional config {KEY!r}: {name}" if name in given else _VARIABLES[name]
             message = "unknown setting" if detail["type"] == "extra_forbidden" else detail["msg"]
-            raise InputError(f"{source}: {message}; there are {' and '.join(_VARIABLES)}") from None
+            raise InputError(f"{source}: {message}; there are {', '.join(_VARIABLES)}") from None
 
     def plan_for(self, config: Any) -> TidalPlan:
         """The plan for a model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def check_engine(config: Any) -> None:
 
     Raises:
         InputError: speculative decoding, decode or prefill context parallelism, pipeline parallelism, dual-batch
-            overlap, KV heads on more than one rank, or a model with latent attention or R-SWA.
+            overlap, batch invariance, or a model with latent attention or R-SWA.
     """
     parallel = config.parallel_config
     obstacles = {
@@ -32,6 +33,8 @@ def check_engine(config: Any) -> None:
             parallel.pipeline_parallel_size > 1
         ),
         "dual-batch overlap: start without --enable-dbo": parallel.use_ubatching,
+        "VLLM_BATCH_INVARIANT=1, for how a sequence is cut goes by the lengths of all: unset it, or start without "
+        "--attention-backend CUSTOM": os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"),
         "multi-head latent attention (MLA)": config.model_config.use_mla,
         "reference sliding window attention": config.model_config.rswa_window is not None,
     }
@@ -71,3 +74,32 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
     found = ops.obstacle(device, dtype, head_dim) if device.type == "cuda" else None
     if found is not None:
         raise InputError(f"tidaldecode can't serve here: {found}")
+
+
+def check_room(kept: int, claimed: int, left: int | None, rows: int) -> None:
+    """Refuses more requests than the chosen tokens have memory for.
+
+    Args:
+        kept: bytes of the chosen tokens of `rows` requests.
+        claimed: bytes that a step needs beside them.
+        left: bytes that are left of what vLLM may take; `None` if it is not known.
+        rows: the most requests at once.
+
+    Raises:
+        InputError: too little is left.
+    """
+    if left is not None and kept + claimed > left:
+        raise InputError(
+            f"the chosen tokens of --max-num-seqs {rows} requests need {kept / 2**30:.1f} GiB, a step "
+            f"{claimed / 2**30:.1f} GiB more, and {max(left, 0) / 2**30:.1f} GiB are left: lower --max-num-seqs or the "
+            "token budget, take a plan with fewer sets (unified has the fewest), or raise --gpu-memory-utilization"
+        )
+
+
+def memory_left(device: torch.device, utilization: float) -> int | None:
+    """Bytes of a GPU that are left of the share that vLLM may take; `None` on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(min(free, free - (1 - utilization) * total)) + cached
