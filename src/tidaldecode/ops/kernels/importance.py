@@ -86,7 +86,7 @@ def write_importance(scores: Scores, turn: int, importance: Tensor, as_scores: b
         turn,
         scores.rounds.window,
         *importance.stride()[:2],
-        BATCH=triton.next_power_of_2(batch),
+        BATCH=scratch.padded(batch),
         ALL_HEADS=kv_heads * group,
         GROUP=group,
         SETS=sets,

@@ -21,6 +21,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def padded(batch: int) -> int:
+    """The vector of sequences that a kernel for `batch` of them is compiled for: few sizes, for few compilations."""
+    return next((size for size in (1, 32, 128, 512) if batch <= size), triton.next_power_of_2(batch))
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Shared memory that a program can have, in bytes; a Hopper GPU's for the interpreter."""

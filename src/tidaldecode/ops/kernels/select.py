@@ -558,7 +558,7 @@ def _count_and_choose(
     bins = lists.reaching.shape[2]
     shared = {
         "BINS": bins,
-        "BATCH": triton.next_power_of_2(batch),
+        "BATCH": scratch.padded(batch),
         "CHUNK": rounds.tokens,
         "OVERLAP": overlap,
         "launch_pdl": overlap,

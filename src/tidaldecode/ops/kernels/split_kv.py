@@ -447,7 +447,7 @@ def attend(
         BLOCK_T=tiling.tokens,
         MERGE_M=merge_m,
         MERGE_S=merge_s,
-        BATCH=triton.next_power_of_2(batch),
+        BATCH=scratch.padded(batch),
         PAGE=page_size,
         SPARSE=indices is not None,
         BLOCK=0 if block_table.shape[1] == 1 else k_cache.shape[1],
