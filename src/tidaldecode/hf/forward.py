@@ -86,11 +86,11 @@ def _pass(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) 
 
 def _keep_attention(model: PreTrainedModel) -> None:
     """Sees to it that the layers call the plan's attention, also if another one was written into the configuration."""
-    asked = model.config._attn_implementation
-    if asked != NAME:
-        model.set_attn_implementation(asked)
-    if model.base_model.config._attn_implementation != NAME:
+    config, of_layers = model.config, model.base_model.config
+    if of_layers is not config and of_layers._attn_implementation != NAME:  # of a shallow copy, say
         raise InputError("the model shares its layers with one that lost its plan: call tidaldecode.remove, then apply")
+    if config._attn_implementation != NAME:
+        model.set_attn_implementation(config._attn_implementation)
 
 
 def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def give_back_config(model: PreTrainedModel, shared: PreTrainedConfig) -> None:
 
 def unless_changed(own: Config, shared: Config) -> Config:
     """The configuration that a copy was made of, or the copy if something else was set in one of them since."""
-    return shared if own == shared else own
+    return shared if vars(own) == vars(shared) else own  # `==` looks at some of it alone
 
 
 def _replace(model: PreTrainedModel, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
