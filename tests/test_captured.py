@@ -16,6 +16,7 @@ from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
+from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.cache import Sequences, TidalLayer
 from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.full_pass import full_pass
@@ -74,7 +75,7 @@ def test_the_traced_step_is_the_models_own(tiny, family):
         expected = model(token, position_ids=positions, past_key_values=own).logits
         traced.advance()
         with torch.no_grad(), captured.running(traced), merged_products(model):
-            logits = step(model._tidaldecode.forward, token, positions)
+            logits = step(plain_forward(model), token, positions)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(own.sequences.lengths, traced.sequences.lengths)
 
@@ -94,7 +95,7 @@ def test_the_traced_pass_over_a_chunk_is_the_models_own(tiny, family, tokens):
         expected = full_pass(model, own, ids, positions)
         traced.advance_chunk(tokens)
         with torch.no_grad(), captured.running(traced, chunk=True), merged_products(model):
-            logits = step(model._tidaldecode.forward, ids, positions)
+            logits = step(plain_forward(model), ids, positions)
         traced.count(tokens)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert torch.equal(own.sequences.lengths, traced.sequences.lengths)
@@ -116,7 +117,7 @@ def test_traced_rounds_out_of_verification_are_the_models_own(tiny):
         expected = full_pass(model, own, PROMPT[:, :4], positions)
         traced.advance_chunk(4)
         with torch.no_grad(), captured.running(traced, chunk=True), merged_products(model):
-            logits = step(model._tidaldecode.forward, PROMPT[:, :4].contiguous(), positions)
+            logits = step(plain_forward(model), PROMPT[:, :4].contiguous(), positions)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         traced.count(4)
         assert torch.equal(own.attention.indices.sort(-1).values, traced.attention.indices.sort(-1).values)
@@ -127,7 +128,7 @@ def test_traced_rounds_out_of_verification_are_the_models_own(tiny):
             expected = model(token, position_ids=positions, past_key_values=own).logits
             traced.advance()
             with torch.no_grad(), captured.running(traced), merged_products(model):
-                logits = step(model._tidaldecode.forward, token, positions)
+                logits = step(plain_forward(model), token, positions)
             traced.count(1)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(own.attention.counts, traced.attention.counts)

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     DeepseekV3Config,
+    DogeConfig,
     DynamicCache,
     Gemma2Config,
     GenerationConfig,
@@ -459,6 +460,18 @@ def test_a_model_that_does_not_pass_the_cache_on_is_refused():
         assert torch.equal(model.generate(ragged_batch()[0], **GREEDY), expected)  # a later Transformers passes it on
     except InputError as error:
         assert "StableLmForCausalLM does not pass on what tidaldecode needs" in str(error)  # noqa: PT017
+
+
+def test_a_model_with_a_mask_of_its_own_is_refused():
+    """Doge adds what it learned to every score, also where the budget is the whole context."""
+    config = DogeConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tidaldecode.apply(model, plan_for(config, token_budget=1.0))
+    with pytest.raises(InputError, match="can't work with 'doge': layer 0 attends by a mask of the model's own"):
+        model.generate(ragged_batch()[0], **GREEDY)
 
 
 def test_a_tidal_cache_needs_a_model_with_a_plan(llama):

@@ -2,97 +2,91 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import MethodType
-from typing import Any, TypeVar
+import copy
+from typing import TypeVar
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from tidaldecode.architecture import check_architecture, check_plan
 from tidaldecode.errors import InputError
+from tidaldecode.hf.applied import Applied
 from tidaldecode.hf.attention_function import NAME
-from tidaldecode.hf.forward import tidal_forward
-from tidaldecode.hf.generation import tidal_generate, tidal_prepare_inputs
+from tidaldecode.hf.own_config import give_back_config, take_own_config, unless_changed
+from tidaldecode.hf.planned import REPLACED, plain_class, planned_class
 from tidaldecode.plan import TidalPlan
-from tidaldecode.plans.find import find_plan
+from tidaldecode.plans.find import PlanLike, find_plan
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
-
-@dataclass(frozen=True)
-class _Applied:
-    """The plan, and what `remove` needs to undo `apply`; bound methods, which a deep copy of the model binds anew."""
-
-    plan: TidalPlan
-    forward: Callable[..., Any]
-    generate: Callable[..., Any]
-    prepare_inputs: Callable[..., Any]
-    attn_implementation: str
-    cache_implementation: str | None
+_INSIDE = ("_orig_mod", "base_model", "model")
+"""Where a wrapper keeps its model: `torch.compile`'s, a `PeftModel`, and the tuner in that."""
 
 
-_REPLACED = {
-    "forward": tidal_forward,
-    "generate": tidal_generate,
-    "prepare_inputs_for_generation": tidal_prepare_inputs,
-}
-
-
-def apply(model: Model, plan: TidalPlan | str = "auto") -> Model:
+def apply(model: Model, plan: PlanLike = "auto") -> Model:
     """Lets a model decode by a plan. `model.generate` is called as before, and so is `model` itself.
 
     Prompts are read with full attention, in chunks; each new token then attends by the role of each layer.
 
     Args:
-        model: a causal language model of Transformers, loaded.
-        plan: a plan, or the name of one: `auto` (the shipped plan made for this model), `paper`, `full` (full
-            attention in every layer), the name of a shipped plan, or a plan file.
+        model: a causal language model of Transformers, loaded; PEFT or `torch.compile` may have wrapped it.
+        plan: a plan, the fields of one, or the name of one: `auto` (the shipped plan made for this model), `paper`,
+            `full` (full attention in every layer), the name of a shipped plan, or a plan file.
 
     Returns:
         The same model, changed in place; `remove` changes it back.
 
     Raises:
         InputError: the architecture is not supported, the model lies on several devices, the plan does not fit the
-            model, or it has one already.
+            model, or it has one already. The model is then as it was.
     """
-    if applied_plan(model) is not None:
+    inside = _inside(model)
+    if inside is None:
+        raise InputError(f"tidaldecode.apply takes a language model of Transformers, not a {type(model).__name__}")
+    if applied_plan(inside) is not None:
         raise InputError("the model has a plan already: call tidaldecode.remove(model) first")
-    if not model.can_generate():
-        raise InputError(f"{type(model).__name__} does not generate text: load it as a causal language model")
-    check_architecture(model.config)
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+    if not inside.can_generate():
+        raise InputError(f"{type(inside).__name__} does not generate text: load it as a causal language model")
+    check_architecture(inside.config)
+    if len(set(getattr(inside, "hf_device_map", {}).values())) > 1:
         raise InputError("the model lies on several devices: load it on one (device_map of one device)")
-    if not isinstance(plan, TidalPlan):
-        plan = find_plan(plan, model.config)
-    check_plan(plan, model.config)
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise InputError(f"{type(model).__name__} does not take attention functions: it can't work with tidaldecode")
-    model._tidaldecode = _Applied(
-        plan=plan,
-        forward=model.forward,
-        generate=model.generate,
-        prepare_inputs=model.prepare_inputs_for_generation,
-        attn_implementation=previous,
-        cache_implementation=model.generation_config.cache_implementation,
-    )
-    model.generation_config.cache_implementation = None  # some checkpoints ask for a cache of Transformers'
-    for name, function in _REPLACED.items():
-        setattr(model, name, MethodType(_like(getattr(type(model), name), function), model))
+    found = find_plan(plan, inside.config)
+    check_plan(found, inside.config)
+    _apply(inside, found)
     return model
 
 
-def _like(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under the name and signature of the one that it replaces: Transformers looks at them."""
+def _apply(model: PreTrainedModel, plan: TidalPlan) -> None:
+    kind = plain_class(model)
+    planned = planned_class(kind)
+    shared = take_own_config(model)
+    try:
+        model.set_attn_implementation({"": NAME})
+        if model.config._attn_implementation != NAME:
+            raise InputError(f"{kind.__name__} does not take attention functions: it can't work with tidaldecode")
+    except BaseException:
+        give_back_config(model, shared)
+        raise
+    before = shared._attn_implementation
+    model._tidaldecode = Applied(
+        plan=plan,
+        kind=kind,
+        own={name: vars(model).pop(name) for name in REPLACED if name in vars(model)},
+        config=shared,
+        generation_config=_without_cache(model),
+        attn_implementation="sdpa" if before == NAME else before,  # made from the configuration of one with a plan
+    )
+    model.__class__ = planned
 
-    @functools.wraps(original)
-    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return function(self, *args, **kwargs)
 
-    return method
+def _without_cache(model: PreTrainedModel) -> GenerationConfig | None:
+    """Lets a model ask for no cache of Transformers', as some checkpoints do; what asked for it, if something did."""
+    asked = model.generation_config
+    if asked.cache_implementation is None:
+        return None
+    model.generation_config = copy.copy(asked)
+    model.generation_config.cache_implementation = None
+    return asked
 
 
 def remove(model: Model) -> Model:
@@ -101,21 +95,37 @@ def remove(model: Model) -> Model:
     Raises:
         InputError: the model has no plan.
     """
-    applied: _Applied | None = getattr(model, "_tidaldecode", None)
-    if applied is None:
+    inside = _inside(model)
+    applied: Applied | None = None if inside is None else vars(inside).get("_tidaldecode")
+    if inside is None or applied is None:
         raise InputError("the model has no plan: tidaldecode.apply was not called on it")
-    before = dict(zip(_REPLACED, (applied.forward, applied.generate, applied.prepare_inputs), strict=True))
-    for name, method in before.items():
-        delattr(model, name)
-        if getattr(model, name) != method:  # it was the model's own, not its class's
-            setattr(model, name, method)
-    del model._tidaldecode
-    model.generation_config.cache_implementation = applied.cache_implementation
-    model.set_attn_implementation(applied.attn_implementation)
+    if inside.config._attn_implementation == NAME:
+        applied.kind.set_attn_implementation(inside, {"": applied.attn_implementation})
+    give_back_config(inside, applied.config)
+    asked = applied.generation_config
+    if asked is not None:
+        inside.generation_config.cache_implementation = asked.cache_implementation
+        inside.generation_config = unless_changed(inside.generation_config, asked)
+    if type(inside) is planned_class(applied.kind):
+        inside.__class__ = applied.kind
+    vars(inside).update(applied.own)
+    del inside._tidaldecode
     return model
 
 
-def applied_plan(model: PreTrainedModel) -> TidalPlan | None:
+def applied_plan(model: nn.Module) -> TidalPlan | None:
     """The plan that the model decodes by, or `None`."""
-    applied: _Applied | None = getattr(model, "_tidaldecode", None)
+    inside = _inside(model)
+    applied: Applied | None = None if inside is None else vars(inside).get("_tidaldecode")
     return None if applied is None else applied.plan
+
+
+def _inside(model: nn.Module) -> PreTrainedModel | None:
+    """The model of Transformers that a model is, or that a wrapper of it holds."""
+    while not isinstance(model, PreTrainedModel):
+        children = dict(model.named_children()) if isinstance(model, nn.Module) else {}
+        inner = next((children[name] for name in _INSIDE if name in children), None)
+        if inner is None:
+            return None
+        model = inner
+    return model

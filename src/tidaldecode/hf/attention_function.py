@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tidaldecode.errors import InputError
+from tidaldecode.hf.applied import plain_method
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import StepCache, decode_attention
 
 NAME = "tidaldecode"
 """Name under which the attention function is registered with Transformers."""
+
+_log = logging.getLogger(__name__)
 
 
 def tidal_attention_forward(
@@ -33,11 +38,14 @@ def tidal_attention_forward(
         module: the attention module; `layer_idx` is its layer.
         query: [B, Hq, N, D].
         key, value: [B, Hkv, T, D]; what the cache returned.
-        attention_mask: for SDPA; a layer with a role goes by the lengths in `tidal_cache`.
+        attention_mask: for SDPA; a layer with a role goes by the lengths in `tidal_cache`, and gets none.
         tidal_cache: the cache in use; without one (training, `use_cache=False`) attention is full.
 
     Returns:
         [B, N, Hq, D], and no weights.
+
+    Raises:
+        InputError: the model asks for attention that tidaldecode does not have.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(tidal_cache, TidalCache) and not tidal_cache.has_role(layer):
@@ -45,6 +53,10 @@ def tidal_attention_forward(
     if tidal_cache is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is not None:  # `tidal_mask` made none, so the model itself did
+        raise InputError(
+            f"tidaldecode can't work with {_model_type(module)!r}: layer {layer} attends by a mask of the model's own"
+        )
     for feature in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
             raise InputError(f"layer {layer} asks for attention with {feature!r}, which tidaldecode does not have")
@@ -59,6 +71,22 @@ def tidal_mask(*, kv_length: int, **kwargs: Any) -> Tensor | None:
     if kv_length == 0:
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](kv_length=kv_length, **kwargs)
+
+
+def _model_type(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+
+
+def set_attention(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """`set_attn_implementation` of a model with a plan, which keeps it: what was asked for comes with `remove`."""
+    set_attn_implementation = plain_method(model, "set_attn_implementation")
+    set_attn_implementation(*args, **kwargs)
+    asked = model.config._attn_implementation
+    if asked == NAME:
+        return
+    set_attn_implementation({"": NAME})
+    model._tidaldecode = replace(model._tidaldecode, attn_implementation=asked)
+    _log.warning("the model keeps its plan: its attention will be %r after tidaldecode.remove(model)", asked)
 
 
 AttentionInterface.register(NAME, tidal_attention_forward)

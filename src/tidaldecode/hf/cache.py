@@ -17,7 +17,7 @@ from tidaldecode import ops
 from tidaldecode.architecture import check_plan, model_shape, sliding_windows
 from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.errors import InputError
-from tidaldecode.plan import TidalPlan
+from tidaldecode.plans.find import PlanLike, find_plan
 from tidaldecode.verified import VerifiedDrafts
 
 if TYPE_CHECKING:
@@ -251,11 +251,11 @@ class TidalCache(Cache):
 
     Args:
         config: the model's configuration.
-        plan: the plan that was applied to the model.
+        plan: the plan that was applied to the model, in any form that `tidaldecode.apply` takes.
         capacity: tokens to allocate for each sequence, prompt and new tokens together.
 
     Raises:
-        InputError: the plan does not fit the model.
+        InputError: there is no such plan, or it does not fit the model.
 
     Attributes:
         attention: the plan at work, with the index sets of the latest step.
@@ -264,7 +264,7 @@ class TidalCache(Cache):
         rounds: what the rounds of the latest lossless generation drafted and accepted; `None` before the first.
     """
 
-    def __init__(self, config: PreTrainedConfig, plan: TidalPlan, capacity: int) -> None:
+    def __init__(self, config: PreTrainedConfig, plan: PlanLike, capacity: int) -> None:
         self.config = config
         self.capacity = capacity
         self.sequences = Sequences()
@@ -514,12 +514,13 @@ class TidalCache(Cache):
             return output[:, None]
         return self._attend_to_all(layer, query, k_cache, v_cache, scale)
 
-    def use_plan(self, plan: TidalPlan) -> None:
+    def use_plan(self, plan: PlanLike) -> None:
         """Lets the steps that follow go by another plan: after `crop`, one prompt serves several.
 
         Raises:
-            InputError: the plan does not fit the model.
+            InputError: there is no such plan, or it does not fit the model.
         """
+        plan = find_plan(plan, self.config)
         check_plan(plan, self.config)
         self.attention = DecodeAttention(plan, model_shape(self.config))
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tidaldecode import ops
+from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.merged import merged_products
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class CapturedStep:
             self._input_ids = torch.empty(token_ids.shape, dtype=torch.int64, device=lengths.device).copy_(token_ids)
             self._position_ids = torch.empty_like(self._input_ids).copy_(position_ids)
         with torch.cuda.device(lengths.device), merged_products(model):
-            self._capture(cache, model._tidaldecode.forward)
+            self._capture(cache, plain_forward(model))
 
     def _capture(self, cache: TidalCache, forward: Callable[..., Any]) -> None:
         lengths = cache.sequences.lengths

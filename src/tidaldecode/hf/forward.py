@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tidaldecode.architecture import rope_varies
 from tidaldecode.errors import InputError
+from tidaldecode.hf.applied import plain_forward, plain_method
+from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import CapturedStep, captured_step
 
@@ -37,11 +39,14 @@ _CAPTURED = {
 
 def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """The model's forward pass; by the plan when `past_key_values` is a `TidalCache`, unchanged otherwise."""
-    forward = model._tidaldecode.forward
+    forward = plain_method(model, "forward")
     arguments = _named(forward, args, kwargs)
     cache = arguments.get("past_key_values")
-    if not isinstance(cache, TidalCache):
-        return forward(*args, **kwargs)
+    return _by_plan(model, cache, arguments) if isinstance(cache, TidalCache) else forward(*args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # of a compiled model: a compiler would follow the cache's lengths, anew at every step
+def _by_plan(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
     correction = cache.correction
     if correction is None:
         return _pass(model, cache, arguments)
@@ -60,14 +65,15 @@ def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 def _pass(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
     """The model's forward pass with its cache: a captured decode step, or one chunk after another."""
-    if _may_be_captured(arguments, cache):
+    _keep_attention(model)
+    if _may_be_captured(arguments, model.config, cache):
         cache.check_step(len(arguments["input_ids"]))
         ids, positions = arguments["input_ids"], arguments.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, cache.get_seq_length())
         if (step := captured_step(model, cache, ids, positions)) is not None:
             return _replay(step, cache, ids, positions)
-    forward = model._tidaldecode.forward
+    forward = plain_forward(model)
     for chunk in _chunks(arguments, model.config):
         tokens = _tokens(chunk)
         cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
@@ -78,6 +84,15 @@ def _pass(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) 
     return output
 
 
+def _keep_attention(model: PreTrainedModel) -> None:
+    """Sees to it that the layers call the plan's attention, also if another one was written into the configuration."""
+    config, of_layers = model.config, model.base_model.config
+    if of_layers is not config and of_layers._attn_implementation != NAME:  # of a shallow copy, say
+        raise InputError("the model shares its layers with one that lost its plan: call tidaldecode.remove, then apply")
+    if config._attn_implementation != NAME:
+        model.set_attn_implementation(config._attn_implementation)
+
+
 def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward pass by their names."""
     if not args:  # as `generate` calls it, at every step
@@ -86,14 +101,14 @@ def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {**bound, **bound.pop("kwargs", {})}
 
 
-def _may_be_captured(arguments: dict[str, Any], cache: TidalCache) -> bool:
+def _may_be_captured(arguments: dict[str, Any], config: PreTrainedConfig, cache: TidalCache) -> bool:
     """Whether this is a decode step on a GPU that asks for logits alone."""
     ids = arguments.get("input_ids")
     if ids is None or not ids.is_cuda or ids.shape[1] != 1 or cache.get_seq_length() == 0:
         return False
     if arguments.get("return_dict") is False or arguments.get("use_cache") is False:
         return False
-    if cache.config.output_hidden_states:
+    if config.output_hidden_states:
         return False
     return all(name in _CAPTURED or value is None or value is False for name, value in arguments.items())
 
@@ -121,7 +136,7 @@ def _tokens(arguments: dict[str, Any]) -> Tensor:
     return ids if ids is not None else arguments["inputs_embeds"]
 
 
-def _chunks(arguments: dict[str, Any], config: Any) -> Iterator[dict[str, Any]]:
+def _chunks(arguments: dict[str, Any], config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """The arguments of each forward pass of a prompt."""
     tokens = _tokens(arguments).shape[1]
     size = chunk_size(tokens) if _may_be_split(arguments, config) else tokens
@@ -137,7 +152,7 @@ def _chunks(arguments: dict[str, Any], config: Any) -> Iterator[dict[str, Any]]:
         yield chunk
 
 
-def _may_be_split(arguments: dict[str, Any], config: Any) -> bool:
+def _may_be_split(arguments: dict[str, Any], config: PreTrainedConfig) -> bool:
     """Whether the last chunk's output is all that is wanted, and the chunks' positions do not depend on each other.
 
     `generate` wants the last token's logits alone (`logits_to_keep=1`). Where RoPE's frequencies vary with the context,

@@ -6,6 +6,7 @@ from torch import Tensor, no_grad
 from transformers import PreTrainedModel
 
 from tidaldecode.errors import InputError
+from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import captured_chunk
 
@@ -49,7 +50,7 @@ def full_pass(
     cache.begin_chunk(tokens, new_lengths)
     last = {"logits_to_keep": 1} if last_logits and model._supports_logits_to_keep() else {}
     with no_grad():
-        output = model._tidaldecode.forward(
+        output = plain_forward(model)(
             input_ids=token_ids,
             position_ids=position_ids,
             past_key_values=cache,

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from tidaldecode.errors import InputError
+from tidaldecode.hf.applied import plain_method
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.correction import Correction, check_second_pass
 from tidaldecode.hf.drafting import DraftLength, Lossless
@@ -39,7 +40,7 @@ def tidal_generate(
     Raises:
         InputError: a mode or option that the cache can't follow, or a number that is not positive.
     """
-    generate = model._tidaldecode.generate
+    generate = plain_method(model, "generate")
     kwargs |= _named(generate, inputs, generation_config, *args)
 
     def setting(name: str) -> Any:
@@ -97,7 +98,7 @@ def _corrected(model: PreTrainedModel, cache: TidalCache, correction: Correction
         before.correct(model, cache)  # what it still had to run again is not the cache's end any more afterwards
     cache.correction = correction
     try:
-        return model._tidaldecode.generate(**kwargs)
+        return plain_method(model, "generate")(**kwargs)
     finally:
         cache.correction = before
 
@@ -147,7 +148,7 @@ def tidal_prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> d
     Phi-3 drops its cache where a prompt crosses the length up to which it was first trained, and reads the whole
     sequence again with other RoPE frequencies; here the same cache is emptied and filled again.
     """
-    prepare = model._tidaldecode.prepare_inputs
+    prepare = plain_method(model, "prepare_inputs_for_generation")
     inputs: dict[str, Any] = prepare(*args, **kwargs)
     cache = kwargs.get("past_key_values")
     if isinstance(cache, TidalCache) and inputs.get("past_key_values") is None:

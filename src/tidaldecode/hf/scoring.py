@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tidaldecode.architecture import model_shape, rope_varies
 from tidaldecode.errors import InputError
+from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.correction import Correction
@@ -59,7 +60,7 @@ def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) ->
     """
     _check(model, cache, token_ids)
     most = 1 if rope_varies(model.config) else steps_at_once(model, cache.capacity)
-    forward = model._tidaldecode.forward
+    forward = plain_forward(model)
     for ids in torch.split(token_ids.to(model.device), most, 1):
         cache.begin_steps(ids.shape[1], ids.device)
         with torch.no_grad():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -12,19 +15,34 @@ from tidaldecode.errors import InputError
 from tidaldecode.plan import PAPER_RESELECT_LAYERS, TidalPlan
 from tidaldecode.plans import read_plan, shipped_plans
 
+PlanLike = TidalPlan | Mapping[str, Any] | str | os.PathLike[str]
+"""A plan, the fields of one, the name of one, or its file."""
+
 _log = logging.getLogger(__name__)
 
 
-def find_plan(name: str, config: PreTrainedConfig) -> TidalPlan:
-    """The plan of a name, for a model.
+def find_plan(plan: PlanLike, config: PreTrainedConfig) -> TidalPlan:
+    """The plan that is meant, for a model.
 
     Args:
-        name: `auto` (the shipped plan made for this model), `paper`, `full` (full attention in every layer), the name
-            of a shipped plan, or a plan file.
+        plan: a plan, the fields of one (as in its JSON), its file, or a name: `auto` (the shipped plan made for this
+            model), `paper`, `full` (full attention in every layer), or the name of a shipped plan.
 
     Raises:
-        InputError: the name is unknown, the file is wrong, or no shipped plan was made for the model.
+        InputError: the name is unknown, the file or a field is wrong, or no shipped plan was made for the model.
     """
+    if isinstance(plan, TidalPlan):
+        return plan
+    if isinstance(plan, Mapping):
+        return TidalPlan.validated(**{str(field): value for field, value in plan.items()})
+    if isinstance(plan, os.PathLike):
+        return TidalPlan.load(plan)
+    if not isinstance(plan, str):
+        raise InputError(f"a plan is a TidalPlan, its fields, its file or a name, not a {type(plan).__name__}")
+    return _plan_of(plan, config)
+
+
+def _plan_of(name: str, config: PreTrainedConfig) -> TidalPlan:
     windows = sliding_windows(config)
     layers = tuple(layer for layer, window in enumerate(windows) if window is None)
     if name == "full":
