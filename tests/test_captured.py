@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import weakref
 from contextlib import contextmanager, nullcontext
 
@@ -16,10 +17,11 @@ from tidaldecode.attention import DecodeAttention
 from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
-from tidaldecode.hf.cache import Sequences, TidalLayer
 from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.full_pass import full_pass
+from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
+from tidaldecode.hf.sequences import Sequences
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
 
@@ -239,12 +241,13 @@ def test_a_capture_warms_up_with_the_tokens_that_it_is_for(tiny, monkeypatch):
 
 
 def test_another_models_step_is_not_used(tiny, monkeypatch):
-    """Nor that of a model whose weights were converted since."""
+    """Nor that of a model whose weights were converted since, nor that of a cache that lies elsewhere."""
     made = []
 
     class Step(captured.CapturedStep):
         def __init__(self, model, cache, *inputs):
-            self._model, self._weights = weakref.ref(model), captured._weights(model)
+            self._model, self._weights = weakref.ref(model), captured.weights_now(model)
+            self._moves = cache.sequences.moves
             made.append(model)
 
     monkeypatch.setattr(captured, "CapturedStep", Step)
@@ -255,7 +258,10 @@ def test_another_models_step_is_not_used(tiny, monkeypatch):
         assert captured.captured_step(model, cache, *TOKEN) is cache.step
     assert captured.captured_step(models[1].half(), cache, *TOKEN) is cache.step
     assert made == [models[0], models[1], models[1]]
-    assert copy.deepcopy(cache.step) is None
+    step = cache.step
+    cache.make_room(100)
+    assert captured.captured_step(models[1], cache, *TOKEN) is cache.step is not step
+    assert copy.deepcopy(cache.step) is pickle.loads(pickle.dumps(cache.step)) is None
 
 
 def test_a_cache_left_in_the_middle_is_refused(tiny):
@@ -265,12 +271,12 @@ def test_a_cache_left_in_the_middle_is_refused(tiny):
     with pytest.raises(InputError, match="left in the middle of a forward pass"):
         model(PROMPT[:, :1], past_key_values=cache)
     with pytest.raises(InputError, match="left in the middle of a forward pass"):
-        cache.check_step(2)
+        cache.ready(2, 1)
 
 
 def test_a_step_beside_sliding_windows_is_not_refused(tiny):
     model = apply(tiny("gemma3_text"), "paper")
-    read_prompt(model, model._tidaldecode.plan, 40).check_step(2)
+    read_prompt(model, model._tidaldecode.plan, 40).ready(2, 1)
 
 
 def test_a_budget_beyond_any_context(tiny):
@@ -541,9 +547,9 @@ def test_a_step_that_does_not_fit_is_refused_before_it_is_warmed_up(tiny):
     model = apply(tiny("llama"), "paper")
     cache = read_prompt(model, model._tidaldecode.plan, PROMPT.shape[1])
     with pytest.raises(InputError, match="the cache holds 20 tokens, 21 are needed"):
-        cache.check_step(2)
+        cache.ready(2, 1)
     with pytest.raises(InputError, match="the cache holds 2 sequences, the input has 3"):
-        read_prompt(model, model._tidaldecode.plan, 40).check_step(3)
+        read_prompt(model, model._tidaldecode.plan, 40).ready(3, 1)
 
 
 @on_gpu

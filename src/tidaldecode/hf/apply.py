@@ -15,6 +15,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.forward import tidal_forward
 from tidaldecode.hf.generation import tidal_generate, tidal_prepare_inputs
+from tidaldecode.hf.weights import forget_weights
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 
@@ -110,6 +111,7 @@ def remove(model: Model) -> Model:
         if getattr(model, name) != method:  # it was the model's own, not its class's
             setattr(model, name, method)
     del model._tidaldecode
+    forget_weights(model)
     model.generation_config.cache_implementation = applied.cache_implementation
     model.set_attn_implementation(applied.attn_implementation)
     return model
