@@ -522,22 +522,6 @@ def test_a_cache_of_its_own_has_room_for_such_a_pass(llama):
     assert output.past_key_values.capacity == 68
 
 
-def test_a_cache_without_room_is_refused(llama):
-    plan = plan_for(llama.config)
-    tidaldecode.apply(llama, plan)
-    ids, mask = ragged_batch()
-    expected = full_of(llama, plan, ids[:1], 63)
-    assert expected.shape == (1, 64)  # one sequence needs no room beside its own
-    with pytest.raises(InputError, match="the TidalCache holds 66 tokens; prompt and new tokens are 68"):
-        llama.generate(
-            ids, attention_mask=mask, past_key_values=TidalCache(llama.config, plan, 66), lossless=4, **GREEDY
-        )
-
-
-def full_of(model, plan, ids, capacity):
-    return model.generate(ids, past_key_values=TidalCache(model.config, plan, capacity), lossless=4, **GREEDY)
-
-
 # ---- drafting
 
 

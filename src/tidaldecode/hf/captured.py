@@ -188,12 +188,10 @@ class CapturedStep:
 
     def serves(self, model: PreTrainedModel, cache: TidalCache) -> bool:
         """Whether this is the step of a model as it is now, with the weights and the cache that the graph reads."""
-        return (
-            not model.training
-            and self._model() is model
-            and self._moves == cache.sequences.moves
-            and self._weights == weights_now(model)
-        )
+        mine = self._model()
+        if mine is None or mine is not model or model.training or self._moves != cache.sequences.moves:
+            return False
+        return self._weights == weights_now(mine)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Runs the step.

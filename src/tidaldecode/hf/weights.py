@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def weights_now(model: nn.Module) -> int:
     """A number that stays the same as long as a graph captured from the model reads what the model reads.
 
     It is another one after a parameter was replaced or its data lie elsewhere, a module was replaced, got a hook or a
-    forward of its own, an adapter was injected, merged, switched or scaled, the model was moved, converted or quantized.
+    forward of its own, an adapter was injected, merged, switched or scaled, the model moved, converted or quantized.
     What is copied to where weights lie, as by `load_state_dict`, the graph reads there, and nothing changes.
     """
     seen: _Seen | None = vars(model).get(_NAME)
@@ -78,7 +78,14 @@ class _Seen:
         self._members = gc.get_referents(*self._places)
         self._at = [index for index, member in enumerate(self._members) if _lies_somewhere(member)]
         self._addresses = [member.data_ptr() if _lies_somewhere(member) else None for member in self._members]
-        self._dtypes = list(map(attrgetter("dtype"), self._tensors(self._members)))
+        self._dtypes = self._dtypes_now(self._members)
+        # another dtype at the same address needs memory that was free in between: then its storage tells. Where PyTorch
+        # keeps no object for a storage it is gone at once, and dtypes are compared, which takes as long as all the rest
+        self._freed: list[object] = []
+        storages = {id(storage): storage for storage in map(_storage, map(self._members.__getitem__, self._at))}
+        self._storages = [weakref.ref(storage, self._freed.append) for storage in storages.values()]
+        del storages
+        self._told = not self._freed
 
     def unchanged(self) -> bool:
         """Whether all of it is as it was. Some microseconds: a call into C for each kind of thing."""
@@ -91,7 +98,7 @@ class _Seen:
             same
             and (self._hooked or not any(self._hooks))
             and self._lie_there(members)
-            and list(map(attrgetter("dtype"), self._tensors(members))) == self._dtypes
+            and (not self._freed if self._told else self._dtypes_now(members) == self._dtypes)
             and self._own_alike()
         )
 
@@ -100,10 +107,8 @@ class _Seen:
             return _same_addresses(members, self._addresses, self._at)
         return all(members[index].data_ptr() == self._addresses[index] for index in self._at)
 
-    def _tensors(self, members: list[Any]) -> tuple[Any, ...]:
-        if len(self._at) < 2:  # for one, `itemgetter` gives it as it is
-            return tuple(members[index] for index in self._at)
-        return itemgetter(*self._at)(members)
+    def _dtypes_now(self, members: list[Any]) -> list[torch.dtype]:
+        return [members[index].dtype for index in self._at]
 
     def _own_alike(self) -> bool:
         """Whether no module has an attribute more or less, such as a `forward`, but for those of `merged_products`."""
@@ -112,6 +117,10 @@ class _Seen:
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """A copy of the model is looked at anew."""
         return _nothing, ()
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
 
 
 def _nothing() -> None:
