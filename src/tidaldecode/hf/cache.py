@@ -73,7 +73,7 @@ class TidalCache(Cache):
             layers=[
                 TidalLayer(self.sequences, num_global, first=layer == windows.index(None))
                 if window is None
-                else WindowLayer(capacity, window)
+                else WindowLayer(window)
                 for layer, window in enumerate(windows)
             ]
         )
@@ -401,7 +401,6 @@ class TidalCache(Cache):
             raise InputError(f"the cache holds {missing} tokens fewer than when it was marked: fill it again")
         for index, layer in mark.windows.items():
             self.layers[index] = copy.deepcopy(layer)
-            self.layers[index].grow(self.capacity)
         self.rewind(mark.padded_length, mark.lengths)
         if self.correction is not None:
             self.correction.forget(-missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, StaticSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from tidaldecode import ops
 from tidaldecode.errors import InputError
@@ -169,39 +169,18 @@ def _kind(rows: Tensor) -> str:
     return f"{str(rows.dtype).removeprefix('torch.')} on {rows.device}"
 
 
-class WindowLayer(StaticSlidingWindowLayer):
-    """K and V of one layer that attends to a sliding window: Transformers' own, writable in whatever mode.
+class WindowLayer(DynamicSlidingWindowLayer):
+    """K and V of one layer that attends to a sliding window: Transformers' own, as long as what is in the window.
 
-    A window longer than the capacity is not allocated whole, and grows with it.
+    Not its static one: a decode step goes without a mask where the window is longer than what was allocated for it, and
+    would attend to rows that no token was written to.
     """
 
-    keys: Tensor
-    values: Tensor
-    max_cache_len: int
-
-    def __init__(self, capacity: int, sliding_window: int) -> None:
-        super().__init__(max_cache_len=capacity, sliding_window=sliding_window)
-        self.sliding_window = sliding_window
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates the window for [B, Hkv, N, D] states."""
-        with torch.inference_mode(False):
-            super().lazy_initialization(key_states, value_states)
+    is_croppable = False
 
     def grow(self, capacity: int) -> None:
-        """Makes room for so many tokens of each sequence, as far as the window goes, before any is rolled out of it."""
-        length, before = min(self.sliding_window, capacity), self.max_cache_len
-        if length <= before:
-            return
-        self.max_cache_len = length
-        if self.is_initialized:
-            more = (0, 0, 0, length - before)
-            with torch.inference_mode(False):
-                self.keys, self.values = (torch.nn.functional.pad(rows, more) for rows in (self.keys, self.values))
+        """Nothing is allocated ahead."""
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences alone, in this order, some perhaps several times; `rows` is [N], int64."""
-        rows = rows.to(self.keys.device)
-        with torch.inference_mode(False):
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        self.batch_size = len(rows)
+        self.batch_select_indices(rows)
