@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -404,6 +405,49 @@ def test_what_a_cache_can_not_do_is_said_in_a_line(llama):
     cache.batch_repeat_interleave(2)
     with pytest.raises(InputError, match="other sequences than when it was marked"):
         cache.go_back(mark)
+
+
+class PromptLearning:
+    """What PEFT puts around a model: virtual tokens in front of the prompt, as embeddings or as a cache of its own."""
+
+    def __init__(self, model, kind, tokens=12):
+        self.active_peft_config = SimpleNamespace(is_prompt_learning=True, peft_type=SimpleNamespace(value=kind))
+        self.model, self.prepare = model, model.prepare_inputs_for_generation
+        self.virtual = torch.randn(1, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+        model.prepare_inputs_for_generation = self.prepare_inputs_for_generation
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = self.prepare(*args, **kwargs)
+        inputs["position_ids"] = None
+        if inputs["past_key_values"].get_seq_length() == 0:
+            embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = torch.cat([self.virtual.expand(len(embeddings), -1, -1), embeddings], 1)
+        return inputs
+
+
+@pytest.mark.parametrize("first", ["plan", "adapter"])
+def test_virtual_tokens_in_front_of_a_prompt_are_read_as_part_of_it(tiny, first):
+    """PEFT's prompt tuning: the cache holds more tokens than the prompt has."""
+    model = tiny("llama")
+    if first == "plan":
+        tidaldecode.apply(model, whole(model))
+    adapter = PromptLearning(model, "PROMPT_TUNING")
+    if first == "adapter":
+        tidaldecode.apply(model, whole(model))
+        model.prepare_inputs_for_generation = adapter.prepare_inputs_for_generation
+    output = model.generate(IDS[:1], **GREEDY)
+    embeddings = torch.cat([adapter.virtual, model.get_input_embeddings()(IDS[:1])], 1)
+    plain = tiny("llama")
+    assert torch.equal(output[:, 40:], plain.generate(inputs_embeds=embeddings, **GREEDY))
+    with pytest.raises(InputError, match="lossless decoding can't go with PROMPT_TUNING adapters"):
+        model.generate(IDS[:1], lossless=3, **GREEDY)
+
+
+def test_adapters_that_bring_a_cache_of_their_own_are_refused(llama):
+    """The model would decode with full attention, and not say so."""
+    PromptLearning(llama, "PREFIX_TUNING")
+    with pytest.raises(InputError, match="can't decode with PREFIX_TUNING adapters"):
+        llama.generate(IDS[:1], **GREEDY)
 
 
 def test_a_model_that_was_converted_does_not_go_on_in_its_cache(llama):

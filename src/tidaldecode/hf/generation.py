@@ -16,6 +16,7 @@ from tidaldecode.hf.drafting import DraftLength, Lossless
 from tidaldecode.hf.lossless import lossless_loop
 from tidaldecode.hf.sequences import Sequences
 
+_VIRTUAL_KEYS = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's adapters whose virtual tokens are K and V
 _DEFAULT_NEW_TOKENS = 20  # what Transformers generates when nobody says how much
 
 
@@ -50,6 +51,7 @@ def tidal_generate(
         return next((value for value in sources if value is not None), None)
 
     _refuse_modes(setting, kwargs)
+    _refuse_virtual_tokens(model, lossless)
     cache = kwargs.get("past_key_values")
     _check_kind(cache)
     tokens = _prompt_tokens(kwargs.get("inputs"), kwargs)
@@ -163,6 +165,27 @@ def _refuse_modes(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> None
         raise InputError("tidaldecode has a cache of its own: leave out cache_implementation")
     if setting("output_attentions"):
         raise InputError("tidaldecode does not keep attention weights: leave out output_attentions")
+
+
+def _refuse_virtual_tokens(model: PreTrainedModel, lossless: Lossless | None) -> None:
+    """PEFT's prompts that are learned: those that come as K and V come in a cache of PEFT's own, instead of ours.
+
+    Those that come as embeddings in front of the prompt are read as part of it. The loop of lossless decoding goes by
+    the tokens that it sees, and they are none.
+    """
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", None)  # PEFT puts its own method there
+    adapter = getattr(owner, "active_peft_config", None)
+    if not getattr(adapter, "is_prompt_learning", False):
+        return
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    if kind in _VIRTUAL_KEYS:
+        raise InputError(
+            f"tidaldecode can't decode with {kind} adapters, which bring a cache of their own: remove the plan"
+        )
+    if lossless is not None:
+        raise InputError(
+            f"lossless decoding can't go with {kind} adapters, which put virtual tokens in front: leave it out"
+        )
 
 
 def _check_kind(cache: Cache | None) -> None:
