@@ -226,7 +226,8 @@ class TidalCache(Cache):
         if needed <= self.capacity:
             return
         capacity = self._affordable(needed, self.capacity + self.capacity // 2)
-        self._prepared = False
+        self._prepared, self.step = False, None  # captured passes read what lies elsewhere now
+        self.chunks.clear()
         for layer in self.layers:
             layer.grow(capacity)
         self.sequences.capacity = capacity

@@ -175,7 +175,7 @@ def _refuse_virtual_tokens(model: PreTrainedModel, lossless: Lossless | None) ->
     """
     owner = getattr(model.prepare_inputs_for_generation, "__self__", None)  # PEFT puts its own method there
     adapter = getattr(owner, "active_peft_config", None)
-    if not getattr(adapter, "is_prompt_learning", False):
+    if adapter is None or not getattr(adapter, "is_prompt_learning", False):
         return
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     if kind in _VIRTUAL_KEYS:
