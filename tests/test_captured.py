@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -17,10 +20,11 @@ from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
 from tidaldecode.hf.applied import plain_forward
-from tidaldecode.hf.cache import Sequences, TidalLayer
 from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.full_pass import full_pass
+from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
+from tidaldecode.hf.sequences import Sequences
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
 
@@ -240,12 +244,13 @@ def test_a_capture_warms_up_with_the_tokens_that_it_is_for(tiny, monkeypatch):
 
 
 def test_another_models_step_is_not_used(tiny, monkeypatch):
-    """Nor that of a model whose weights were converted since."""
+    """Nor that of a model whose weights were converted since, nor that of a cache that lies elsewhere."""
     made = []
 
     class Step(captured.CapturedStep):
         def __init__(self, model, cache, *inputs):
-            self._model, self._weights = weakref.ref(model), captured._weights(model)
+            self._model, self._weights = weakref.ref(model), captured.weights_now(model)
+            self._moves = cache.sequences.moves
             made.append(model)
 
     monkeypatch.setattr(captured, "CapturedStep", Step)
@@ -256,7 +261,10 @@ def test_another_models_step_is_not_used(tiny, monkeypatch):
         assert captured.captured_step(model, cache, *TOKEN) is cache.step
     assert captured.captured_step(models[1].half(), cache, *TOKEN) is cache.step
     assert made == [models[0], models[1], models[1]]
-    assert copy.deepcopy(cache.step) is None
+    step = cache.step
+    cache.make_room(100)
+    assert captured.captured_step(models[1], cache, *TOKEN) is cache.step is not step
+    assert copy.deepcopy(cache.step) is pickle.loads(pickle.dumps(cache.step)) is None
 
 
 def test_a_cache_left_in_the_middle_is_refused(tiny):
@@ -266,12 +274,12 @@ def test_a_cache_left_in_the_middle_is_refused(tiny):
     with pytest.raises(InputError, match="left in the middle of a forward pass"):
         model(PROMPT[:, :1], past_key_values=cache)
     with pytest.raises(InputError, match="left in the middle of a forward pass"):
-        cache.check_step(2)
+        cache.ready(2, 1)
 
 
 def test_a_step_beside_sliding_windows_is_not_refused(tiny):
     model = apply(tiny("gemma3_text"), "paper")
-    read_prompt(model, model._tidaldecode.plan, 40).check_step(2)
+    read_prompt(model, model._tidaldecode.plan, 40).ready(2, 1)
 
 
 def test_a_budget_beyond_any_context(tiny):
@@ -538,23 +546,100 @@ def test_ten_thousand_steps_in_one_graph(gpu_model, tiny):
     assert torch.equal(one.attention.indices.sort(-1).values, other.attention.indices.sort(-1).values)
 
 
-def test_a_step_that_does_not_fit_is_refused_before_it_is_warmed_up(tiny):
+def test_a_step_that_does_not_fit_is_refused_before_it_is_warmed_up(tiny, monkeypatch):
     model = apply(tiny("llama"), "paper")
     cache = read_prompt(model, model._tidaldecode.plan, PROMPT.shape[1])
-    with pytest.raises(InputError, match="the cache holds 20 tokens, 21 are needed"):
-        cache.check_step(2)
+    places = [layer.keys.data_ptr() for layer in cache.layers]
+
+    def short(layer, keys, values, capacity):
+        raise InputError(f"no room for {capacity}")
+
+    monkeypatch.setattr(TidalLayer, "check_memory", short)
+    with pytest.raises(InputError, match="no room for 21"):
+        cache.ready(2, 1)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == places
+    assert cache.capacity == cache.get_seq_length() == 20
     with pytest.raises(InputError, match="the cache holds 2 sequences, the input has 3"):
-        read_prompt(model, model._tidaldecode.plan, 40).check_step(3)
+        cache.ready(3, 1)
 
 
 @on_gpu
-def test_a_full_cache_stays_as_it_is(gpu_model, tiny):
+def test_a_full_cache_grows_and_is_captured_anew(gpu_model, tiny):
     plan = PLANS["paper"](tiny().config)
     model = gpu_model(plan)
-    cache = read_prompt(model, plan, PROMPT.shape[1])
-    with pytest.raises(InputError, match="the cache holds 20 tokens, 21 are needed"):
-        model(next_tokens(1, "cuda")[0], past_key_values=cache)
-    assert cache.step is None and cache.get_seq_length() == 20
+    small, large = (read_prompt(model, plan, capacity) for capacity in (PROMPT.shape[1], 80))
+    steps = []
+    for token in next_tokens(40, "cuda"):
+        positions = small.sequences.lengths[:, None].long()
+        logits = [model(token, position_ids=positions, past_key_values=cache).logits for cache in (small, large)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        if small.step not in steps:
+            steps.append(small.step)
+    assert None not in steps and len(steps) == 3  # 20, 30, 45 and 67 tokens
+    assert small.capacity == 67
+
+
+CHANGES = {
+    "replaced": lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(m.lm_head.weight.detach() * 2)),
+    "swapped": lambda m: setattr(m.model.layers[4].mlp.down_proj.weight, "data", torch.ones(96, 64).cuda()),
+    "one of those that lie together": lambda m: setattr(
+        m.model.layers[4].self_attn.k_proj.weight, "data", torch.ones(32, 96).cuda()
+    ),
+    "in place": lambda m: m.load_state_dict({name: value * 1.1 for name, value in m.state_dict().items()}),
+    "assigned": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}, assign=True),
+    "there and back": lambda m: m.cpu().load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}) and m.cuda(),
+    "another module": lambda m: setattr(
+        m.model.layers[4].self_attn, "o_proj", torch.nn.Linear(96, 96, bias=False, device="cuda")
+    ),
+    "a hook": lambda m: m.model.layers[4].mlp.register_forward_hook(lambda module, args, output: output * 2),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_next_step_uses_changed_weights(gpu_model, tiny, change):
+    plan = PLANS["paper"](tiny().config)
+    model = gpu_model(plan)
+    cache, tokens = read_prompt(model, plan, 80), next_tokens(3, "cuda")
+    before = model(tokens[0], past_key_values=cache).logits
+    cache.crop(-1)
+    assert torch.equal(model(tokens[0], past_key_values=cache).logits, before)
+    CHANGES[change](model)
+    cache.crop(-1)
+    after = model(tokens[0], past_key_values=cache).logits
+    assert cache.step is not None
+    cache.crop(-1)
+    with uncaptured(cache):
+        torch.testing.assert_close(after, model(tokens[0], past_key_values=cache).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
+
+
+@on_gpu
+def test_a_look_at_the_weights_costs_well_below_a_hundredth_of_a_step(gpu_model, tiny):
+    """Of a step of 2 ms, which a model of 30 layers has."""
+    model = gpu_model(PLANS["full"](tiny(num_hidden_layers=30).config), num_hidden_layers=30)
+    captured.weights_now(model)
+    seconds = []
+    for _ in range(200):
+        start = time.perf_counter()
+        captured.weights_now(model)
+        seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[100] < 20e-6
+
+
+@on_gpu
+def test_two_threads_generate_what_each_gives_alone(gpu_model, tiny):
+    """The graphs of both are captured while the other one runs."""
+    plan = PLANS["paper"](tiny().config)
+    prompts = [PROMPT[:1].cuda(), PROMPT[1:].flip(1).cuda()]
+    options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = [{**options, "lossless": 4}, options]
+    expected = [gpu_model(plan).generate(ids, **extra) for ids, extra in zip(prompts, options, strict=True)]
+    model = gpu_model(plan)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(model.generate, ids, **extra) for ids, extra in zip(prompts, options, strict=True)]
+        outputs = [job.result() for job in jobs]
+    assert all(map(torch.equal, outputs, expected))
 
 
 def test_memory_is_looked_at_before_a_cache_is_allocated(monkeypatch):
@@ -562,7 +647,7 @@ def test_memory_is_looked_at_before_a_cache_is_allocated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    layer = TidalLayer(Sequences(), 100_000, num_layers=10, first=True)
+    layer = TidalLayer(Sequences(100_000), num_layers=10, first=True)
 
     class States:
         """The little that is asked of K and V on a GPU: 1 sequence, 4 heads, head dim 64, float32."""
@@ -574,7 +659,7 @@ def test_memory_is_looked_at_before_a_cache_is_allocated(monkeypatch):
     ):
         layer.prepare(States(), States())
     free = 2**40
-    layer._check_memory(States(), States())
+    layer.check_memory(States(), States(), 100_000)
 
 
 @pytest.mark.parametrize(

@@ -215,8 +215,6 @@ def test_wrong_passes(llama, tiny):
     for ids, message in ((IDS.expand(2, -1), "one sequence at a time, not 2"), (IDS[:, :0], "no tokens")):
         with pytest.raises(InputError, match=message):
             next(step_logits(llama, prompt_cache(llama), ids))
-    with pytest.raises(InputError, match="the cache holds 67 tokens, 113 are needed"):
-        next(step_logits(llama, prompt_cache(llama), IDS))
     with pytest.raises(InputError, match="no plan"):
         next(step_logits(tiny("llama"), prompt_cache(llama), IDS))
 

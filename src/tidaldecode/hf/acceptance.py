@@ -42,13 +42,24 @@ def accept_sampled(drafted: Tensor, draft: Tensor, target: Tensor) -> tuple[Tens
     token = drafted[..., None]
     p, q = target[:, :-1].gather(2, token)[..., 0], draft.gather(2, token)[..., 0]
     accepted = _leading(torch.rand_like(p) * q < p)
-    here = accepted[:, None, None].expand(-1, 1, target.shape[2])
-    # behind the last drafted token there is nothing to subtract
-    p, q = target.gather(1, here)[:, 0], torch.nn.functional.pad(draft, (0, 0, 0, 1)).gather(1, here)[:, 0]
-    rest = (p - q).clamp(min=0)
+    rest = (p := _at(target, accepted)) - _at(draft, accepted)
+    rest.clamp_(min=0)
     # where rounding alone made p differ from q, nothing may be left
     rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)
     return accepted, torch.multinomial(rest, 1)[:, 0]
+
+
+def _at(distributions: Tensor, position: Tensor) -> Tensor:
+    """The distribution of each sequence at its own position [B], [B, V]; zeros behind the last, where there is none.
+
+    Those of all positions, [B, N, V], are large, and are not copied for the sake of one row.
+    """
+    batch, positions, vocabulary = distributions.shape
+    if positions == 0:
+        return distributions.new_zeros(batch, vocabulary)
+    rows = torch.arange(batch, device=distributions.device)
+    here = distributions[rows, position.clamp(max=positions - 1)]
+    return here.masked_fill_((position == positions)[:, None], 0)
 
 
 def _leading(flags: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from tidaldecode.hf.applied import Applied
 from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.own_config import give_back_config, take_own_config, unless_changed
 from tidaldecode.hf.planned import REPLACED, plain_class, planned_class
+from tidaldecode.hf.weights import forget_weights
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import PlanLike, find_plan
 
@@ -110,6 +111,7 @@ def remove(model: Model) -> Model:
         inside.__class__ = applied.kind
     vars(inside).update(applied.own)
     del inside._tidaldecode
+    forget_weights(inside)
     return model
 
 

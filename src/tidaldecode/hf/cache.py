@@ -1,22 +1,24 @@
-"""The KV cache of a model with a plan: allocated once, written in place, read by token."""
+"""The KV cache of a model with a plan: written in place, read by token, and it grows."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from tidaldecode import ops
 from tidaldecode.architecture import check_plan, model_shape, sliding_windows
 from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.errors import InputError
+from tidaldecode.hf.layers import TidalLayer, WindowLayer
+from tidaldecode.hf.sequences import Sequences
 from tidaldecode.plans.find import PlanLike, find_plan
 from tidaldecode.verified import VerifiedDrafts
 
@@ -24,217 +26,6 @@ if TYPE_CHECKING:
     from tidaldecode.hf.captured import CapturedStep
     from tidaldecode.hf.correction import Correction
     from tidaldecode.hf.drafting import Rounds
-
-
-@dataclass
-class Sequences:
-    """How long the sequences of a batch are, shared by all layers of a cache.
-
-    Left padding is not stored, so that token 0 of every sequence lies in row 0: `lengths` differ where prompts do.
-
-    Attributes:
-        lengths: [B], int32; tokens in the cache, those of the running forward pass included.
-        new_lengths: [B], int32; tokens of the running forward pass, without padding.
-        block_table: [B, 1], int32; the contiguous cache is one block per sequence.
-        padded_length: tokens with left padding, the same for all sequences.
-        decoding: the running pass is a decode step: one token each, behind a prompt.
-        step_lengths: [N], int32; in a pass that stands for N decode steps, the sequence's length in each of them;
-            `None` in every other pass.
-    """
-
-    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
-    new_lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
-    block_table: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.int32))
-    padded_length: int = 0
-    decoding: bool = False
-    step_lengths: Tensor | None = None
-
-    def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
-        """Starts a forward pass over `new_tokens` tokens for each sequence, left padding included.
-
-        Raises:
-            InputError: another number of sequences than the cache holds, or a mask that is not left-padded.
-        """
-        if self.padded_length > 0 and batch != len(self.lengths):
-            raise InputError(f"the cache holds {len(self.lengths)} sequences, the input has {batch}: make a new one")
-        padded_length = self.padded_length + new_tokens
-        decoding = new_tokens == 1 and self.padded_length > 0
-        unpadded = None if decoding or attention_mask is None else _unpadded(attention_mask, padded_length)
-        if self.padded_length == 0:
-            self._start(batch, device)
-        if unpadded is None:
-            self.new_lengths.fill_(new_tokens)
-        else:
-            self.new_lengths.copy_(unpadded - self.lengths)
-        self.lengths.add_(self.new_lengths)
-        self.padded_length, self.decoding, self.step_lengths = padded_length, decoding, None
-
-    def begin_steps(self, steps: int, device: torch.device) -> Tensor:
-        """Starts a forward pass over `steps` tokens of one sequence that stands for as many decode steps.
-
-        Returns:
-            `step_lengths`.
-        """
-        self.begin(1, steps, None, device)
-        self.step_lengths = self.lengths + torch.arange(1 - steps, 1, dtype=torch.int32, device=device)
-        return self.step_lengths
-
-    def begin_chunk(self, new_tokens: int, new_lengths: Tensor | None) -> None:
-        """Starts a forward pass over a chunk behind a prompt, in which each token attends to all before it.
-
-        Also one token alone, which `begin` would take for a decode step.
-
-        Args:
-            new_tokens: tokens of the chunk, left padding included.
-            new_lengths: [B], integer; tokens of each sequence, without padding; `None` for all of them.
-        """
-        if new_lengths is None:
-            self.new_lengths.fill_(new_tokens)
-        else:
-            self.new_lengths.copy_(new_lengths)
-        self.lengths.add_(self.new_lengths)
-        self.padded_length += new_tokens
-        self.decoding, self.step_lengths = False, None
-
-    def _start(self, batch: int, device: torch.device) -> None:
-        """Makes all sequences empty; the tensors stay where the batch is as large, so that graphs stay valid."""
-        if len(self.lengths) == batch and self.lengths.device == device:
-            self.lengths.zero_()
-            return
-        with torch.inference_mode(False):  # written in place by later passes, in whatever mode
-            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-            self.new_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-            self.block_table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-
-    def rewind(self, padded_length: int, lengths: Tensor) -> None:
-        """Lets every sequence end at its own length, in place, so that graphs stay valid."""
-        self.lengths.copy_(lengths)
-        self.padded_length = padded_length
-
-    def reset(self) -> None:
-        """Forgets all sequences."""
-        self.padded_length, self.decoding = 0, False
-
-
-def _unpadded(attention_mask: Tensor, padded_length: int) -> Tensor:
-    """Tokens of each sequence under a left-padded mask [B, padded_length]: [B]."""
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != padded_length:
-        raise InputError(
-            f"attention_mask must be [batch, {padded_length}], one entry a token, not {list(attention_mask.shape)}"
-        )
-    mask = attention_mask.bool()
-    lengths = mask.sum(1)
-    if not torch.equal(lengths, mask.flip(1).cumprod(1).sum(1)):
-        raise InputError(
-            "attention_mask must pad on the left only: set padding_side='left' on the tokenizer, "
-            "or pass the mask of a prompt that holds the padding token itself"
-        )
-    return lengths
-
-
-class TidalLayer(CacheLayerMixin):
-    """K and V of one layer that attends to the whole context.
-
-    Attributes:
-        keys, values: [B, Hkv, capacity, D]; rows past a sequence's length are undefined.
-    """
-
-    is_sliding = False
-
-    def __init__(self, sequences: Sequences, capacity: int, num_layers: int, first: bool) -> None:
-        super().__init__()
-        self.sequences = sequences
-        self.capacity = capacity
-        self.num_layers, self.first = num_layers, first  # the first of so many checks that all of them fit
-        self.padded_length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates the cache for [B, Hkv, N, D] states.
-
-        Raises:
-            InputError: the caches of all layers together do not fit the GPU.
-        """
-        batch, heads, _, dim = key_states.shape
-        if self.first:
-            self._check_memory(key_states, value_states)
-        with torch.inference_mode(False):  # a cache filled in inference mode must stay writable outside of it
-            self.keys = key_states.new_empty(batch, heads, self.capacity, dim)
-            self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
-        self.is_initialized = True
-
-    def _check_memory(self, key_states: Tensor, value_states: Tensor) -> None:
-        if key_states.device.type != "cuda":
-            return
-        batch, heads, _, dim = key_states.shape
-        per_token = batch * heads * (dim + value_states.shape[-1]) * key_states.element_size() * self.num_layers
-        needed = per_token * self.capacity
-        free = torch.cuda.mem_get_info(key_states.device)[0]
-        free += torch.cuda.memory_reserved(key_states.device) - torch.cuda.memory_allocated(key_states.device)
-        if self.is_initialized:  # of another batch: each layer gives back its own
-            free += (self.keys.nbytes + self.values.nbytes) * self.num_layers
-        if needed > free:
-            raise InputError(
-                f"the KV cache of {batch} x {self.capacity:,} tokens in {self.num_layers} layers needs "
-                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are free: "
-                f"{free // per_token:,} tokens fit"
-            )
-
-    def prepare(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes room for sequences of [B, Hkv, N, D] states, if there is none for so many."""
-        if not self.is_initialized or (self.padded_length == 0 and len(self.keys) != len(key_states)):
-            self.lazy_initialization(key_states, value_states)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Writes the K and V of new tokens, [B, Hkv, N, D], behind the others. Returns the whole cache."""
-        self.prepare(key_states, value_states)
-        sequences = self.sequences
-        self.padded_length += key_states.shape[2]
-        if sequences.padded_length == 0:
-            raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
-        if self.padded_length != sequences.padded_length:
-            raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
-        ops.write_kv(
-            key_states.transpose(1, 2),
-            value_states.transpose(1, 2),
-            *self.blocks(),
-            sequences.block_table,
-            sequences.lengths,
-            sequences.new_lengths,
-        )
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
-
-    def blocks(self) -> tuple[Tensor, Tensor]:
-        """K and V as the operations address them: one block per sequence, [B, capacity, Hkv, D]."""
-        assert self.keys is not None and self.values is not None
-        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
-
-    def reset(self) -> None:
-        """Forgets all tokens."""
-        self.padded_length = 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """No mask is needed: this layer's attention goes by the lengths."""
-        return 0, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens in the cache, left padding counted, as Transformers counts positions."""
-        return self.padded_length
-
-    def get_max_length(self) -> int:
-        """Tokens that fit."""
-        return self.capacity
-
-
-class WindowLayer(StaticSlidingWindowLayer):
-    """K and V of one layer that attends to a sliding window: Transformers' own, writable in whatever mode."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates the window for [B, Hkv, N, D] states."""
-        with torch.inference_mode(False):
-            super().lazy_initialization(key_states, value_states)
 
 
 @dataclass(frozen=True)
@@ -252,10 +43,11 @@ class TidalCache(Cache):
     Args:
         config: the model's configuration.
         plan: the plan that was applied to the model, in any form that `tidaldecode.apply` takes.
-        capacity: tokens to allocate for each sequence, prompt and new tokens together.
+        capacity: tokens to allocate for each sequence, prompt and new tokens together. The cache grows where more come,
+            which moves it and has the decode step captured anew.
 
     Raises:
-        InputError: there is no such plan, or it does not fit the model.
+        InputError: there is no such plan, it does not fit the model, or the capacity is no positive whole number.
 
     Attributes:
         attention: the plan at work, with the index sets of the latest step.
@@ -265,24 +57,31 @@ class TidalCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, plan: PlanLike, capacity: int) -> None:
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise InputError(f"capacity {capacity!r} must be a positive whole number of tokens")
         self.config = config
-        self.capacity = capacity
-        self.sequences = Sequences()
+        self.sequences = Sequences(capacity)
         self.correction: Correction | None = None
         self.rounds: Rounds | None = None
         self.chunks: dict[int, CapturedStep] = {}  # captured passes over so many tokens with full attention
         self.chunks_refused: set[int] = set()
+        self._one_mask = self._mask_seen = False
         self.use_plan(plan)
         windows = sliding_windows(config)
         num_global = windows.count(None)
         super().__init__(
             layers=[
-                TidalLayer(self.sequences, capacity, num_global, first=layer == windows.index(None))
+                TidalLayer(self.sequences, num_global, first=layer == windows.index(None))
                 if window is None
-                else WindowLayer(max_cache_len=capacity, sliding_window=window)
+                else WindowLayer(window)
                 for layer, window in enumerate(windows)
             ]
         )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of each sequence that are allocated, left padding counted."""
+        return self.sequences.capacity
 
     @property
     def attention(self) -> Attention:
@@ -323,27 +122,59 @@ class TidalCache(Cache):
                 self.attention.prepare(index, layer.blocks()[0], sequences.block_table, sequences.lengths)
         self._prepared = True
 
+    def check_pass(self, batch: int, new_tokens: int, attention_mask: Tensor | None) -> None:
+        """Refuses a forward pass that the cache can't follow, before anything is written.
+
+        Args:
+            attention_mask: [batch, tokens so far with the new ones], ones and zeros; `None` if no new token is padding.
+
+        Raises:
+            InputError: no tokens, another number of sequences, a mask that is not left-padded as the cache is, or a
+                cache that was left in the middle of a forward pass.
+        """
+        self.sequences.check(batch, new_tokens)
+        self._check_whole()
+        if attention_mask is None or self._mask_seen:
+            return
+        self.sequences.check_mask(attention_mask, batch, new_tokens)
+        self._mask_seen = self._one_mask
+
+    @contextmanager
+    def one_mask(self) -> Iterator[None]:
+        """While it lasts the mask of the first pass alone is looked at, for that waits for the GPU.
+
+        For Transformers' own loop, which lets ones follow that mask.
+        """
+        self._one_mask, self._mask_seen = True, False
+        try:
+            yield
+        finally:
+            self._one_mask = self._mask_seen = False
+
     def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
-        """Starts a forward pass over [batch, new_tokens] tokens.
+        """Starts a forward pass over [batch, new_tokens] tokens, after `check_pass`.
 
         Args:
             attention_mask: [batch, tokens so far with these], ones and zeros, left-padded; `None` for no padding.
 
         Raises:
-            InputError: the tokens do not fit, or the mask is not left-padded.
+            InputError: memory is too short for the tokens.
         """
-        self._check_room(new_tokens)
-        self._check_whole()
+        self.ready(batch, new_tokens)
         lengths = self.sequences.lengths
         self.sequences.begin(batch, new_tokens, attention_mask, device)
         if self.sequences.lengths is not lengths:
-            self.step = self._drafts = None
-            self.chunks.clear()
+            self._forget_steps()
         self._attended = 0
         self._prepared = self._prepared and self.sequences.decoding
         if self.sequences.decoding:
             self.prepare()
             self.attention.begin(self.sequences.lengths, self.capacity)
+
+    def _forget_steps(self) -> None:
+        """Captured steps read what does not lie there any more."""
+        self.step = self._drafts = None
+        self.chunks.clear()
 
     def begin_chunk(self, new_tokens: int, new_lengths: Tensor | None = None) -> None:
         """Starts a forward pass over a chunk behind a prompt, in which each token attends to all before it.
@@ -353,9 +184,9 @@ class TidalCache(Cache):
             new_lengths: [batch], integer; tokens of each sequence, without padding; `None` for all of them.
 
         Raises:
-            InputError: the tokens do not fit.
+            InputError: no tokens, or memory is too short for them.
         """
-        self.check_chunk(new_tokens)
+        self.ready(len(self.sequences.lengths), new_tokens)
         self.sequences.begin_chunk(new_tokens, new_lengths)
         self._begin_verification()
         self._attended, self._prepared = 0, False
@@ -364,42 +195,52 @@ class TidalCache(Cache):
         """Starts a forward pass over `steps` tokens of one sequence in which each attends as in a decode step.
 
         Raises:
-            InputError: the tokens do not fit, or the cache holds several sequences.
+            InputError: memory is too short for the tokens, or the cache holds several sequences.
         """
-        self._check_room(steps)
-        self._check_whole()
+        self.ready(1, steps)
         lengths = self.sequences.begin_steps(steps, device)
         self._attended, self._prepared = 0, False
         self.step = None  # the attention allocates for as many sequences as there are steps
         self.attention.begin(lengths, self.capacity)
 
-    def _check_room(self, new_tokens: int) -> None:
-        total = self.sequences.padded_length + new_tokens
-        if total > self.capacity:
-            raise InputError(f"the cache holds {self.capacity} tokens, {total} are needed: make it with more capacity")
-
-    def check_step(self, batch: int) -> None:
-        """Refuses a decode step that the cache has no room for, before anything is written.
+    def ready(self, batch: int, new_tokens: int) -> None:
+        """Makes the cache ready for a pass over so many tokens of each of `batch` sequences, captured or not.
 
         Raises:
-            InputError: it does not fit, or the cache holds another number of sequences.
+            InputError: no tokens, another number of sequences than the cache holds, a cache that was left in the middle
+                of a forward pass, or memory is too short.
         """
-        self._check_room(1)
-        sequences = self.sequences
-        if batch != len(sequences.lengths):
-            raise InputError(
-                f"the cache holds {len(sequences.lengths)} sequences, the input has {batch}: make a new one"
-            )
+        self.sequences.check(batch, new_tokens)
         self._check_whole()
+        self.make_room(new_tokens)
 
-    def check_chunk(self, new_tokens: int) -> None:
-        """Refuses a chunk that the cache has no room for, before anything is written.
+    def make_room(self, new_tokens: int) -> None:
+        """Lets the cache grow where so many more tokens of each sequence do not fit.
+
+        By half at least, if memory allows: however many tokens come one by one, each is moved a few times only.
 
         Raises:
-            InputError: it does not fit.
+            InputError: memory is too short; the cache stays as it was.
         """
-        self._check_room(new_tokens)
-        self._check_whole()
+        needed = self.sequences.padded_length + new_tokens
+        if needed <= self.capacity:
+            return
+        capacity = self._affordable(needed, self.capacity + self.capacity // 2)
+        self._prepared, self.step = False, None  # captured passes read what lies elsewhere now
+        self.chunks.clear()
+        for layer in self.layers:
+            layer.grow(capacity)
+        self.sequences.capacity = capacity
+
+    def _affordable(self, needed: int, wanted: int) -> int:
+        """The capacity to grow to: `wanted`, or what is `needed` if that is more or memory is short."""
+        layer = next(layer for layer in self.layers if isinstance(layer, TidalLayer))
+        if wanted > needed:
+            with suppress(InputError):
+                layer.check_growth(wanted)
+                return wanted
+        layer.check_growth(needed)
+        return needed
 
     def _check_whole(self) -> None:
         lengths = {layer.padded_length for layer in self.layers if isinstance(layer, TidalLayer)}
@@ -553,8 +394,10 @@ class TidalCache(Cache):
         """Forgets the tokens that came since `mark`, in every layer; a mark can be used again.
 
         Raises:
-            InputError: the cache holds fewer tokens than it did.
+            InputError: the cache holds fewer tokens than it did, or other sequences.
         """
+        if len(mark.lengths) != len(self.sequences.lengths):
+            raise InputError("the cache holds other sequences than when it was marked: fill it again")
         missing = mark.padded_length - self.sequences.padded_length
         if missing > 0:
             raise InputError(f"the cache holds {missing} tokens fewer than when it was marked: fill it again")
@@ -613,6 +456,62 @@ class TidalCache(Cache):
             self.correction.forget()
         for layer in self.layers:
             layer.reset()
+
+    # ---- what Transformers' recipes ask of a cache
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the cache; -1 before the first."""
+        return len(self.sequences.lengths) or -1
+
+    @property
+    def max_batch_size(self) -> int:
+        """As `batch_size`, by the name of earlier versions."""
+        return self.batch_size
+
+    @property
+    def max_cache_len(self) -> int:
+        """As `capacity`, by the name of earlier versions."""
+        return self.capacity
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Holds each sequence `repeats` times, one copy behind the other: one prompt, several continuations.
+
+        Raises:
+            InputError: the number is not positive.
+        """
+        self._take(torch.arange(len(self.sequences.lengths)).repeat_interleave(max(0, repeats)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these sequences alone, in this order.
+
+        Args:
+            indices: [N], integer, or [B], bool.
+
+        Raises:
+            InputError: there is none among them, or one that the cache does not hold.
+        """
+        try:
+            rows = torch.arange(len(self.sequences.lengths))[torch.as_tensor(indices).cpu()]
+        except IndexError:
+            raise InputError(
+                f"batch_select_indices: the cache holds sequences 0 to {len(self.sequences.lengths) - 1}"
+            ) from None
+        self._take(rows)
+
+    def _take(self, rows: Tensor) -> None:
+        if self.sequences.padded_length == 0:
+            return
+        if len(rows) == 0:
+            raise InputError("no sequence would stay in the cache: reset() it, or keep at least one")
+        self._check_whole()
+        for layer in self.layers:
+            layer.take(rows)
+        self.sequences.take(rows)
+        self._forget_steps()
+        self._prepared = False
+        if self.correction is not None:
+            self.correction.take(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refused: beam search is not supported."""

@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache
 from tidaldecode import ops
 from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.merged import merged_products
+from tidaldecode.hf.weights import weights_now
 
 if TYPE_CHECKING:
     from tidaldecode.hf.cache import TidalCache
@@ -147,14 +148,15 @@ class CapturedStep:
         self, model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, position_ids: Tensor, chunk: bool = False
     ) -> None:
         # no reference to the cache, which holds this step: both would stay until the garbage collector comes by
-        self._model, self._weights = weakref.ref(model), _weights(model)
-        self._chunk = chunk
+        self._model, self._chunk = weakref.ref(model), chunk
         lengths = cache.sequences.lengths
         with torch.inference_mode(False):
             self._input_ids = torch.empty(token_ids.shape, dtype=torch.int64, device=lengths.device).copy_(token_ids)
             self._position_ids = torch.empty_like(self._input_ids).copy_(position_ids)
         with torch.cuda.device(lengths.device), merged_products(model):
             self._capture(cache, plain_forward(model))
+        self._weights: int = weights_now(model)
+        self._moves = cache.sequences.moves
 
     def _capture(self, cache: TidalCache, forward: Callable[..., Any]) -> None:
         lengths = cache.sequences.lengths
@@ -181,13 +183,16 @@ class CapturedStep:
             cache.advance()
         return _compiled_step(forward, self._input_ids, self._position_ids)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """A copy of the cache captures a step of its own."""
-        return None
+        return _no_step, ()
 
-    def serves(self, model: PreTrainedModel) -> bool:
-        """Whether this is the step of a model as it is now: evaluating, with the weights that the graph reads."""
-        return not model.training and self._model() is model and self._weights == _weights(model)
+    def serves(self, model: PreTrainedModel, cache: TidalCache) -> bool:
+        """Whether this is the step of a model as it is now, with the weights and the cache that the graph reads."""
+        mine = self._model()
+        if mine is None or mine is not model or model.training or self._moves != cache.sequences.moves:
+            return False
+        return self._weights == weights_now(mine)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Runs the step.
@@ -213,10 +218,8 @@ def _stream(cache: TidalCache) -> torch.cuda.Stream:
     return _streams[cache]
 
 
-def _weights(model: PreTrainedModel) -> tuple[int, torch.dtype]:
-    """Tells weights that were moved or converted from those that a graph reads."""
-    weight = next(model.parameters())
-    return weight.data_ptr(), weight.dtype
+def _no_step() -> None:
+    return None
 
 
 def captured_step(
@@ -230,7 +233,7 @@ def captured_step(
         token_ids, position_ids: what will be replayed with, [B, 1].
     """
     cache.prepare()
-    if cache.step is not None and cache.step.serves(model):
+    if cache.step is not None and cache.step.serves(model, cache):
         return cache.step
     cache.step = None
     reason = _obstacle(model, cache)
@@ -247,7 +250,7 @@ def captured_chunk(
     """The pass of a model and a cache over a chunk of tokens, [B, N], with full attention, as `captured_step`."""
     tokens = token_ids.shape[1]
     pass_ = cache.chunks.get(tokens)  # `None` in a copy of a cache
-    if pass_ is not None and pass_.serves(model):
+    if pass_ is not None and pass_.serves(model, cache):
         return pass_
     cache.chunks.pop(tokens, None)
     reason = _obstacle(model, cache)

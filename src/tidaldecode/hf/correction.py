@@ -67,6 +67,10 @@ class Correction:
             cache.rewind(sequences.padded_length - tokens, sequences.lengths - tokens)
             full_pass(model, cache, ids, positions, last_logits=True, capture=tokens == self.interval)
 
+    def take(self, rows: Tensor) -> None:
+        """The cache keeps these sequences alone, in this order; `rows` is [N], int64."""
+        self._steps = [(ids[rows.to(ids.device)], where[rows.to(where.device)]) for ids, where in self._steps]
+
     def forget(self, tokens: int | None = None) -> None:
         """The last `tokens` decoded tokens left the cache, or all of them."""
         del self._steps[0 if tokens is None else max(0, len(self) - tokens) :]

@@ -47,10 +47,11 @@ def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a compiled model: a compiler would follow the cache's lengths, anew at every step
 def _by_plan(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
-    correction = cache.correction
+    correction, tokens = cache.correction, _tokens(arguments)
+    cache.check_pass(tokens.shape[0], tokens.shape[1], arguments.get("attention_mask"))
     if correction is None:
         return _pass(model, cache, arguments)
-    past, tokens = cache.get_seq_length(), _tokens(arguments)
+    past = cache.get_seq_length()
     decoding = tokens.shape[1] == 1 and past > 0
     if not decoding:
         correction.correct(model, cache)  # while their tokens are the last ones
@@ -67,7 +68,7 @@ def _pass(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) 
     """The model's forward pass with its cache: a captured decode step, or one chunk after another."""
     _keep_attention(model)
     if _may_be_captured(arguments, model.config, cache):
-        cache.check_step(len(arguments["input_ids"]))
+        cache.ready(len(arguments["input_ids"]), 1)
         ids, positions = arguments["input_ids"], arguments.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, cache.get_seq_length())
@@ -132,8 +133,15 @@ def chunk_size(tokens: int, limit: int = PREFILL_CHUNK) -> int:
 
 
 def _tokens(arguments: dict[str, Any]) -> Tensor:
-    ids = arguments.get("input_ids")
-    return ids if ids is not None else arguments["inputs_embeds"]
+    """The new tokens: their ids, [B, N], or their embeddings, [B, N, hidden size]."""
+    for name, dimensions in (("input_ids", 2), ("inputs_embeds", 3)):
+        tokens: Tensor | None = arguments.get(name)
+        if tokens is not None and tokens.ndim != dimensions:
+            shape = "[batch, tokens]" if dimensions == 2 else "[batch, tokens, hidden size]"
+            raise InputError(f"{name} must be {shape}, not {list(tokens.shape)}")
+        if tokens is not None:
+            return tokens
+    raise InputError("the input has no tokens: give input_ids, or inputs_embeds")
 
 
 def _chunks(arguments: dict[str, Any], config: PreTrainedConfig) -> Iterator[dict[str, Any]]:

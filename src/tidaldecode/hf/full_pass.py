@@ -25,7 +25,7 @@ def full_pass(
 
     Args:
         model: a model with a plan.
-        cache: holds what comes before the tokens, and has room for them.
+        cache: holds what comes before the tokens.
         token_ids: [B, N], int64, on the model's device; left-padded where `new_lengths` says so.
         position_ids: [B, N], int64.
         new_lengths: [B], integer; tokens of each sequence, without padding; `None` for all N.
@@ -37,10 +37,10 @@ def full_pass(
         Logits, [B, N, V] or [B, 1, V], dtype of the model. Those of a captured pass are overwritten by its next one.
 
     Raises:
-        InputError: the cache has no room, or the model does not pass on what is needed.
+        InputError: memory is too short for the cache to grow, or the model does not pass on what is needed.
     """
     tokens = token_ids.shape[1]
-    cache.check_chunk(tokens)
+    cache.ready(len(token_ids), tokens)
     if capture and token_ids.is_cuda and new_lengths is None:
         graph = captured_chunk(model, cache, token_ids, position_ids)
         if graph is not None:

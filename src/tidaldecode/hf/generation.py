@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
@@ -17,7 +15,9 @@ from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.correction import Correction, check_second_pass
 from tidaldecode.hf.drafting import DraftLength, Lossless
 from tidaldecode.hf.lossless import lossless_loop
+from tidaldecode.hf.sequences import Sequences
 
+_VIRTUAL_KEYS = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's adapters whose virtual tokens are K and V
 _DEFAULT_NEW_TOKENS = 20  # what Transformers generates when nobody says how much
 
 
@@ -52,7 +52,11 @@ def tidal_generate(
         return next((value for value in sources if value is not None), None)
 
     _refuse_modes(setting, kwargs)
+    _refuse_virtual_tokens(model, lossless)
+    cache = kwargs.get("past_key_values")
+    _check_kind(cache)
     tokens = _prompt_tokens(kwargs.get("inputs"), kwargs)
+    past = _check_history(cache, tokens, setting, kwargs)
     new_tokens = setting("max_new_tokens") or (setting("max_length") or 0) - tokens
     new_tokens = new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS
     length = None if lossless is None else DraftLength(lossless, most=new_tokens)
@@ -62,28 +66,25 @@ def tidal_generate(
     for name, asked in (("lossless", length), ("correction_interval", correction)):
         if asked is not None:
             check_second_pass(model.config, name)
-    capacity = tokens + new_tokens
-    if length is not None and _sequences(setting, kwargs) > 1:
-        capacity += length.longest  # one sequence may be done while another one still drafts
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        if length is not None:  # so that a last, shorter round can be verified by the captured pass of the others
-            capacity = max(capacity, tokens + new_tokens + length.longest)
-        cache = kwargs["past_key_values"] = TidalCache(model.config, model._tidaldecode.plan, capacity)
-        cache_is_kept = bool(setting("return_dict_in_generate"))
-    else:
-        _check_cache(cache, capacity)
-        cache_is_kept = True
-    if correction is not None:
-        return _corrected(model, cache, correction, kwargs)
     if length is not None:
-        if cache.correction is not None:
-            raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
-        _refuse_beside_lossless(setting, kwargs)
+        _refuse_beside_lossless(setting, kwargs, cache)
+    capacity = past + new_tokens
+    if length is not None and (cache is None or _sequences(setting, kwargs) > 1):
+        # one sequence may be done while another one still drafts; and a last, shorter round can be verified by the
+        # captured pass of the others
+        capacity += length.longest
+    cache_is_kept = cache is not None or bool(setting("return_dict_in_generate"))
+    if cache is None:
+        cache = kwargs["past_key_values"] = TidalCache(model.config, model._tidaldecode.plan, capacity)
+    else:
+        cache.make_room(capacity - 1 - cache.get_seq_length())  # the last token that comes out is never written
+    if length is not None:
+        _keep_stop_strings(kwargs, model.generation_config.stop_strings)
         kwargs["custom_generate"] = lossless_loop(length, kwargs.get("streamer"), cache_is_kept)
-        with _stop_strings_kept(model, kwargs):
-            return generate(**kwargs)
-    return generate(**kwargs)
+    elif kwargs.get("custom_generate") is not None:  # which may make masks of its own
+        return _corrected(model, cache, correction, kwargs)
+    with cache.one_mask():
+        return _corrected(model, cache, correction, kwargs)
 
 
 def _named(generate: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -92,7 +93,10 @@ def _named(generate: Callable[..., Any], *args: Any) -> dict[str, Any]:
     return {name: value for name, value in bound.items() if value is not None}
 
 
-def _corrected(model: PreTrainedModel, cache: TidalCache, correction: Correction, kwargs: dict[str, Any]) -> Any:
+def _corrected(model: PreTrainedModel, cache: TidalCache, correction: Correction | None, kwargs: dict[str, Any]) -> Any:
+    """Generates with this correction, and with the cache's own if there is none."""
+    if correction is None:
+        return plain_method(model, "generate")(**kwargs)
     before = cache.correction
     if before is not None:
         before.correct(model, cache)  # what it still had to run again is not the cache's end any more afterwards
@@ -103,7 +107,9 @@ def _corrected(model: PreTrainedModel, cache: TidalCache, correction: Correction
         cache.correction = before
 
 
-def _refuse_beside_lossless(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
+def _refuse_beside_lossless(setting: Callable[[str], Any], kwargs: dict[str, Any], cache: TidalCache | None) -> None:
+    if cache is not None and cache.correction is not None:
+        raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
     if kwargs.get("custom_generate") is not None:
         raise InputError("lossless decoding is a loop of its own: leave out custom_generate, or lossless")
     if kwargs.get("synced_gpus"):
@@ -113,31 +119,17 @@ def _refuse_beside_lossless(setting: Callable[[str], Any], kwargs: dict[str, Any
             raise InputError(f"lossless decoding keeps tokens alone: leave out {name}, or lossless")
 
 
-@contextmanager
-def _stop_strings_kept(model: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[None]:
+def _keep_stop_strings(kwargs: dict[str, Any], own: str | list[str] | None) -> None:
     """Makes the criterion of stop strings here: Transformers hands no tokenizer on beside `custom_generate`.
 
-    While it lasts the model's own configuration has no stop strings, for Transformers would want the tokenizer.
+    It would want one for those of the model's own configuration, too, if the call did not say that there are none.
     """
-    own = model.generation_config.stop_strings
-    _keep_stop_strings(kwargs, own)
-    model.generation_config.stop_strings = None
-    try:
-        yield
-    finally:
-        model.generation_config.stop_strings = own
-
-
-def _keep_stop_strings(kwargs: dict[str, Any], own: str | list[str] | None) -> None:
-    config = kwargs.get("generation_config")
-    strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None) or own
+    strings = kwargs.get("stop_strings") or getattr(kwargs.get("generation_config"), "stop_strings", None) or own
     if strings is None:
         return
     if kwargs.get("tokenizer") is None:
         raise InputError("stop_strings need the tokenizer: pass tokenizer=... to generate")
-    if config is not None:
-        kwargs["generation_config"] = config = copy.deepcopy(config)
-        config.stop_strings = None
+    kwargs["stop_strings"] = None
     criterion = StopStringCriteria(stop_strings=strings, tokenizer=kwargs["tokenizer"])
     kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
 
@@ -176,14 +168,65 @@ def _refuse_modes(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> None
         raise InputError("tidaldecode does not keep attention weights: leave out output_attentions")
 
 
-def _check_cache(cache: Cache, capacity: int) -> None:
-    if not isinstance(cache, TidalCache):
-        raise InputError(f"past_key_values must be a tidaldecode.TidalCache or left out, not a {type(cache).__name__}")
-    if cache.capacity < capacity - 1:  # the last token that comes out is never written
+def _refuse_virtual_tokens(model: PreTrainedModel, lossless: Lossless | None) -> None:
+    """PEFT's prompts that are learned: those that come as K and V come in a cache of PEFT's own, instead of ours.
+
+    Those that come as embeddings in front of the prompt are read as part of it. The loop of lossless decoding goes by
+    the tokens that it sees, and they are none.
+    """
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", None)  # PEFT puts its own method there
+    adapter = getattr(owner, "active_peft_config", None)
+    if adapter is None or not getattr(adapter, "is_prompt_learning", False):
+        return
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    if kind in _VIRTUAL_KEYS:
         raise InputError(
-            f"the TidalCache holds {cache.capacity} tokens; prompt and new tokens are {capacity}: start with "
-            f"past_key_values=tidaldecode.TidalCache(model.config, plan, capacity={capacity}) or more"
+            f"tidaldecode can't decode with {kind} adapters, which bring a cache of their own: remove the plan"
         )
+    if lossless is not None:
+        raise InputError(
+            f"lossless decoding can't go with {kind} adapters, which put virtual tokens in front: leave it out"
+        )
+
+
+def _check_kind(cache: Cache | None) -> None:
+    if cache is not None and not isinstance(cache, TidalCache):
+        raise InputError(f"past_key_values must be a tidaldecode.TidalCache or left out, not a {type(cache).__name__}")
+
+
+def _check_history(cache: TidalCache | None, tokens: int, setting: Callable[[str], Any], kwargs: dict[str, Any]) -> int:
+    """Refuses a prompt that can't be what the cache goes on with.
+
+    As in Transformers the prompt is the whole conversation, of which the cache holds the beginning; or it is what is
+    new, and `attention_mask` is longer, as long as both.
+
+    Args:
+        tokens: of the prompt, padding counted.
+
+    Returns:
+        Tokens of the whole conversation.
+
+    Raises:
+        InputError: nothing is new, or the mask is not of this conversation.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    mask = kwargs.get("attention_mask")
+    whole = mask is None or mask.shape[-1] == tokens or kwargs.get("inputs_embeds") is not None
+    new = tokens - past if whole else tokens
+    if new < 1:
+        raise InputError(
+            f"the cache holds {past} tokens, the prompt has {tokens}: give the whole conversation, with something new "
+            "at its end, or crop() the cache"
+            if past
+            else "the prompt has no tokens: give at least one"
+        )
+    if mask is not None:
+        copies = int(setting("num_return_sequences") or 1)
+        batch = _sequences(setting, kwargs)
+        sequences = Sequences() if cache is None else cache.sequences
+        sequences.check(batch, new)
+        sequences.check_mask(mask.repeat_interleave(copies, 0), batch, new)
+    return past + new
 
 
 def _sequences(setting: Callable[[str], Any], kwargs: dict[str, Any]) -> int:

@@ -144,7 +144,7 @@ class _Speculation:
 
         Fewer where every sequence ends before, if somebody might mind being asked what follows an end.
         """
-        distributions: list[Tensor] = []
+        drafted, draft = 0, None
         for step in range(drafts):
             logits = self.model(
                 input_ids=self._device(self.tokens.window(step - 1, 1)),
@@ -155,11 +155,17 @@ class _Speculation:
             ).logits[:, -1]
             token, distribution = self._choose(self.tokens.scores(self.processors, step, logits))
             self.tokens.write(step, self._ends.drafted(token))
-            distributions.append(distribution)
+            if self.samples:  # into their place at once: those of all steps are large
+                draft = self._room_for(drafts, distribution) if draft is None else draft
+                draft[:, step] = distribution
+            drafted += 1
             if self._ends.everywhere:
                 break
-        drafted = self.tokens.window(0, len(distributions))
-        return drafted, torch.stack(distributions, 1) if self.samples and distributions else None
+        return self.tokens.window(0, drafted), None if draft is None else draft[:, :drafted]
+
+    def _room_for(self, positions: int, distribution: Tensor) -> Tensor:
+        """Room for distributions as this one, [B, V], at so many positions: [B, positions, V]."""
+        return distribution.new_empty(len(distribution), positions, distribution.shape[1])
 
     def _verify(self, drafted: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor]:
         """Runs each sequence's last token and the drafted ones with full attention.
@@ -173,12 +179,18 @@ class _Speculation:
         ids = self._device(self.tokens.window(-1, tokens))
         comes_again = drafts == int(self.length) or tokens in cache.chunks
         logits = full_pass(self.model, cache, ids, self._positions(tokens), capture=comes_again)
-        scores = [self.tokens.scores(self.processors, step, logits[:, step]) for step in range(drafts)]
         last = LogitsProcessorList() if self._ends.everywhere else self.processors
-        scores.append(self.tokens.scores(last, drafts, logits[:, drafts]))
+        rows = (
+            self.tokens.scores(self.processors if step < drafts else last, step, logits[:, step])
+            for step in range(drafts + 1)
+        )
         if not self.samples:
-            return accept_greedy(drafted, torch.stack([row.argmax(-1) for row in scores], 1))
-        target = torch.stack([row.softmax(-1) for row in scores], 1)
+            return accept_greedy(drafted, torch.stack([row.argmax(-1) for row in rows], 1))
+        target = None
+        for step, row in enumerate(rows):
+            target = self._room_for(drafts + 1, row) if target is None else target
+            target[:, step] = row.softmax(-1)
+        assert target is not None
         return accept_sampled(drafted, target[:, :0] if draft is None else draft, target)
 
     def _pass_length(self, tokens: int) -> int:
@@ -241,6 +253,7 @@ def _read_prompt(
     if cache.get_seq_length() > 0 and tokens - cache.get_seq_length() == 1:  # else taken for a decode step
         if model_kwargs.get("inputs_embeds") is not None:
             raise InputError("lossless decoding goes on from a cache with input_ids: embeddings alone won't do")
+        cache.check_pass(len(input_ids), 1, mask)
         ids = input_ids[:, -1:].to(model.device)
         positions = model_kwargs["position_ids"][:, -1:].to(model.device).expand_as(ids)
         return full_pass(model, cache, ids, positions, capture=False)[:, -1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,28 +27,27 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class _Product:
     """The product of one input with the weights of several layers.
 
+    Another thread may run the model meanwhile, and its layers come here too.
+
     Attributes:
         weight: [sum of the layers' outputs, inputs].
         bias: [sum of the layers' outputs], or `None`.
-        input, output: of the layers that were called last; kept until all of them were.
+        last: input and output of the layers that were called last, and how many of them; kept until all of them were.
     """
 
     weight: Tensor
     bias: Tensor | None
     num_layers: int
-    input: Tensor | None = None
-    output: Tensor | None = None
-    served: int = 0
+    last: tuple[Tensor, Tensor, int] | None = None
 
     def part(self, rows: Tensor, begin: int, end: int) -> Tensor:
         """What one layer makes of an input [..., inputs]: columns `begin` to `end` of the product."""
-        if rows is not self.input or self.output is None:
-            self.input, self.output, self.served = rows, F.linear(rows, self.weight, self.bias), 0
-        output = self.output[..., begin:end]
-        self.served += 1
-        if self.served == self.num_layers:
-            self.input, self.output, self.served = None, None, 0
-        return output
+        last = self.last  # looked at once: it may be another thread's a line later
+        if last is None or last[0] is not rows:
+            last = rows, F.linear(rows, self.weight, self.bias), 0
+        served = last[2] + 1
+        self.last = None if served == self.num_layers else (rows, last[1], served)
+        return last[1][..., begin:end]
 
 
 @contextmanager
@@ -70,6 +70,11 @@ def merged_products(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in merged:
             del vars(layer)["forward"]
+
+
+def is_merged(attributes: dict[str, Any]) -> bool:
+    """Whether a layer with these attributes computes its product together with others at the moment."""
+    return getattr(attributes.get("forward"), "__module__", None) == __name__
 
 
 def _part(product: _Product, begin: int, end: int) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,186 @@
+"""The K and V of one layer: of the whole context, or of a sliding window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from tidaldecode import ops
+from tidaldecode.errors import InputError
+from tidaldecode.hf.sequences import Sequences
+
+
+class TidalLayer(CacheLayerMixin):
+    """K and V of one layer that attends to the whole context.
+
+    Attributes:
+        keys, values: [B, Hkv, capacity, D]; rows past a sequence's length are undefined.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, sequences: Sequences, num_layers: int, first: bool) -> None:
+        super().__init__()
+        self.sequences = sequences
+        self.num_layers, self.first = num_layers, first  # the first of so many checks that all of them fit
+        self.padded_length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the cache for [B, Hkv, N, D] states.
+
+        Raises:
+            InputError: the caches of all layers together do not fit the GPU.
+        """
+        if self.first:
+            self.check_memory(key_states, value_states, self.sequences.capacity)
+        capacity = self.sequences.capacity
+        self._place(_room_like(key_states, capacity), _room_like(value_states, capacity))
+        self.is_initialized = True
+
+    def _place(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.sequences.moves += 1
+
+    def check_memory(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
+        """Looks whether the K and V of all layers fit the GPU, where these are a layer's.
+
+        Args:
+            key_states, value_states: [B, Hkv, any, D].
+            capacity: tokens to have room for in each sequence.
+
+        Raises:
+            InputError: they do not.
+        """
+        if key_states.device.type != "cuda":
+            return
+        batch, heads, _, dim = key_states.shape
+        per_token = batch * heads * (dim + value_states.shape[-1]) * key_states.element_size() * self.num_layers
+        needed = per_token * capacity
+        free = torch.cuda.mem_get_info(key_states.device)[0]
+        free += torch.cuda.memory_reserved(key_states.device) - torch.cuda.memory_allocated(key_states.device)
+        if self.is_initialized:  # each layer gives back its own, but not before it has the new ones
+            free += (self.keys.nbytes + self.values.nbytes) * (self.num_layers - 1)
+        if needed > free:
+            raise InputError(
+                f"the KV cache of {batch} x {capacity:,} tokens in {self.num_layers} layers needs "
+                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are free: "
+                f"{free // per_token:,} tokens fit"
+            )
+
+    def check_growth(self, capacity: int) -> None:
+        """As `check_memory`, for the K and V that are there, if they are."""
+        if self.is_initialized:
+            self.check_memory(self.keys, self.values, capacity)
+
+    def prepare(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes room for sequences of [B, Hkv, N, D] states, if there is none for such.
+
+        Raises:
+            InputError: the cache holds tokens of another dtype or device.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return
+        alike = self.keys.dtype == key_states.dtype and self.keys.device == key_states.device
+        if self.padded_length == 0 and not (alike and len(self.keys) == len(key_states)):
+            self.lazy_initialization(key_states, value_states)
+        elif not alike:
+            raise InputError(
+                f"the cache holds {_kind(self.keys)}, the model goes on in {_kind(key_states)}: "
+                "move the model back, or reset() the cache"
+            )
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for so many tokens of each sequence, if there is less; those that are there stay."""
+        if not self.is_initialized or self.keys.shape[2] >= capacity:
+            return
+        grown = [_room_like(rows, capacity) for rows in (self.keys, self.values)]
+        for new, rows in zip(grown, (self.keys, self.values), strict=True):
+            new[:, :, : self.padded_length].copy_(rows[:, :, : self.padded_length])
+        self._place(*grown)
+
+    def take(self, rows: Tensor) -> None:
+        """Keeps these sequences alone, in this order, some perhaps several times; `rows` is [N], int64."""
+        rows = rows.to(self.keys.device)
+        with torch.inference_mode(False):
+            self._place(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the K and V of new tokens, [B, Hkv, N, D], behind the others. Returns the whole cache."""
+        sequences = self.sequences
+        if sequences.padded_length == 0:
+            raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
+        self.prepare(key_states, value_states)
+        self.padded_length += key_states.shape[2]
+        if self.padded_length != sequences.padded_length:
+            raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
+        ops.write_kv(
+            key_states.transpose(1, 2),
+            value_states.transpose(1, 2),
+            *self.blocks(),
+            sequences.block_table,
+            sequences.lengths,
+            sequences.new_lengths,
+        )
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """K and V as the operations address them: one block per sequence, [B, capacity, Hkv, D]."""
+        assert self.keys is not None and self.values is not None
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.padded_length = 0
+
+    def offload(self) -> None:
+        """Refused: a decode step reads K and V where they are."""
+        raise InputError("a TidalCache can't be offloaded: its K and V stay on the model's device")
+
+    def prefetch(self) -> None:
+        """Nothing was offloaded."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """No mask is needed: this layer's attention goes by the lengths."""
+        return 0, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache, left padding counted, as Transformers counts positions."""
+        return self.padded_length
+
+    def get_max_length(self) -> int:
+        """None, which Transformers writes as -1: the layer grows."""
+        return -1
+
+
+def _room_like(states: Tensor, capacity: int) -> Tensor:
+    """Room for K or V as these, [B, Hkv, any, D]: [B, Hkv, capacity, D]."""
+    batch, heads, _, dim = states.shape
+    with torch.inference_mode(False):  # a cache filled in inference mode must stay writable outside of it
+        return states.new_empty(batch, heads, capacity, dim)
+
+
+def _kind(rows: Tensor) -> str:
+    return f"{str(rows.dtype).removeprefix('torch.')} on {rows.device}"
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """K and V of one layer that attends to a sliding window: Transformers' own, as long as what is in the window.
+
+    Not its static one: a decode step goes without a mask where the window is longer than what was allocated for it, and
+    would attend to rows that no token was written to.
+    """
+
+    is_croppable = False
+
+    def grow(self, capacity: int) -> None:
+        """Nothing is allocated ahead."""
+
+    def take(self, rows: Tensor) -> None:
+        """Keeps these sequences alone, in this order, some perhaps several times; `rows` is [N], int64."""
+        self.batch_select_indices(rows)
