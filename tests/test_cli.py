@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,9 +55,9 @@ def test_json_is_all_of_stdout(run, tiny, tmp_path):
     assert {"model", "method", "token_budget", "context_tokens", "new_tokens", "text", "token_ids"} <= answer.keys()
     assert answer["method"] == "tidal"
     assert answer["token_budget"] == 16
-    assert answer["context_tokens"] == 94 - 1 + 2 + 9
+    assert answer["context_tokens"] == 94 - 1 + len("\n\nQuestion: How long?\nAnswer:")
     assert answer["new_tokens"] == len(answer["token_ids"])
-    lengths = range(105, 105 + answer["new_tokens"] - 1)  # 3 of 7 layers read all, 4 read 16 tokens
+    lengths = range(123, 123 + answer["new_tokens"] - 1)  # 3 of 7 layers read all, 4 read 16 tokens
     assert answer["kv_read_fraction"] == pytest.approx(
         sum((3 * n + 4 * 16) / (7 * n) for n in lengths) / len(lengths), abs=1e-5
     )
@@ -160,6 +163,49 @@ def test_sampling_follows_the_seed(run, tiny):
 def test_standard_input(run, tiny):
     for options in ([], ["--prompt-file", "-"]):
         assert run("generate", *options, *tiny, "--max-new-tokens", "2", stdin=b"Call me Ishmael.")[0] == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(run, tiny, tmp_path):
+    """Of a prompt file, of standard input, of an argument, of a plan."""
+    (tmp_path / "marked.txt").write_bytes(codecs.BOM_UTF8 + b"Call me Ishmael.")
+    (tmp_path / "marked.json").write_bytes(codecs.BOM_UTF8 + Path(tiny[3]).read_bytes())
+    options = (*tiny[:2], "--plan", str(tmp_path / "marked.json"), "--max-new-tokens", "2", "--json")
+    answers = [
+        run("generate", "\ufeffCall me Ishmael.", *options),
+        run("generate", "--prompt-file", str(tmp_path / "marked.txt"), *options),
+        run("generate", *options, stdin=codecs.BOM_UTF8 + b"Call me Ishmael."),
+    ]
+    assert [json.loads(out)["context_tokens"] for _, out, _ in answers] == [16] * 3
+    asked = run("generate", "Call me Ishmael.", "--question", "\ufeffWhy?", *options)
+    assert json.loads(asked[1])["context_tokens"] == len("Call me Ishmael.\n\nQuestion: Why?\nAnswer:")
+
+
+def test_a_question_to_a_model_without_a_chat_template(run, tiny):
+    """It goes on with a text, so it gets one that an answer follows, and the user is told."""
+    _, out, err = run("generate", "Call me Ishmael.", "--question", "Who?", *tiny, "--json", "--max-new-tokens", "2")
+    assert json.loads(out)["context_tokens"] == len("Call me Ishmael.\n\nQuestion: Who?\nAnswer:")
+    assert "the model has no chat template" in err
+    assert "chat template" not in run("generate", "Call me Ishmael.", *tiny, "--max-new-tokens", "2")[2]
+
+
+def test_standard_input_that_is_closed(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    for options in ([], ["--prompt-file", "-"]):
+        assert_one_line(run("generate", *options), "standard input is closed: give PROMPT or --prompt-file FILE")
+
+
+def test_standard_output_that_is_full(run, tiny, monkeypatch, capsys):
+    """In the middle of an answer; and where nobody reads on, there is nothing to say."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        result = run("generate", "Call me Ishmael.", *tiny, "--max-new-tokens", "4")
+    assert_one_line(result, "standard output can't be written: No space left on device")
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        status, _, err = run("generate", "Call me Ishmael.", *tiny, "--max-new-tokens", "4")
+    assert (status, err) == (1, "")
 
 
 @pytest.mark.usefixtures("no_model")

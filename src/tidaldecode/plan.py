@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from tidaldecode.errors import InputError
+from tidaldecode.text_file import read_text
 from tidaldecode.whole_file import whole_file
 
 Role = Literal["full", "select", "sparse"]
@@ -321,14 +322,9 @@ class TidalPlan(BaseModel):
         """Reads a plan file.
 
         Raises:
-            InputError: the file is missing, is no JSON, or holds an unknown key or a wrong value.
+            InputError: the file is missing, is no UTF-8 or no JSON, or holds an unknown key or a wrong value.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InputError(f"plan file {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"plan file {path} can't be read: {error}") from None
+        text = read_text("plan file", path)
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tidaldecode.cli import options
 from tidaldecode.errors import InputError
+from tidaldecode.whole_file import check_writable, is_stream
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def ops(
         "contexts": options.parse_integers("--contexts", contexts),
     }
     sizes = options.parse_budgets(budgets)
-    results_file, figure_file = _results_file(results), _figure_file(output, "bench-ops.png")
+    results_file, figure_file = _results_file(results, json_output), _figure_file(output, "bench-ops.png")
     console = Console(stderr=True)
     with console.status("starting") as status:  # PyTorch takes seconds to import
         from tidaldecode.bench.operations import OperationsSettings, bench_operations
@@ -73,7 +74,7 @@ def ops(
             settings, target, options.parse_dtype(dtype, target), _shower(status), _saver(results_file)
         )
     _print_operations(console, report)
-    _finish(report.to_json(), figure_file, plot_operations, json_output)
+    _finish(report.to_json(), results_file, figure_file, plot_operations, json_output)
 
 
 @bench.command()
@@ -104,7 +105,7 @@ def decode(
     lengths, sizes = options.parse_integers("--contexts", contexts), options.parse_budgets(budgets)
     if config is not None and model is not None:
         raise InputError("give either --config or --model, not both")
-    results_file, figure_file = _results_file(results), _figure_file(output, "bench-decode.png")
+    results_file, figure_file = _results_file(results, json_output), _figure_file(output, "bench-decode.png")
     console = Console(stderr=True)
     with console.status("starting") as status:  # PyTorch and Transformers take seconds to import
         from tidaldecode.bench.decode import DecodeSettings, bench_decode
@@ -132,7 +133,7 @@ def decode(
             source, settings, target, options.parse_dtype(dtype, target), _shower(status), _saver(results_file)
         )
     _print_decode(console, report)
-    _finish(report.to_json(), figure_file, plot_decode, json_output)
+    _finish(report.to_json(), results_file, figure_file, plot_decode, json_output)
 
 
 def _device(name: str | None) -> torch.device:
@@ -144,14 +145,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _results_file(name: str | None) -> Path | None:
-    if name is None:
-        return None
-    path = Path(name)
-    if path.is_dir():
-        raise InputError(f"--results {name} is a folder: give a file")
-    options.check_writable("--results", path)
-    return path
+def _results_file(name: str | None, json_output: bool) -> Path | None:
+    return None if name is None else options.output_file("--results", name, "results.json", json_output)
 
 
 def _figure_file(name: str | None, default: str) -> Path | None:
@@ -164,7 +159,7 @@ def _figure_file(name: str | None, default: str) -> Path | None:
     path = Path(name) if name.lower().endswith(".png") else Path(name) / default
     if path.parent == Path(name):
         options.make_folder("--output", path.parent)
-    options.check_writable("--output", path)
+    check_writable("--output", path)
     return path
 
 
@@ -173,19 +168,27 @@ def _shower(status: Status) -> Callable[[str], None]:
 
 
 def _saver(path: Path | None) -> Callable[[OperationsReport | DecodeReport], None]:
-    """Keeps what has been measured so far, should the run be stopped."""
+    """Keeps what has been measured so far, should the run be stopped; a stream gets all of it once, at the end."""
     from tidaldecode.bench.results import save_results
 
     def save(report: OperationsReport | DecodeReport) -> None:
-        if path is not None:
+        if path is not None and not is_stream(path):
             save_results(report.to_json(), path)
 
     return save
 
 
 def _finish(
-    results: dict[str, Any], figure: Path | None, plot: Callable[[dict[str, Any], Path], None], json_output: bool
+    results: dict[str, Any],
+    stream: Path | None,
+    figure: Path | None,
+    plot: Callable[[dict[str, Any], Path], None],
+    json_output: bool,
 ) -> None:
+    from tidaldecode.bench.results import save_results
+
+    if stream is not None and is_stream(stream):
+        save_results(results, stream)
     if figure is not None:
         plot(results, figure)
     if json_output:

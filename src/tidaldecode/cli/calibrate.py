@@ -14,6 +14,7 @@ from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
 from tidaldecode.errors import InputError
+from tidaldecode.whole_file import check_writable, is_stream
 
 if TYPE_CHECKING:
     from tidaldecode.calibrate.report import CalibrationReport
@@ -92,7 +93,7 @@ def calibrate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Finds the plan that loses least for a model; Ctrl-C keeps the best so far."""
-    plan_file = _plan_file(output, force)
+    plan_file = _plan_file(output, force, json_output)
     rules: tuple[Any, ...] = options.parse_names("--selection", selection, _RULES)
     budgets = _budgets(budget, max_gap)
     for option, number in (("--select-layers", select_layers), ("--full-layers", full_layers)):
@@ -148,7 +149,7 @@ def calibrate(
         check_apart(tokens, settings.starts(tokens), heldout, settings.heldout(heldout))
     if results_file is not None:
         options.make_folder("--results", results_file.parent)
-        options.check_writable("--results", results_file)
+        check_writable("--results", results_file)
     with console.status("loading the model"):
         torch.manual_seed(seed)
         loaded = apply(files.model(target, precision), "full")
@@ -179,13 +180,10 @@ def calibrate(
         raise typer.Exit(_STOPPED)
 
 
-def _plan_file(output: str, force: bool) -> Path:
-    path = Path(output)
-    if path.is_dir():
-        raise InputError(f"--output {output} is a folder: give a file, such as {path / 'plan.json'}")
-    if path.exists() and not force:
+def _plan_file(output: str, force: bool, json_output: bool) -> Path:
+    path = options.output_file("--output", output, "plan.json", json_output)
+    if path.exists() and not force and not is_stream(path):
         raise InputError(f"--output {output} exists: give another name, or --force to replace it")
-    options.check_writable("--output", path)
     return path
 
 

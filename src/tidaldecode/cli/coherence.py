@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.whole_file import check_writable
 
 if TYPE_CHECKING:
     from tidaldecode.calibrate.coherence import CoherenceReport
@@ -87,7 +88,7 @@ def coherence(
         places.check_text(tokens)
     if results is not None:
         options.make_folder("--output", results.parent)
-        options.check_writable("--output", results)
+        check_writable("--output", results)
     with console.status("loading the model"):
         torch.manual_seed(seed)
         loaded = apply(files.model(target, precision), "full")

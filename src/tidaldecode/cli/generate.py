@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidaldecode.cli import options
-from tidaldecode.cli.prompt import read_prompt
+from tidaldecode.cli.prompt import Prompt, read_prompt
 from tidaldecode.errors import InputError
 from tidaldecode.plans import read_plan
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tidaldecode.hf.drafting import Lossless
     from tidaldecode.hf.measured import Generation
     from tidaldecode.plan import TidalPlan
+
+_NO_CHAT = (
+    "the model has no chat template, so it goes on with 'Question: ... Answer:', and behind the answer with the text"
+)
 
 
 def generate(
@@ -66,7 +70,7 @@ def generate(
         raise InputError("--method full reads everything: leave out --plan and --budget")
     rounds = _parse_lossless(lossless)
     _check_passes(method, rounds, correction_interval)
-    text = read_prompt(prompt, prompt_file, question)
+    asked = read_prompt(prompt, prompt_file, question)
     _check_plan_file(plan, token_budget, model)
 
     console = Console(stderr=True)
@@ -92,7 +96,9 @@ def generate(
         if given is not None:
             check_second_pass(config, option)
     tokenizer = files.tokenizer()
-    tokens = _tokens(tokenizer, text)
+    if asked.question and tokenizer.chat_template is None:
+        console.print(_NO_CHAT, soft_wrap=True)
+    tokens = _tokens(tokenizer, asked)
     _check_length(tokens.shape[1], max_new_tokens, config)
     loaded = apply(files.model(target, options.parse_dtype(dtype, target)), chosen)
 
@@ -174,11 +180,12 @@ def _plan(name: str, method: str, budget: int | float | None, config: PreTrained
     return plan if budget is None else plan.with_budget(budget)
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:
-    """The text as the user's turn in the model's chat template, as it is for a model without one: [1, n] token ids."""
+def _tokens(tokenizer: Tokenizer, asked: Prompt) -> Tensor:
+    """The prompt as the user's turn in the model's chat template, for a model without one as a text: [1, n] ids."""
     chat = tokenizer.chat_template is not None
+    text = asked.as_beginning()
     if chat:
-        turns = [{"role": "user", "content": text}]
+        turns = [{"role": "user", "content": asked.as_turn()}]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     return tokenizer(text, add_special_tokens=not chat, return_tensors="pt", verbose=False).input_ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.errors import InputError
+from tidaldecode.text_file import read_text
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,4 @@ def text_parts(path: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"text file {path} is not UTF-8 (byte {error.start}): convert it") from None
-    except OSError as error:
-        raise InputError(f"text file {path} can't be read: {error.strerror}") from None
+    return io.StringIO(read_text("text file", path), newline=None).read()  # line ends become \n
