@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
@@ -66,6 +67,31 @@ def test_json_is_all_of_stdout(run, tiny, tmp_path):
     assert answer["step_over_full"] > 0
     assert {"command", "versions", "device", "dtype"} <= answer.keys()
     assert "context, tokens" in err
+
+
+def test_a_budget_is_that_of_one_set(run, tiny, tmp_path):
+    """Three query heads of a KV head that choose for themselves read three sets; the table and the object say so."""
+    plan_for(FAMILIES["llama"](), "per_head").save(tmp_path / "per-head.json")
+    options = ("generate", "Call me Ishmael. " * 9, *tiny[:2], "--json", "--max-new-tokens", "4")
+    _, out, err = run(*options, "--plan", str(tmp_path / "per-head.json"))
+    answer = json.loads(out)
+    assert "in each of 4 sparse layers" in err and "per KV head: 3 sets of 16 tokens" in err
+    assert (answer["token_budget"], answer["sets_per_kv_head"], answer["tokens_read_per_kv_head"]) == (16, 3, 48)
+    _, out, err = run(*options, *tiny[2:])
+    answer = json.loads(out)
+    assert "sets" not in err
+    assert (answer["token_budget"], answer["sets_per_kv_head"], answer["tokens_read_per_kv_head"]) == (16, 1, 16)
+
+
+def test_the_papers_plan_where_it_was_not_tuned(run, tiny, byte_tokenizer, tmp_path):
+    """Once on the terminal, whatever layers the default takes; and a plan without a sparse layer says so."""
+    _, _, err = run("generate", "Call me", *tiny[:2], "--plan", "paper", "--max-new-tokens", "2")
+    assert err.count("its re-selection layer, 3, is a default that was not tuned for this model") == 1
+    assert err.count("`tidaldecode calibrate` finds a plan") == 1
+    AutoModelForCausalLM.from_config(FAMILIES["llama"](num_hidden_layers=3)).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    _, _, err = run("generate", "Call me", "--model", str(tmp_path), "--plan", "paper", "--max-new-tokens", "2")
+    assert err.count("no layer is sparse, so every layer reads all tokens") == 1
 
 
 def test_compare_finds_the_first_difference(run, tiny):

@@ -13,8 +13,14 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.cli import options
+from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
+from tidaldecode.method_names import TIMED_METHODS
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
+from tidaldecode.plans import read_plan
 from tidaldecode.whole_file import check_writable, is_stream
 
 if TYPE_CHECKING:
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
 
     from tidaldecode.bench.decode import DecodeReport
     from tidaldecode.bench.operations import OperationsReport
+
+_DEFAULT_CONFIG = "llama-3-8b"
 
 bench = typer.Typer(help="Measures operations and decode steps on a GPU.", no_args_is_help=True)
 
@@ -105,19 +113,22 @@ def decode(
     lengths, sizes = options.parse_integers("--contexts", contexts), options.parse_budgets(budgets)
     if config is not None and model is not None:
         raise InputError("give either --config or --model, not both")
+    names = options.parse_names("--methods", methods, TIMED_METHODS)
     results_file, figure_file = _results_file(results, json_output), _figure_file(output, "bench-decode.png")
+    if model is not None:
+        outline_of(model).check_plan(plan)
+    else:
+        RandomModel(config or _DEFAULT_CONFIG)
+        read_plan(plan)
     console = Console(stderr=True)
     with console.status("starting") as status:  # PyTorch and Transformers take seconds to import
         from tidaldecode.bench.decode import DecodeSettings, bench_decode
-        from tidaldecode.bench.methods import METHODS
-        from tidaldecode.bench.shapes import RandomModel
-        from tidaldecode.models import find_model
         from tidaldecode.report.plots import plot_decode
 
         settings = DecodeSettings(
             contexts=lengths,
             budgets=sizes,
-            methods=options.parse_names("--methods", methods, METHODS),
+            methods=names,
             plan=plan,
             batch=batch,
             steps=steps,
@@ -125,7 +136,7 @@ def decode(
         )
         target = _device(device)
         source = (
-            RandomModel(config or "llama-3-8b")
+            RandomModel(config or _DEFAULT_CONFIG)
             if model is None
             else find_model(model, trust_remote_code=trust_remote_code)
         )
@@ -207,6 +218,8 @@ def _print_operations(console: Console, report: OperationsReport) -> None:
             figures = (f"{row.us:,.1f}", f"{row.floor_us:,.1f}", _ratio(row.over_sdpa), _ratio(row.speedup_vs_full))
             table.add_row(row.operation, _budget(row.budget), *figures)
         console.print(table)
+        if rows[0].heads > kv_heads:
+            print_sets(console, {"per_head, and step tidal": rows[0].heads / kv_heads})
 
 
 def _print_decode(console: Console, report: DecodeReport) -> None:
@@ -218,6 +231,8 @@ def _print_decode(console: Console, report: DecodeReport) -> None:
         figures = (f"{row.step_ms:,.3f}", f"{row.floor_ms:,.3f}", _ratio(row.over_floor), _ratio(row.speedup_vs_full))
         table.add_row(row.method, f"{row.context:,}", _budget(row.budget), *figures, f"{row.kv_read_fraction:.1%}")
     console.print(table)
+    if report.sets_per_kv_head > 1 and any(row.method == "tidal" for row in report.rows):
+        print_sets(console, {f"tidal, {report.plan or 'plan'}": report.sets_per_kv_head})
     if not all(row.captured for row in report.rows):
         console.print("the steps did not run in a CUDA graph")
 

@@ -15,8 +15,11 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.summary import lm_eval_summary
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
 from tidaldecode.report.labels import budget_label
 
 if TYPE_CHECKING:
@@ -58,13 +61,14 @@ def lm_eval(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Runs tasks of lm-eval (LongBench, RULER, your own); what is answered is decoded by each method."""
-    eval_options.check_names(method, budget, plan)
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
     extra = _parse_metadata(metadata)
     results = eval_options.results_file(output, "lm-eval.jsonl")
+    eval_options.check_names(method, budget, plan, outline_of(model))
     console = Console(stderr=True)
     # lm-eval and its tasks print what they like, and stdout is for the one JSON object
     with redirect_stdout(sys.stderr), console.status("starting") as status:
+        from tidaldecode.architecture import model_shape
         from tidaldecode.baselines.methods import check_methods
         from tidaldecode.environment import environment
         from tidaldecode.evaluate.cells import Cells
@@ -82,7 +86,6 @@ def lm_eval(
             tokenizer_metadata,
         )
         from tidaldecode.hf import apply
-        from tidaldecode.models import find_model
 
         check_lm_eval()
         target = options.parse_device(device)
@@ -121,8 +124,10 @@ def lm_eval(
             rows=tuple(rows),
         )
     _print(console, report)
+    sets = sets_per_kv_head(methods, model_shape(config))
+    print_sets(console, sets)
     if json_output:
-        print(json.dumps(report.to_json()))
+        print(json.dumps({**report.to_json(), "sets_per_kv_head": sets}))
 
 
 def _parse_metadata(text: str | None) -> dict[str, Any]:
