@@ -83,15 +83,16 @@ def test_a_budget_is_that_of_one_set(run, tiny, tmp_path):
     assert (answer["token_budget"], answer["sets_per_kv_head"], answer["tokens_read_per_kv_head"]) == (16, 1, 16)
 
 
-def test_the_papers_plan_where_it_was_not_tuned(run, tiny, byte_tokenizer, tmp_path):
-    """Once on the terminal, whatever layers the default takes; and a plan without a sparse layer says so."""
-    _, _, err = run("generate", "Call me", *tiny[:2], "--plan", "paper", "--max-new-tokens", "2")
-    assert err.count("its re-selection layer, 3, is a default that was not tuned for this model") == 1
-    assert err.count("`tidaldecode calibrate` finds a plan") == 1
+def test_the_papers_plan_where_it_was_not_tuned(run, tiny, byte_tokenizer, tmp_path, caplog):
+    """Told once, however often a command checks it; and a plan without a sparse layer says so."""
+    options = ("--plan", "paper", "--max-new-tokens", "2")
+    run("generate", "Call me", *tiny[:2], *options)
+    assert caplog.text.count("its re-selection layer, 3, is a default that was not tuned for this model") == 1
+    assert caplog.text.count("`tidaldecode calibrate` finds a plan") == 1
     AutoModelForCausalLM.from_config(FAMILIES["llama"](num_hidden_layers=3)).save_pretrained(tmp_path)
     byte_tokenizer.save_pretrained(tmp_path)
-    _, _, err = run("generate", "Call me", "--model", str(tmp_path), "--plan", "paper", "--max-new-tokens", "2")
-    assert err.count("no layer is sparse, so every layer reads all tokens") == 1
+    run("generate", "Call me", "--model", str(tmp_path), *options)
+    assert caplog.text.count("no layer is sparse, so every layer reads all tokens") == 1
 
 
 def test_compare_finds_the_first_difference(run, tiny):

@@ -61,7 +61,7 @@ def test_mistakes_that_need_no_pytorch(tiny_folder, tmp_path):
             *model,
             "--plan",
             "paper",
-        ): "the prompt has 680 tokens, with 128 new ones 808",
+        ): "the prompt has 680 tokens, with 128 new",
         ("calibrate", "--text", "nowhere.txt", *output): "nowhere.txt does not exist",
         ("calibrate", *text, *model, *output): beyond,
         ("calibrate", *text, "--model", "./nowhere", *output): "model folder ./nowhere does not exist",
