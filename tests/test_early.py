@@ -78,6 +78,7 @@ def test_mistakes_that_need_no_pytorch(tiny_folder, tmp_path):
         ("eval", "correction", *text, *model, "--plan", "paper"): beyond,
         ("eval", "lm-eval", "--tasks", "x", "--model", "./nowhere"): "model folder ./nowhere does not exist",
         ("eval", "lm-eval", "--tasks", "x", *model, "--plan", five): other,
+        ("eval", "lm-eval", "--tasks", "x", "--include-path", "nowhere"): "--include-path nowhere is no folder",
         ("bench", "decode", "--model", "./nowhere"): "model folder ./nowhere does not exist",
         ("bench", "decode", *model, "--plan", five): other,
         ("bench", "decode", "--plan", "nowhere.json"): "nowhere.json does not exist",

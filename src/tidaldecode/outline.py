@@ -64,7 +64,7 @@ class Outline:
             wrong = plan.mismatch(self.shape)
             if wrong is not None:
                 raise InputError(wrong)
-        elif name == "auto" and self.config.get("model_type") in TESTED_ARCHITECTURES:
+        elif name == "auto" and self._may_work():
             shipped_for(self.name, self.shape)
 
     def check_context(self, tokens: int) -> None:
@@ -90,6 +90,10 @@ class Outline:
             return PreTrainedTokenizerFast.from_pretrained(self.folder)
         except Exception:  # whatever a damaged file makes the library raise; whoever needs it is told then
             return None
+
+    def _may_work(self) -> bool:
+        """Whether nothing but the plan can be missing: what else is wrong with a model is told first."""
+        return self.config.get("model_type") in TESTED_ARCHITECTURES and not self.config.get("sliding_window")
 
     def _number(self, key: str) -> int | None:
         value = self.config.get(key)
