@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import copy
+import io
 import json
 import os
 import shutil
@@ -12,11 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
+from tidaldecode import ModelShape, TidalPlan
 from tidaldecode.architecture import check_architecture
+from tidaldecode.baselines.methods import METHODS, every_method
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.environment import environment
 from tidaldecode.models import ModelFiles
 
@@ -81,6 +86,22 @@ def test_a_budget_is_that_of_one_set(run, tiny, tmp_path):
     answer = json.loads(out)
     assert "sets" not in err
     assert (answer["token_budget"], answer["sets_per_kv_head"], answer["tokens_read_per_kv_head"]) == (16, 1, 16)
+
+
+def test_budgets_of_several_sets_are_explained_below_tables():
+    """Of plans and of the oracle where query heads choose for themselves; of nobody else."""
+    shape = ModelShape(num_layers=7, num_query_heads=6, num_kv_heads=2, head_dim=16)
+    plans = [TidalPlan.paper(7), TidalPlan.paper(7).model_copy(update={"name": "one", "selection": "unified"})]
+    methods = every_method(METHODS, (64,), plans, ("per_head", "unified"))
+    sets = sets_per_kv_head(methods, shape)
+    assert sets == {"tidal, paper": 3, "oracle, per head": 3}
+    console = Console(file=io.StringIO())
+    print_sets(console, sets)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == (
+        "tidal, paper: a budget is that of one set; each KV head reads 3 sets, so 3 times as many tokens"
+    )
+    assert len(lines) == 2
 
 
 def test_the_papers_plan_where_it_was_not_tuned(run, tiny, byte_tokenizer, tmp_path, caplog):

@@ -78,15 +78,11 @@ def generate(
     _check_early(outline_of(model), None if method == "full" else plan, asked, max_new_tokens)
 
     console = Console(stderr=True)
-    with console.status("starting"):  # PyTorch and Transformers take seconds to import
+    with console.status("starting"):  # PyTorch takes seconds to import
         import torch
         from transformers.utils import logging as transformers_logging
 
         from tidaldecode.architecture import check_architecture, check_plan, model_shape
-        from tidaldecode.environment import environment
-        from tidaldecode.hf import apply
-        from tidaldecode.hf.correction import check_second_pass
-        from tidaldecode.hf.measured import Passes, Sampling, compare_with_full, first_difference, generate_measured
 
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
@@ -96,14 +92,20 @@ def generate(
     check_architecture(config)
     chosen = _plan(plan, method, token_budget, config)
     check_plan(chosen, config)
+    tokenizer = files.tokenizer()
+    tokens = torch.tensor([asked.token_ids(tokenizer)])
+    check_length(tokens.shape[1], max_new_tokens, config.max_position_embeddings)
+    with console.status("starting"):  # and so do Transformers' models, which the checks above do without
+        from tidaldecode.environment import environment
+        from tidaldecode.hf import apply
+        from tidaldecode.hf.correction import check_second_pass
+        from tidaldecode.hf.measured import Passes, Sampling, compare_with_full, first_difference, generate_measured
+
     for option, given in (("--lossless", rounds), ("--correction-interval", correction_interval)):
         if given is not None:
             check_second_pass(config, option)
-    tokenizer = files.tokenizer()
     if asked.question and tokenizer.chat_template is None:
         console.print(_NO_CHAT, soft_wrap=True)
-    tokens = torch.tensor([asked.token_ids(tokenizer)])
-    check_length(tokens.shape[1], max_new_tokens, config.max_position_embeddings)
     loaded = apply(files.model(target, options.parse_dtype(dtype, target)), chosen)
 
     sampling = Sampling(temperature, top_p, seed)
