@@ -23,12 +23,13 @@ from tidaldecode.bench import hardware, layers, operations, roofline, timing
 from tidaldecode.bench.caches import CacheShape, LayerCaches
 from tidaldecode.bench.decode import DecodeSettings, bench_decode
 from tidaldecode.bench.layers import layer_workloads
-from tidaldecode.bench.methods import METHODS, step_attention
+from tidaldecode.bench.methods import step_attention
 from tidaldecode.bench.operations import OperationsSettings, bench_operations
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
 from tidaldecode.bench.shapes import CONFIGS, RandomModel
 from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
+from tidaldecode.method_names import TIMED_METHODS
 from tidaldecode.plans.find import find_plan
 
 CPU = torch.device("cpu")
@@ -361,7 +362,7 @@ def test_no_floor_is_above_the_whole_cache(caches):
         assert workload.floor_bytes <= 6 * 40 * 2 * 2 * 3 * 16 * 4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TIMED_METHODS)
 def test_a_budget_of_the_whole_context_is_full_attention(caches, method):
     plan = TidalPlan.paper(4)
     shape = SHAPE.model(4)
@@ -516,7 +517,7 @@ def test_the_base_is_the_faster_full_attention():
     assert [row.speedup_vs_full for row in decode_module._with_speedups(rows[2:])] == [None]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TIMED_METHODS)
 def test_every_method_decodes_through_the_cache(method):
     """With a budget of the whole context, the logits of full attention."""
     torch.manual_seed(0)

@@ -19,9 +19,9 @@ from tidaldecode.baselines.methods import Method
 from tidaldecode.calibrate.assignment import Assignment
 from tidaldecode.calibrate.calibration import calibrate
 from tidaldecode.calibrate.lost_mass import LostMass, measure_lost_mass
-from tidaldecode.calibrate.prompts import Loss, Probes, mean_loss, read_prompts
+from tidaldecode.calibrate.prompts import Loss, mean_loss, read_prompts
 from tidaldecode.calibrate.search import Layers, Search
-from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
+from tidaldecode.calibrate.settings import CalibrationSettings, Probes, check_apart
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows
 from tidaldecode.plan import ModelShape

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import json
 import multiprocessing
+import os
 import sys
 
 import pytest
@@ -158,6 +161,27 @@ def test_a_damaged_header_is_refused(path, header):
         with pytest.raises(InputError, match="first line is damaged: give another --output, or delete the file"):
             read(path)
     assert path.read_bytes() == before
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(path):
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    with Cells.open(path, IDENTITY, KEY) as cells:
+        assert cells.rows == read_cells(path).rows != []
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    cells = Cells.open(tmp_path / "cells.jsonl", IDENTITY, KEY)
+
+    def fail(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tidaldecode.evaluate.cells.os.fsync", fail)
+    with (
+        cells,
+        pytest.raises(InputError, match=r"cells\.jsonl can't be written: No space left on device; the cells bef"),
+    ):
+        cells.append(dict.fromkeys(KEY, 1))
+    assert cells.rows == []
 
 
 def test_an_empty_file_is_a_new_one(tmp_path):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
+import io
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
+from tidaldecode import ModelShape, TidalPlan
 from tidaldecode.architecture import check_architecture
+from tidaldecode.baselines.methods import METHODS, every_method
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.environment import environment
 from tidaldecode.models import ModelFiles
 
@@ -52,9 +61,9 @@ def test_json_is_all_of_stdout(run, tiny, tmp_path):
     assert {"model", "method", "token_budget", "context_tokens", "new_tokens", "text", "token_ids"} <= answer.keys()
     assert answer["method"] == "tidal"
     assert answer["token_budget"] == 16
-    assert answer["context_tokens"] == 94 - 1 + 2 + 9
+    assert answer["context_tokens"] == 94 - 1 + len("\n\nQuestion: How long?\nAnswer:")
     assert answer["new_tokens"] == len(answer["token_ids"])
-    lengths = range(105, 105 + answer["new_tokens"] - 1)  # 3 of 7 layers read all, 4 read 16 tokens
+    lengths = range(123, 123 + answer["new_tokens"] - 1)  # 3 of 7 layers read all, 4 read 16 tokens
     assert answer["kv_read_fraction"] == pytest.approx(
         sum((3 * n + 4 * 16) / (7 * n) for n in lengths) / len(lengths), abs=1e-5
     )
@@ -63,6 +72,48 @@ def test_json_is_all_of_stdout(run, tiny, tmp_path):
     assert answer["step_over_full"] > 0
     assert {"command", "versions", "device", "dtype"} <= answer.keys()
     assert "context, tokens" in err
+
+
+def test_a_budget_is_that_of_one_set(run, tiny, tmp_path):
+    """Three query heads of a KV head that choose for themselves read three sets; the table and the object say so."""
+    plan_for(FAMILIES["llama"](), "per_head").save(tmp_path / "per-head.json")
+    options = ("generate", "Call me Ishmael. " * 9, *tiny[:2], "--json", "--max-new-tokens", "4")
+    _, out, err = run(*options, "--plan", str(tmp_path / "per-head.json"))
+    answer = json.loads(out)
+    assert "in each of 4 sparse layers" in err and "per KV head: 3 sets of 16 tokens" in err
+    assert (answer["token_budget"], answer["sets_per_kv_head"], answer["tokens_read_per_kv_head"]) == (16, 3, 48)
+    _, out, err = run(*options, *tiny[2:])
+    answer = json.loads(out)
+    assert "sets" not in err
+    assert (answer["token_budget"], answer["sets_per_kv_head"], answer["tokens_read_per_kv_head"]) == (16, 1, 16)
+
+
+def test_budgets_of_several_sets_are_explained_below_tables():
+    """Of plans and of the oracle where query heads choose for themselves; of nobody else."""
+    shape = ModelShape(num_layers=7, num_query_heads=6, num_kv_heads=2, head_dim=16)
+    plans = [TidalPlan.paper(7), TidalPlan.paper(7).model_copy(update={"name": "one", "selection": "unified"})]
+    methods = every_method(METHODS, (64,), plans, ("per_head", "unified"))
+    sets = sets_per_kv_head(methods, shape)
+    assert sets == {"tidal, paper": 3, "oracle, per head": 3}
+    console = Console(file=io.StringIO())
+    print_sets(console, sets)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == (
+        "tidal, paper: a budget is that of one set; each KV head reads 3 sets, so 3 times as many tokens"
+    )
+    assert len(lines) == 2
+
+
+def test_the_papers_plan_where_it_was_not_tuned(run, tiny, byte_tokenizer, tmp_path, caplog):
+    """Told once, however often a command checks it; and a plan without a sparse layer says so."""
+    options = ("--plan", "paper", "--max-new-tokens", "2")
+    run("generate", "Call me", *tiny[:2], *options)
+    assert caplog.text.count("its re-selection layer, 3, is a default that was not tuned for this model") == 1
+    assert caplog.text.count("`tidaldecode calibrate` finds a plan") == 1
+    AutoModelForCausalLM.from_config(FAMILIES["llama"](num_hidden_layers=3)).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    run("generate", "Call me", "--model", str(tmp_path), *options)
+    assert caplog.text.count("no layer is sparse, so every layer reads all tokens") == 1
 
 
 def test_compare_finds_the_first_difference(run, tiny):
@@ -160,6 +211,49 @@ def test_sampling_follows_the_seed(run, tiny):
 def test_standard_input(run, tiny):
     for options in ([], ["--prompt-file", "-"]):
         assert run("generate", *options, *tiny, "--max-new-tokens", "2", stdin=b"Call me Ishmael.")[0] == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(run, tiny, tmp_path):
+    """Of a prompt file, of standard input, of an argument, of a plan."""
+    (tmp_path / "marked.txt").write_bytes(codecs.BOM_UTF8 + b"Call me Ishmael.")
+    (tmp_path / "marked.json").write_bytes(codecs.BOM_UTF8 + Path(tiny[3]).read_bytes())
+    options = (*tiny[:2], "--plan", str(tmp_path / "marked.json"), "--max-new-tokens", "2", "--json")
+    answers = [
+        run("generate", "\ufeffCall me Ishmael.", *options),
+        run("generate", "--prompt-file", str(tmp_path / "marked.txt"), *options),
+        run("generate", *options, stdin=codecs.BOM_UTF8 + b"Call me Ishmael."),
+    ]
+    assert [json.loads(out)["context_tokens"] for _, out, _ in answers] == [16] * 3
+    asked = run("generate", "Call me Ishmael.", "--question", "\ufeffWhy?", *options)
+    assert json.loads(asked[1])["context_tokens"] == len("Call me Ishmael.\n\nQuestion: Why?\nAnswer:")
+
+
+def test_a_question_to_a_model_without_a_chat_template(run, tiny):
+    """It goes on with a text, so it gets one that an answer follows, and the user is told."""
+    _, out, err = run("generate", "Call me Ishmael.", "--question", "Who?", *tiny, "--json", "--max-new-tokens", "2")
+    assert json.loads(out)["context_tokens"] == len("Call me Ishmael.\n\nQuestion: Who?\nAnswer:")
+    assert "the model has no chat template" in err
+    assert "chat template" not in run("generate", "Call me Ishmael.", *tiny, "--max-new-tokens", "2")[2]
+
+
+def test_standard_input_that_is_closed(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    for options in ([], ["--prompt-file", "-"]):
+        assert_one_line(run("generate", *options), "standard input is closed: give PROMPT or --prompt-file FILE")
+
+
+def test_standard_output_that_is_full(run, tiny, monkeypatch, capsys):
+    """In the middle of an answer; and where nobody reads on, there is nothing to say."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        result = run("generate", "Call me Ishmael.", *tiny, "--max-new-tokens", "4")
+    assert_one_line(result, "standard output can't be written: No space left on device")
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        status, _, err = run("generate", "Call me Ishmael.", *tiny, "--max-new-tokens", "4")
+    assert (status, err) == (1, "")
 
 
 @pytest.mark.usefixtures("no_model")

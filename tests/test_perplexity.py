@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import shutil
@@ -189,6 +190,13 @@ def test_a_text_in_parts(tmp_path, byte_tokenizer):
     assert byte_tokenizer.decode(text.window(6, 6)[0]) == "second"
     alone = Text.tokenize(byte_tokenizer, text_parts(tmp_path / "a.txt"))
     assert text.digest() != alone.digest() == Text.tokenize(byte_tokenizer, ["first"]).digest()
+
+
+def test_a_text_from_another_system(tmp_path):
+    """A byte order mark is no part of it, and line ends are one character."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + b"one\r\ntwo\rthree")
+    assert "".join(text_parts(tmp_path)) == "one\ntwo\nthree\n" * 2
 
 
 def test_windows_begin_as_the_tokenizer_begins():

@@ -7,8 +7,12 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from families import FAMILIES
 from tidaldecode import PAPER_RESELECT_LAYERS, InputError, ModelShape, Source, TidalPlan
+from tidaldecode.architecture import check_plan
+from tidaldecode.attention import DecodeAttention
 from tidaldecode.plans import shipped_plans
+from tidaldecode.plans.find import find_plan
 
 ROLES = ("full", "select", "sparse", "select", "sparse")
 FIELDS = {"roles": ROLES, "selection": "unified", "token_budget": 64}
@@ -147,6 +151,49 @@ def test_the_papers_plan():
         TidalPlan.paper(2)
     with pytest.raises(InputError, match="reselect_layer 1 must be one of the layers 2 to 31"):
         TidalPlan.paper(32, 1)
+
+
+def test_sets_that_a_kv_head_reads():
+    """As many as its query heads name; what the decode attention counts as read, too."""
+    shape = ModelShape(num_layers=7, num_query_heads=6, num_kv_heads=2, head_dim=16)
+    plan = TidalPlan.paper(7, 4, token_budget=16)
+    assert plan.sets_per_kv_head(shape) == 3
+    for selection in ("per_group", "unified"):
+        assert plan.model_copy(update={"selection": selection}).sets_per_kv_head(shape) == 1
+    assert TidalPlan.full(7).sets_per_kv_head(shape) == 0
+    heads = [f"2:per_head:{head}" for head in (0, 0, 1, 2, 2, 2)]  # two sets, and one
+    named = TidalPlan(**plan.model_dump() | {"sources": {3: heads}})
+    assert named.sets_per_kv_head(shape) == (1.5 + 3 + 3) / 3
+    reads = DecodeAttention(named, shape).tokens_read(1000)
+    assert [reads[layer] / 16 for layer in (3, 5, 6)] == [1.5, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "words"),
+    [
+        ("llama", "paper", "plan paper on brand-new-1b: its re-selection layer, 3, is a default"),
+        ("llama", TidalPlan.paper(7), "its re-selection layer, 3, is a default"),
+        ("llama", TidalPlan.paper(7).with_budget(64), "its re-selection layer, 3, is a default"),
+        ("llama", TidalPlan.paper(7, 5), None),  # somebody chose it
+        ("gemma3_text", TidalPlan.paper(10, global_layers=(1, 2, 4)), "no layer is sparse, so every layer reads all"),
+        ("llama", "full", None),
+    ],
+)
+def test_plans_that_can_hardly_be_what_was_wanted(caplog, family, plan, words, monkeypatch):
+    monkeypatch.setattr("tidaldecode.architecture._warned", set())
+    windows = {"layer_types": ["full_attention" if layer in (1, 2, 4) else "sliding_attention" for layer in range(10)]}
+    config = FAMILIES[family](name_or_path="brand-new-1b", **(windows if family == "gemma3_text" else {}))
+    for _ in range(2):
+        check_plan(find_plan(plan, config) if isinstance(plan, str) else plan, config)
+    assert caplog.text.count("WARNING") == (words is not None)
+    assert words is None or words in caplog.text
+
+
+def test_the_papers_plan_where_its_layer_was_published(caplog):
+    config = FAMILIES["llama"](num_hidden_layers=32, name_or_path="meta-llama/Llama-3.1-8B-Instruct")
+    plan = find_plan("paper", config)
+    check_plan(plan, config)
+    assert plan.roles[13] == "select" and caplog.text == ""
 
 
 def test_shipped_plans_are_valid_and_named_after_their_files():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib.util
 import json
@@ -390,6 +391,12 @@ def test_a_folder_of_one_file(tmp_path):
     assert [name for name, _ in report.figures] == ["r2-position", "r1-steps"]
     page = Page(report.output.read_text(encoding="utf-8"))
     assert page.open == [] and "At a glance" not in page.text
+
+
+def test_a_byte_order_mark_is_no_part_of_results(tmp_path):
+    (tmp_path / "decode.json").write_bytes(codecs.BOM_UTF8 + json.dumps(DECODE).encode())
+    results, skipped = read_results(tmp_path)
+    assert [result.kind for result in results] == ["decode"] and skipped == []
 
 
 @pytest.mark.parametrize(

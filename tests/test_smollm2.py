@@ -13,8 +13,8 @@ import torch
 import tidaldecode
 from tidaldecode.baselines.methods import Method
 from tidaldecode.evaluate.cells import Cells
-from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases, paul_graham_essays
-from tidaldecode.evaluate.text import Text
+from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
+from tidaldecode.evaluate.text import Text, paul_graham_essays
 from tidaldecode.plans import shipped_plans
 
 DOCUMENT = Path(__file__).parent.parent / "examples" / "moby_dick_101-103.txt"

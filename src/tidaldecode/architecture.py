@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from typing import TYPE_CHECKING
 
 from tidaldecode.errors import InputError
-from tidaldecode.plan import ModelShape, TidalPlan
+from tidaldecode.plan import ModelShape, TidalPlan, published_reselect_layer
+
+if TYPE_CHECKING:  # it takes seconds to import, and who has a configuration has imported it
+    from transformers import PreTrainedConfig
 
 TESTED_ARCHITECTURES = (
     "gemma",
@@ -48,6 +49,8 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
 
     A window that no context of the model fills is none.
     """
+    from transformers import DynamicCache
+
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
     return [None if window is None or window >= config.max_position_embeddings else window for window in windows]
 
@@ -69,12 +72,14 @@ def check_architecture(config: PreTrainedConfig) -> None:
     if obstacle is not None:
         supported = ", ".join(TESTED_ARCHITECTURES)
         raise InputError(f"tidaldecode can't work with {config.model_type!r}: {obstacle}; it works with {supported}")
-    if config.model_type not in (*TESTED_ARCHITECTURES, *_warned):
-        _warned.add(config.model_type)
-        _log.warning("tidaldecode has not been tested with %r; compare with full attention first", config.model_type)
+    if config.model_type not in TESTED_ARCHITECTURES:
+        _warn_once(f"tidaldecode has not been tested with {config.model_type!r}; compare with full attention first")
 
 
 def _obstacle(config: PreTrainedConfig) -> str | None:
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if config.get_text_config(decoder=True) is not config:
@@ -99,19 +104,14 @@ def _obstacle(config: PreTrainedConfig) -> str | None:
 
 
 def check_plan(plan: TidalPlan, config: PreTrainedConfig) -> None:
-    """Refuses a plan that was made for another model.
+    """Refuses a plan that was made for another model, and warns of one that can't be good for this one.
 
     Raises:
         InputError: other number of layers, other heads, or a role for a layer with a sliding window.
     """
     shape = model_shape(config)
-    if plan.model is not None and plan.model.model_copy(update={"name": shape.name}) != shape:
-        raise InputError(
-            f"the plan was made for another model, {plan.model.name or 'unnamed'} ({plan.model.describe()}); "
-            f"this one has {shape.describe()}"
-        )
-    if len(plan.roles) != shape.num_layers:
-        raise InputError(f"the plan has {len(plan.roles)} roles, but the model has {shape.num_layers} layers")
+    if (wrong := plan.mismatch(shape.model_dump(exclude={"name"}))) is not None:
+        raise InputError(wrong)
     for layer, (role, window) in enumerate(zip(plan.roles, sliding_windows(config), strict=True)):
         if window is not None and role is not None:
             raise InputError(f"layer {layer} attends to a sliding window; its role must be null, not {role!r}")
@@ -119,3 +119,28 @@ def check_plan(plan: TidalPlan, config: PreTrainedConfig) -> None:
             raise InputError(f"layer {layer} attends to the whole context and needs a role, not null")
     if plan.sources is not None:  # checks heads against the model where the plan names none
         TidalPlan.validated(**{**plan.model_dump(), "model": shape.model_dump()})
+    if (doubt := _doubt(plan, config)) is not None:
+        _warn_once(doubt)
+
+
+def _doubt(plan: TidalPlan, config: PreTrainedConfig) -> str | None:
+    """Why a plan that fits the model may still not be what its user wants."""
+    name = f"plan {plan.name or 'without a name'} on {config.name_or_path or 'this model'}"
+    if "select" in plan.roles and "sparse" not in plan.roles and plan.drafting == "plan":
+        return f"{name}: no layer is sparse, so every layer reads all tokens"
+    if plan.name != "paper" or published_reselect_layer(config.name_or_path) is not None:
+        return None
+    layers = tuple(layer for layer, window in enumerate(sliding_windows(config)) if window is None)
+    if plan.roles != TidalPlan.paper(len(plan.roles), global_layers=layers).roles:
+        return None  # somebody chose the layer
+    layer = max(layer for layer, role in enumerate(plan.roles) if role == "select")
+    return (
+        f"{name}: its re-selection layer, {layer}, is a default that was not tuned for this model, and may lose much; "
+        "`tidaldecode calibrate` finds a plan"
+    )
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        _log.warning("%s", message)

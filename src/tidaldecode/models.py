@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode import demo_model
-from tidaldecode.architecture import model_shape
 from tidaldecode.errors import InputError
+
+if TYPE_CHECKING:  # PyTorch and Transformers take seconds to import, and a wrong name is told without them
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _BFLOAT16 = (8, 0)  # compute capability from which on GPUs have it
 _BLOCK, _BLOCKS = 1 << 16, 16  # bytes of a block, and blocks of a file, that a model is told by
@@ -39,6 +39,8 @@ class ModelFiles:
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration, without its weights."""
+        from transformers import AutoConfig
+
         return self._named(self._read(AutoConfig))
 
     @property
@@ -55,6 +57,8 @@ class ModelFiles:
         Raises:
             InputError: a file can't be read.
         """
+        from tidaldecode.architecture import model_shape
+
         return {
             "model": self.title,
             "model_shape": model_shape(config).describe(),
@@ -94,6 +98,8 @@ class ModelFiles:
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; pads on the left, as generation needs it."""
+        from transformers import AutoTokenizer
+
         tokenizer = self._read(AutoTokenizer)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -106,6 +112,9 @@ class ModelFiles:
         Raises:
             InputError: the weights are damaged, incomplete, or neither safetensors nor GGUF, or memory is short.
         """
+        import torch
+        from transformers import AutoModelForCausalLM
+
         weights = {} if "gguf_file" in self.options else {"use_safetensors": True}
         model, loading = self._read(AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **weights)
         if missing := sorted(loading["missing_keys"]):
@@ -144,7 +153,7 @@ def find_model(name: str, *, trust_remote_code: bool = False, report: Callable[[
     """The files of a model.
 
     Args:
-        name: `smollm2-135m` (the demo model), a local folder, a GGUF file, or a hub id.
+        name: `smollm2-135m` (the demo model), a local folder, a GGUF file, a folder that holds one, or a hub id.
         trust_remote_code: let Transformers run code that comes with the model.
         report: told, in words, what takes long.
 
@@ -154,26 +163,59 @@ def find_model(name: str, *, trust_remote_code: bool = False, report: Callable[[
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name == demo_model.NAME:
         return ModelFiles(name, str(demo_model.demo_model_folder(report)), options)
-    path = Path(name)
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise InputError(f"model file {name} does not exist")
+    if (path := gguf_of(name)) is not None:
         return ModelFiles(name, str(path.parent), {**options, "gguf_file": path.name})
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model folder {name} holds no config.json: it is not in Transformers' format")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"model folder {name} does not exist")
     return ModelFiles(name, name, options)
+
+
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file of a model's name, itself or the only one in its folder; `None` of another model.
+
+    Raises:
+        InputError: the name can only be that of a file or folder that is not there, or that holds no model.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix.lower() == ".gguf":
+        return _checked_gguf(path)
+    if path.is_dir():
+        return None if (path / "config.json").is_file() else _only_gguf(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model folder {name} does not exist")
+    return None
+
+
+def _checked_gguf(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"model file {path} does not exist")
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"model file {path} is no GGUF file: of safetensors give the folder that they lie in")
+    return path
+
+
+def _only_gguf(folder: Path) -> Path:
+    """The GGUF file of a folder that is not in Transformers' format."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
+    if not files:
+        raise InputError(
+            f"model folder {folder} holds no config.json and no GGUF file: it is not in Transformers' format"
+        )
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise InputError(f"model folder {folder} holds {len(files)} GGUF files ({names}): give one of them as --model")
+    return files[0]
 
 
 def default_device() -> torch.device:
     """The GPU if there is one, the CPU if not."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU, float16 on one too old for it; float32 on a CPU, where bfloat16 is slow."""
+    import torch
+
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BFLOAT16 else torch.float16
@@ -185,6 +227,8 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         InputError: the compute capability is below 8.0.
     """
+    import torch
+
     if device.type != "cuda" or dtype != torch.bfloat16:
         return
     capability = torch.cuda.get_device_capability(device)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from tidaldecode.errors import InputError
+from tidaldecode.text_file import read_text
 from tidaldecode.whole_file import whole_file
 
 Role = Literal["full", "select", "sparse"]
@@ -34,6 +36,17 @@ PAPER_RESELECT_LAYERS = {
     "llama-3.1-8b": 13,
 }
 """Re-selection layer that TidalDecode (arXiv 2410.05076) tuned by hand, by model family."""
+
+
+def plain_name(name: str) -> str:
+    """A model's name without its case and punctuation: `HuggingFaceTB/SmolLM2-135M` and `smollm2_135m` agree."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def published_reselect_layer(model: str | None) -> int | None:
+    """The re-selection layer that `PAPER_RESELECT_LAYERS` has for the family of a model, by the model's name."""
+    name = plain_name(model or "")
+    return next((layer for family, layer in PAPER_RESELECT_LAYERS.items() if plain_name(family) in name), None)
 
 
 _SOURCE = re.compile(r"(\d+):(?:(unified)|(per_group|per_head):(\d+))")
@@ -95,10 +108,14 @@ class ModelShape(BaseModel):
 
     def describe(self) -> str:
         """The shape in words, for messages."""
-        return (
-            f"{self.num_layers} layers, {self.num_query_heads} query heads, "
-            f"{self.num_kv_heads} KV heads, head dim {self.head_dim}"
-        )
+        return describe_shape(self.model_dump(exclude={"name"}))
+
+
+def describe_shape(fields: Mapping[str, int]) -> str:
+    """Those fields of a `ModelShape` that are known, in words."""
+    words = {"num_layers": "{} layers", "num_query_heads": "{} query heads", "num_kv_heads": "{} KV heads"}
+    words["head_dim"] = "head dim {}"
+    return ", ".join(text.format(fields[name]) for name, text in words.items() if name in fields)
 
 
 class Calibration(BaseModel):
@@ -240,6 +257,37 @@ class TidalPlan(BaseModel):
         """Recent tokens among `budget` tokens, the new token included."""
         return recent_among(budget, self.recent_tokens)
 
+    def sets_per_kv_head(self, shape: ModelShape) -> float:
+        """Index sets that the query heads of one KV head read in a sparse layer, each of `token_budget` tokens.
+
+        1 where they read the same one; averaged over KV heads and sparse layers; 0 where no layer is sparse.
+        """
+        sparse = [layer for layer, role in enumerate(self.roles) if role == "sparse"]
+        counts = [self._sets_per_kv_head(layer, shape) for layer in sparse]
+        return sum(counts) / len(counts) if counts else 0.0
+
+    def _sets_per_kv_head(self, layer: int, shape: ModelShape) -> float:
+        if self.sources is None or layer not in self.sources:
+            return float(shape.group_size if self.selection == "per_head" else 1)
+        sources, size = self.sources[layer], shape.group_size
+        groups = [set(sources[start : start + size]) for start in range(0, len(sources), size)]
+        return sum(map(len, groups)) / len(groups)
+
+    def mismatch(self, fields: Mapping[str, int]) -> str | None:
+        """Why the plan was not made for a model, `None` where nothing says so.
+
+        Args:
+            fields: those of the model's `ModelShape` that are known, its name left out.
+        """
+        if self.model is not None and any(getattr(self.model, name) != value for name, value in fields.items()):
+            return (
+                f"the plan was made for another model, {self.model.name or 'unnamed'} ({self.model.describe()}); "
+                f"this one has {describe_shape(fields)}"
+            )
+        if len(self.roles) != fields.get("num_layers", len(self.roles)):
+            return f"the plan has {len(self.roles)} roles, but the model has {fields['num_layers']} layers"
+        return None
+
     # ---- making plans
 
     def with_budget(self, token_budget: int | float) -> Self:
@@ -321,14 +369,9 @@ class TidalPlan(BaseModel):
         """Reads a plan file.
 
         Raises:
-            InputError: the file is missing, is no JSON, or holds an unknown key or a wrong value.
+            InputError: the file is missing, is no UTF-8 or no JSON, or holds an unknown key or a wrong value.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InputError(f"plan file {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"plan file {path} can't be read: {error}") from None
+        text = read_text("plan file", path)
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -16,10 +16,8 @@ from tidaldecode.baselines.oracle import OracleAttention
 from tidaldecode.baselines.quest import QuestAttention
 from tidaldecode.baselines.streaming import StreamingAttention
 from tidaldecode.errors import InputError
+from tidaldecode.method_names import METHODS
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
-
-METHODS = ("full", "tidal", "quest", "streaming", "oracle")
-"""Full attention, TidalDecode by a plan, Quest, StreamingLLM, and each layer's own exact top-k."""
 
 BUDGETED = METHODS[1:]
 """The methods that read a token budget."""
@@ -131,6 +129,12 @@ class Method:
         if self.name == "streaming":
             return StreamingAttention(shape, tokens)
         return OracleAttention(shape, tokens, self.selection, self._full_layers)
+
+    def sets_per_kv_head(self, shape: ModelShape) -> float:
+        """Sets of tokens, each of the budget, that the query heads of one KV head read in a sparse layer."""
+        if self.plan is not None:
+            return self.plan.sets_per_kv_head(shape)
+        return float(shape.group_size if (self.name, self.selection) == ("oracle", "per_head") else 1)
 
     def _check_tokens(self, tokens: int) -> None:
         if tokens >= self.least_tokens:

@@ -13,12 +13,13 @@ from tidaldecode.architecture import check_architecture, check_plan, model_shape
 from tidaldecode.attention import Attention
 from tidaldecode.baselines.methods import BUDGETED
 from tidaldecode.bench.hardware import GIB, check_memory, measuring
-from tidaldecode.bench.methods import METHODS, step_attention
+from tidaldecode.bench.methods import step_attention
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
 from tidaldecode.bench.timing import Timing, time_steps
 from tidaldecode.environment import environment
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
+from tidaldecode.method_names import TIMED_METHODS
 from tidaldecode.models import check_dtype
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
@@ -47,14 +48,14 @@ class DecodeSettings:
     Attributes:
         contexts: tokens in the cache before the first step.
         budgets: tokens that sparse layers read, or fractions of the context.
-        methods: of `tidaldecode.bench.methods.METHODS`.
+        methods: of `tidaldecode.method_names.TIMED_METHODS`.
         plan: of `tidal`, by name or file.
         steps: steps of each of two repeats.
     """
 
     contexts: tuple[int, ...] = (10240, 32768, 102400)
     budgets: tuple[int | float, ...] = (1024,)
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = TIMED_METHODS
     plan: str = "paper"
     batch: int = 1
     steps: int = 50
@@ -111,6 +112,7 @@ class DecodeReport:
         plan: of `tidal`.
         read_bandwidth_gbs: measured before, in 1e9 bytes a second.
         weight_gb: of the weights that a step reads, in 1e9 bytes.
+        sets_per_kv_head: of `plan`, see `TidalPlan.sets_per_kv_head`: a budget is that of one set.
     """
 
     environment: dict[str, object]
@@ -120,6 +122,7 @@ class DecodeReport:
     batch: int
     read_bandwidth_gbs: float
     weight_gb: float
+    sets_per_kv_head: float
     rows: tuple[DecodeRow, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -169,6 +172,7 @@ def bench_decode(
             batch=settings.batch,
             read_bandwidth_gbs=bandwidth_gbs,
             weight_gb=round(weight_bytes(model, settings.batch) / 1e9, 4),
+            sets_per_kv_head=round(plan.sets_per_kv_head(model_shape(config)), 4),
             rows=(),
         )
         engine = _Engine(model, TidalCache(model.config, plan, settings.capacity), plan, settings, bandwidth_gbs)

@@ -7,9 +7,6 @@ from tidaldecode.baselines.methods import Method, tokens_of
 from tidaldecode.bench.sdpa import SdpaAttention
 from tidaldecode.plan import ModelShape, TidalPlan
 
-METHODS = ("full", "sdpa", "tidal", "quest", "streaming")
-"""`full` is full attention by this package's kernel, `sdpa` by PyTorch's; the others read a token budget."""
-
 
 def step_attention(
     method: str, plan: TidalPlan, shape: ModelShape, budget: int | float | None, context: int
@@ -17,7 +14,7 @@ def step_attention(
     """The attention of a method; Quest's pages are of 16 tokens, or of fewer where a budget is less than two of them.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `TIMED_METHODS`.
         plan: of `tidal`.
         shape: heads and layers of the model.
         budget: tokens, or a fraction of the context; of a method that has a budget.

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidaldecode.attention import Attention
+from tidaldecode.calibrate.settings import Probes
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import read_prompt
@@ -34,24 +35,6 @@ class Loss:
     divergence: float
     text_divergence: float
     gap: float
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Stretches of a prompt that are said again behind its text: what a plan must find far back.
-
-    Attributes:
-        count: how many, from depths evenly spaced over the prompt.
-        tokens: of each.
-    """
-
-    count: int = 4
-    tokens: int = 24
-
-    @property
-    def steps(self) -> int:
-        """Decode steps of all of them."""
-        return self.count * self.tokens
 
 
 @dataclass(frozen=True)

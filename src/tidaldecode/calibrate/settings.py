@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from tidaldecode.architecture import check_architecture, sliding_windows
-from tidaldecode.calibrate.prompts import Probes
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
 from tidaldecode.evaluate.windows import Windows
 from tidaldecode.plan import Selection, recent_among
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SINK_TOKENS = (4, 0, 16)
 """Numbers of sinks that are tried; the first one while the share of recent tokens is chosen."""
@@ -23,6 +23,24 @@ RECENT_TOKENS = (0.25, 0.125, 0.5, 1)
 """Recent tokens that are tried: shares of the budget, and the new token alone."""
 
 _RUN = 128  # tokens in a row by which two texts are told to overlap: more than a licence's header shares
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Stretches of a prompt that are said again behind its text: what a plan must find far back.
+
+    Attributes:
+        count: how many, from depths evenly spaced over the prompt.
+        tokens: of each.
+    """
+
+    count: int = 4
+    tokens: int = 24
+
+    @property
+    def steps(self) -> int:
+        """Decode steps of all of them."""
+        return self.count * self.tokens
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,8 @@ class CalibrationSettings:
         Raises:
             InputError: the text is too short.
         """
+        import torch
+
         spare = self._spare(text, self.windows, "text to calibrate on", "windows")
         generator = torch.Generator().manual_seed(self.seed)
         offsets = torch.randint(spare + 1, (self.windows,), generator=generator).sort().values.tolist()

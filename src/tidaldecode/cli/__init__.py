@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import redirect_stdout
 from typing import NoReturn
 
 import typer
@@ -13,6 +15,7 @@ from tidaldecode.cli.coherence import coherence
 from tidaldecode.cli.eval import evaluate
 from tidaldecode.cli.generate import generate
 from tidaldecode.cli.report import report
+from tidaldecode.cli.standard_output import StandardOutput
 from tidaldecode.errors import InputError
 
 app = typer.Typer(
@@ -34,8 +37,14 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no pub
 
 def main() -> None:
     """Runs the command line. A bad argument or input ends in one line on stderr and exit status 2."""
+    if sys.stderr is None:  # else what is meant for it goes to stdout, into the JSON object
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        _fail("standard output is closed: send it to a file or to /dev/null")
     try:
-        status = app(standalone_mode=False)
+        with redirect_stdout(StandardOutput(sys.stdout)):
+            status = app(standalone_mode=False)
+            sys.stdout.flush()  # what failed at the end of the process would fail in a traceback
     except InputError as error:
         _fail(str(error))
     except _UsageError as error:

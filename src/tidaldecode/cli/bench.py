@@ -13,14 +13,23 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.cli import options
+from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
+from tidaldecode.method_names import TIMED_METHODS
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
+from tidaldecode.plans import read_plan
+from tidaldecode.whole_file import check_writable, is_stream
 
 if TYPE_CHECKING:
     import torch
 
     from tidaldecode.bench.decode import DecodeReport
     from tidaldecode.bench.operations import OperationsReport
+
+_DEFAULT_CONFIG = "llama-3-8b"
 
 bench = typer.Typer(help="Measures operations and decode steps on a GPU.", no_args_is_help=True)
 
@@ -59,7 +68,7 @@ def ops(
         "contexts": options.parse_integers("--contexts", contexts),
     }
     sizes = options.parse_budgets(budgets)
-    results_file, figure_file = _results_file(results), _figure_file(output, "bench-ops.png")
+    results_file, figure_file = _results_file(results, json_output), _figure_file(output, "bench-ops.png")
     console = Console(stderr=True)
     with console.status("starting") as status:  # PyTorch takes seconds to import
         from tidaldecode.bench.operations import OperationsSettings, bench_operations
@@ -73,7 +82,7 @@ def ops(
             settings, target, options.parse_dtype(dtype, target), _shower(status), _saver(results_file)
         )
     _print_operations(console, report)
-    _finish(report.to_json(), figure_file, plot_operations, json_output)
+    _finish(report.to_json(), results_file, figure_file, plot_operations, json_output)
 
 
 @bench.command()
@@ -104,19 +113,22 @@ def decode(
     lengths, sizes = options.parse_integers("--contexts", contexts), options.parse_budgets(budgets)
     if config is not None and model is not None:
         raise InputError("give either --config or --model, not both")
-    results_file, figure_file = _results_file(results), _figure_file(output, "bench-decode.png")
+    names = options.parse_names("--methods", methods, TIMED_METHODS)
+    results_file, figure_file = _results_file(results, json_output), _figure_file(output, "bench-decode.png")
+    if model is not None:
+        outline_of(model).check_plan(plan)
+    else:
+        RandomModel(config or _DEFAULT_CONFIG)
+        read_plan(plan)
     console = Console(stderr=True)
     with console.status("starting") as status:  # PyTorch and Transformers take seconds to import
         from tidaldecode.bench.decode import DecodeSettings, bench_decode
-        from tidaldecode.bench.methods import METHODS
-        from tidaldecode.bench.shapes import RandomModel
-        from tidaldecode.models import find_model
         from tidaldecode.report.plots import plot_decode
 
         settings = DecodeSettings(
             contexts=lengths,
             budgets=sizes,
-            methods=options.parse_names("--methods", methods, METHODS),
+            methods=names,
             plan=plan,
             batch=batch,
             steps=steps,
@@ -124,7 +136,7 @@ def decode(
         )
         target = _device(device)
         source = (
-            RandomModel(config or "llama-3-8b")
+            RandomModel(config or _DEFAULT_CONFIG)
             if model is None
             else find_model(model, trust_remote_code=trust_remote_code)
         )
@@ -132,7 +144,7 @@ def decode(
             source, settings, target, options.parse_dtype(dtype, target), _shower(status), _saver(results_file)
         )
     _print_decode(console, report)
-    _finish(report.to_json(), figure_file, plot_decode, json_output)
+    _finish(report.to_json(), results_file, figure_file, plot_decode, json_output)
 
 
 def _device(name: str | None) -> torch.device:
@@ -144,14 +156,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _results_file(name: str | None) -> Path | None:
-    if name is None:
-        return None
-    path = Path(name)
-    if path.is_dir():
-        raise InputError(f"--results {name} is a folder: give a file")
-    options.check_writable("--results", path)
-    return path
+def _results_file(name: str | None, json_output: bool) -> Path | None:
+    return None if name is None else options.output_file("--results", name, "results.json", json_output)
 
 
 def _figure_file(name: str | None, default: str) -> Path | None:
@@ -164,7 +170,7 @@ def _figure_file(name: str | None, default: str) -> Path | None:
     path = Path(name) if name.lower().endswith(".png") else Path(name) / default
     if path.parent == Path(name):
         options.make_folder("--output", path.parent)
-    options.check_writable("--output", path)
+    check_writable("--output", path)
     return path
 
 
@@ -173,19 +179,27 @@ def _shower(status: Status) -> Callable[[str], None]:
 
 
 def _saver(path: Path | None) -> Callable[[OperationsReport | DecodeReport], None]:
-    """Keeps what has been measured so far, should the run be stopped."""
+    """Keeps what has been measured so far, should the run be stopped; a stream gets all of it once, at the end."""
     from tidaldecode.bench.results import save_results
 
     def save(report: OperationsReport | DecodeReport) -> None:
-        if path is not None:
+        if path is not None and not is_stream(path):
             save_results(report.to_json(), path)
 
     return save
 
 
 def _finish(
-    results: dict[str, Any], figure: Path | None, plot: Callable[[dict[str, Any], Path], None], json_output: bool
+    results: dict[str, Any],
+    stream: Path | None,
+    figure: Path | None,
+    plot: Callable[[dict[str, Any], Path], None],
+    json_output: bool,
 ) -> None:
+    from tidaldecode.bench.results import save_results
+
+    if stream is not None and is_stream(stream):
+        save_results(results, stream)
     if figure is not None:
         plot(results, figure)
     if json_output:
@@ -204,6 +218,8 @@ def _print_operations(console: Console, report: OperationsReport) -> None:
             figures = (f"{row.us:,.1f}", f"{row.floor_us:,.1f}", _ratio(row.over_sdpa), _ratio(row.speedup_vs_full))
             table.add_row(row.operation, _budget(row.budget), *figures)
         console.print(table)
+        if rows[0].heads > kv_heads:
+            print_sets(console, {"per_head, and step tidal": rows[0].heads / kv_heads})
 
 
 def _print_decode(console: Console, report: DecodeReport) -> None:
@@ -215,6 +231,8 @@ def _print_decode(console: Console, report: DecodeReport) -> None:
         figures = (f"{row.step_ms:,.3f}", f"{row.floor_ms:,.3f}", _ratio(row.over_floor), _ratio(row.speedup_vs_full))
         table.add_row(row.method, f"{row.context:,}", _budget(row.budget), *figures, f"{row.kv_read_fraction:.1%}")
     console.print(table)
+    if report.sets_per_kv_head > 1 and any(row.method == "tidal" for row in report.rows):
+        print_sets(console, {f"tidal, {report.plan or 'plan'}": report.sets_per_kv_head})
     if not all(row.captured for row in report.rows):
         console.print("the steps did not run in a CUDA graph")
 

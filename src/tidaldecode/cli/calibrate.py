@@ -12,8 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Words
 
+from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
+from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.whole_file import check_writable, is_stream
 
 if TYPE_CHECKING:
     from tidaldecode.calibrate.report import CalibrationReport
@@ -92,45 +99,43 @@ def calibrate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Finds the plan that loses least for a model; Ctrl-C keeps the best so far."""
-    plan_file = _plan_file(output, force)
+    plan_file = _plan_file(output, force, json_output)
     rules: tuple[Any, ...] = options.parse_names("--selection", selection, _RULES)
     budgets = _budgets(budget, max_gap)
     for option, number in (("--select-layers", select_layers), ("--full-layers", full_layers)):
         if max_gap is not None and number is not None:
             raise InputError(f"give {option} or --max-gap, not both: the gap decides how many layers it takes")
     results_file = eval_options.results_file(results, "calibration.json", "--results")
+    if results_file is not None:
+        check_matplotlib()
+    settings = CalibrationSettings(
+        select_layers=(select_layers or _DEFAULT_SELECT_LAYERS) if max_gap is None else None,
+        full_layers=_FULL_LAYERS if full_layers is None else full_layers,
+        max_gap=max_gap,
+        budgets=budgets,
+        context=context,
+        decode=decode,
+        windows=windows,
+        heldout_windows=heldout_windows,
+        selections=rules,
+        per_query_head=per_query_head,
+        seed=seed,
+    )
+    parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
+    heldout_parts = None if heldout_text is None else text_parts(Path(heldout_text))
+    outline_of(model).check_context(context)
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
 
+        from tidaldecode.architecture import model_shape
+        from tidaldecode.baselines.methods import Method
         from tidaldecode.calibrate.calibration import calibrate as run_calibration
         from tidaldecode.calibrate.report import CalibrationReport
-        from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
         from tidaldecode.environment import environment
-        from tidaldecode.evaluate.needle import paul_graham_essays
-        from tidaldecode.evaluate.text import Text, text_parts
         from tidaldecode.hf import apply
-        from tidaldecode.models import find_model
         from tidaldecode.report.calibration_plots import plot_frontier
-        from tidaldecode.report.drawing import check_matplotlib
 
-        if results_file is not None:
-            check_matplotlib()
-        settings = CalibrationSettings(
-            select_layers=(select_layers or _DEFAULT_SELECT_LAYERS) if max_gap is None else None,
-            full_layers=_FULL_LAYERS if full_layers is None else full_layers,
-            max_gap=max_gap,
-            budgets=budgets,
-            context=context,
-            decode=decode,
-            windows=windows,
-            heldout_windows=heldout_windows,
-            selections=rules,
-            per_query_head=per_query_head,
-            seed=seed,
-        )
-        parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
-        heldout_parts = None if heldout_text is None else text_parts(Path(heldout_text))
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
         files = find_model(model, trust_remote_code=trust_remote_code)
@@ -148,7 +153,7 @@ def calibrate(
         check_apart(tokens, settings.starts(tokens), heldout, settings.heldout(heldout))
     if results_file is not None:
         options.make_folder("--results", results_file.parent)
-        options.check_writable("--results", results_file)
+        check_writable("--results", results_file)
     with console.status("loading the model"):
         torch.manual_seed(seed)
         loaded = apply(files.model(target, precision), "full")
@@ -173,19 +178,18 @@ def calibrate(
         report.save(results_file)
         plot_frontier(content["frontier"], figure, f"{report.model}: what plans lose, and what they read")
     _print(console, report, plan_file)
+    sets = sets_per_kv_head([Method("tidal", plan=report.plan)], model_shape(loaded.config))
+    print_sets(console, sets)
     if json_output:
-        print(json.dumps(content))
+        print(json.dumps({**content, "sets_per_kv_head": sets}))
     if found.stopped:
         raise typer.Exit(_STOPPED)
 
 
-def _plan_file(output: str, force: bool) -> Path:
-    path = Path(output)
-    if path.is_dir():
-        raise InputError(f"--output {output} is a folder: give a file, such as {path / 'plan.json'}")
-    if path.exists() and not force:
+def _plan_file(output: str, force: bool, json_output: bool) -> Path:
+    path = options.output_file("--output", output, "plan.json", json_output)
+    if path.exists() and not force and not is_stream(path):
         raise InputError(f"--output {output} exists: give another name, or --force to replace it")
-    options.check_writable("--output", path)
     return path
 
 

@@ -13,6 +13,12 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
+from tidaldecode.evaluate.windows import Windows
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
+from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.whole_file import check_writable
 
 if TYPE_CHECKING:
     from tidaldecode.calibrate.coherence import CoherenceReport
@@ -57,6 +63,12 @@ def coherence(
     size = options.parse_budget(budget)
     assert size is not None
     results = eval_options.results_file(output, "coherence.json")
+    if results is not None:
+        check_matplotlib()
+    outline = outline_of(model)
+    parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
+    places = Windows(context, decode, windows, offset, stride)
+    outline.check_context(context)
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
@@ -65,18 +77,9 @@ def coherence(
         from tidaldecode.calibrate.coherence import CoherenceReport, CoherenceSettings
         from tidaldecode.calibrate.coherence import coherence as measure
         from tidaldecode.environment import environment
-        from tidaldecode.evaluate.needle import paul_graham_essays
-        from tidaldecode.evaluate.text import Text, text_parts
-        from tidaldecode.evaluate.windows import Windows
         from tidaldecode.hf import apply
-        from tidaldecode.models import find_model
         from tidaldecode.report.coherence_plots import plot_recall_heatmaps, plot_recall_over_distance
-        from tidaldecode.report.drawing import check_matplotlib
 
-        if results is not None:
-            check_matplotlib()
-        parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
-        places = Windows(context, decode, windows, offset, stride)
         settings = CoherenceSettings(places, rules, tokens_of(size, context), sink_tokens)
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
@@ -87,7 +90,7 @@ def coherence(
         places.check_text(tokens)
     if results is not None:
         options.make_folder("--output", results.parent)
-        options.check_writable("--output", results)
+        check_writable("--output", results)
     with console.status("loading the model"):
         torch.manual_seed(seed)
         loaded = apply(files.model(target, precision), "full")

@@ -12,6 +12,12 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
+from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
+from tidaldecode.evaluate.windows import Windows
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
+from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
 
 if TYPE_CHECKING:
@@ -52,28 +58,27 @@ def correction(
     """Measures what correcting the cache every T tokens, and verifying every T tokens, give and take."""
     drafts, budgets = options.parse_integers("--lengths", lengths), options.parse_budgets(budget, "--budget")
     results = eval_options.results_file(output, "correction.jsonl")
+    if results is not None:
+        check_matplotlib()
+    outline = outline_of(model)
+    outline.check_plan(plan)
+    parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
+    settings = Windows(context, decode, windows, offset, stride)
+    outline.check_context(context)
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
 
+        from tidaldecode.architecture import model_shape
         from tidaldecode.baselines.methods import check_methods
         from tidaldecode.environment import environment
         from tidaldecode.evaluate.cells import Cells
         from tidaldecode.evaluate.correction import CELL_KEY, CorrectionReport, cell_identity, study, variants
-        from tidaldecode.evaluate.needle import paul_graham_essays
-        from tidaldecode.evaluate.text import Text, text_parts
-        from tidaldecode.evaluate.windows import Windows
         from tidaldecode.hf import apply
         from tidaldecode.hf.correction import check_second_pass
-        from tidaldecode.models import find_model
         from tidaldecode.plans.find import find_plan
         from tidaldecode.report.correction_plots import plot_correction
-        from tidaldecode.report.drawing import check_matplotlib
 
-        if results is not None:
-            check_matplotlib()
-        parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
-        settings = Windows(context, decode, windows, offset, stride)
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
         files = find_model(model, trust_remote_code=trust_remote_code)
@@ -106,8 +111,10 @@ def correction(
     if results is not None:
         plot_correction(rows, results.with_name(_FIGURE), f"{report.model}, {report.text}, plan {report.plan}")
     _print(console, report)
+    sets = sets_per_kv_head([variant.method for variant in wanted], model_shape(config))
+    print_sets(console, sets)
     if json_output:
-        print(json.dumps(report.to_json()))
+        print(json.dumps({**report.to_json(), "sets_per_kv_head": sets}))
 
 
 def _print(console: Console, report: CorrectionReport) -> None:

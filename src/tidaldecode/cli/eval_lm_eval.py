@@ -15,8 +15,12 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.lm_eval_there import check_lm_eval
 from tidaldecode.evaluate.summary import lm_eval_summary
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
 from tidaldecode.report.labels import budget_label
 
 if TYPE_CHECKING:
@@ -58,13 +62,16 @@ def lm_eval(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Runs tasks of lm-eval (LongBench, RULER, your own); what is answered is decoded by each method."""
-    eval_options.check_names(method, budget, plan)
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
     extra = _parse_metadata(metadata)
     results = eval_options.results_file(output, "lm-eval.jsonl")
+    task_folder = None if include_path is None else Path(include_path)
+    check_lm_eval(task_folder)
+    eval_options.check_names(method, budget, plan, outline_of(model))
     console = Console(stderr=True)
     # lm-eval and its tasks print what they like, and stdout is for the one JSON object
     with redirect_stdout(sys.stderr), console.status("starting") as status:
+        from tidaldecode.architecture import model_shape
         from tidaldecode.baselines.methods import check_methods
         from tidaldecode.environment import environment
         from tidaldecode.evaluate.cells import Cells
@@ -73,7 +80,6 @@ def lm_eval(
             LmEvalReport,
             TaskSettings,
             cell_identity,
-            check_lm_eval,
             evaluate_tasks,
             find_tasks,
             finished,
@@ -82,9 +88,7 @@ def lm_eval(
             tokenizer_metadata,
         )
         from tidaldecode.hf import apply
-        from tidaldecode.models import find_model
 
-        check_lm_eval()
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
         files = find_model(model, trust_remote_code=trust_remote_code)
@@ -92,9 +96,7 @@ def lm_eval(
         methods = eval_options.make_methods(config, method, budget, plan, selection, page_size, full_layers)
         check_methods(methods, config, config.max_position_embeddings)
         tokenizer = files.tokenizer()
-        settings = TaskSettings(
-            names, None if include_path is None else Path(include_path), limit, num_fewshot, chat_template, extra, seed
-        )
+        settings = TaskSettings(names, task_folder, limit, num_fewshot, chat_template, extra, seed)
         settings.check(tokenizer)
         status.update("loading the tasks")
         with tokenizer_metadata(tokenizer) as known:
@@ -121,8 +123,10 @@ def lm_eval(
             rows=tuple(rows),
         )
     _print(console, report)
+    sets = sets_per_kv_head(methods, model_shape(config))
+    print_sets(console, sets)
     if json_output:
-        print(json.dumps(report.to_json()))
+        print(json.dumps({**report.to_json(), "sets_per_kv_head": sets}))
 
 
 def _parse_metadata(text: str | None) -> dict[str, Any]:

@@ -14,6 +14,11 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
+from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
+from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
 
 if TYPE_CHECKING:
@@ -49,8 +54,15 @@ def needle(
     """Hides a number in a long text and asks for it at the end: who finds it, at which length and depth."""
     sizes = options.parse_integers("--lengths", lengths)
     results = eval_options.results_file(output, "needle.jsonl")
+    if results is not None:
+        check_matplotlib()
+    outline = outline_of(model)
+    eval_options.check_names(method, budget, plan, outline)
+    parts: Iterable[str] = [paul_graham_essays()] if haystack is None else text_parts(Path(haystack))
+    outline.check_context(max(sizes))
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
+        from tidaldecode.architecture import model_shape
         from tidaldecode.baselines.methods import check_methods
         from tidaldecode.environment import environment
         from tidaldecode.evaluate.cells import Cells
@@ -62,18 +74,10 @@ def needle(
             find_needles,
             finished,
             needle_cases,
-            paul_graham_essays,
         )
-        from tidaldecode.evaluate.text import Text, text_parts
         from tidaldecode.hf import apply
-        from tidaldecode.models import find_model
-        from tidaldecode.report.drawing import check_matplotlib
         from tidaldecode.report.evaluation_plots import plot_needle_heatmaps
 
-        if results is not None:
-            check_matplotlib()
-        eval_options.check_names(method, budget, plan)
-        parts: Iterable[str] = [paul_graham_essays()] if haystack is None else text_parts(Path(haystack))
         settings = NeedleSettings(sizes, depths, repeats, seed)
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
@@ -108,8 +112,10 @@ def needle(
     if report.figure is not None:
         plot_needle_heatmaps(report.rows, Path(report.figure), f"{report.model}, needles in {report.haystack}")
     _print(console, report)
+    sets = sets_per_kv_head(methods, model_shape(config))
+    print_sets(console, sets)
     if json_output:
-        print(json.dumps(report.to_json()))
+        print(json.dumps({**report.to_json(), "sets_per_kv_head": sets}))
 
 
 def _print(console: Console, report: NeedleReport) -> None:

@@ -13,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tidaldecode.cli import options
 from tidaldecode.errors import InputError
-from tidaldecode.plans import read_plan
+from tidaldecode.method_names import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tidaldecode.baselines.methods import Method
+    from tidaldecode.outline import Outline
     from tidaldecode.plan import TidalPlan
 
 Methods = Annotated[
@@ -48,14 +49,12 @@ Output = Annotated[
 ]
 
 
-def check_names(methods: str, budgets: str | None, plans: str) -> None:
-    """Refuses, before anything is loaded, names and budgets that are wrong or are nobody's.
+def check_names(methods: str, budgets: str | None, plans: str, outline: Outline) -> None:
+    """Refuses, before anything is loaded, names and budgets that are wrong or are nobody's, and plans of other models.
 
     Raises:
         InputError: they are.
     """
-    from tidaldecode.baselines.methods import METHODS
-
     names = options.parse_names("--method", methods, METHODS)
     if names == ("full",) and budgets is not None:
         raise InputError("--method full reads everything: leave out --budget")
@@ -65,7 +64,7 @@ def check_names(methods: str, budgets: str | None, plans: str) -> None:
         options.parse_budgets(budgets, "--budget")
     if "tidal" in names:
         for plan in _items(plans):
-            read_plan(plan)
+            outline.check_plan(plan)
 
 
 def make_methods(
@@ -82,7 +81,7 @@ def make_methods(
     Raises:
         InputError: a name is unknown, or a setting is missing or wrong.
     """
-    from tidaldecode.baselines.methods import METHODS, every_method
+    from tidaldecode.baselines.methods import every_method
     from tidaldecode.plans.find import find_plan
 
     names = options.parse_names("--method", methods, METHODS)

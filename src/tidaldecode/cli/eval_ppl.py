@@ -13,6 +13,12 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.sets import print_sets, sets_per_kv_head
+from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
+from tidaldecode.evaluate.windows import Windows
+from tidaldecode.models import find_model
+from tidaldecode.outline import outline_of
+from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
 
 if TYPE_CHECKING:
@@ -53,14 +59,21 @@ def ppl(
 ) -> None:
     """Scores the last tokens of windows of a text, decoded by each method, against full attention."""
     results = eval_options.results_file(output, "ppl.jsonl")
+    if results is not None:
+        check_matplotlib()
+    outline = outline_of(model)
+    eval_options.check_names(method, budget, plan, outline)
+    parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
+    settings = Windows(context, decode, windows, offset, stride)
+    outline.check_context(context)
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
 
+        from tidaldecode.architecture import model_shape
         from tidaldecode.baselines.methods import check_methods
         from tidaldecode.environment import environment
         from tidaldecode.evaluate.cells import Cells
-        from tidaldecode.evaluate.needle import paul_graham_essays
         from tidaldecode.evaluate.perplexity import (
             CELL_KEY,
             PerplexityReport,
@@ -68,18 +81,9 @@ def ppl(
             finished,
             perplexity,
         )
-        from tidaldecode.evaluate.text import Text, text_parts
-        from tidaldecode.evaluate.windows import Windows
         from tidaldecode.hf import apply
-        from tidaldecode.models import find_model
-        from tidaldecode.report.drawing import check_matplotlib
         from tidaldecode.report.evaluation_plots import plot_budget_sweep, plot_perplexity_over_position
 
-        if results is not None:
-            check_matplotlib()
-        eval_options.check_names(method, budget, plan)
-        parts = iter([paul_graham_essays()]) if text is None else text_parts(Path(text))
-        settings = Windows(context, decode, windows, offset, stride)
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)
         files = find_model(model, trust_remote_code=trust_remote_code)
@@ -118,8 +122,10 @@ def ppl(
         figures=tuple(figures),
     )
     _print(console, report)
+    sets = sets_per_kv_head(methods, model_shape(config))
+    print_sets(console, sets)
     if json_output:
-        print(json.dumps(report.to_json()))
+        print(json.dumps({**report.to_json(), "sets_per_kv_head": sets}))
 
 
 def _print(console: Console, report: PerplexityReport) -> None:

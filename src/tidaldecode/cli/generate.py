@@ -11,18 +11,25 @@ from rich.console import Console
 from rich.table import Table
 
 from tidaldecode.cli import options
-from tidaldecode.cli.prompt import read_prompt
+from tidaldecode.cli.prompt import Prompt, check_length, read_prompt
 from tidaldecode.errors import InputError
+from tidaldecode.models import find_model
+from tidaldecode.outline import Outline, outline_of
 from tidaldecode.plans import read_plan
+from tidaldecode.report.labels import budget_words
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from tidaldecode.hf.drafting import Lossless
     from tidaldecode.hf.measured import Generation
     from tidaldecode.plan import TidalPlan
+
+_NO_CHAT = (
+    "the model has no chat template, so it goes on with 'Question: ... Answer:', and behind the answer with the text"
+)
+_MARGIN = 1.01  # the class of tokenizer that Transformers chooses for a model may count a little otherwise
 
 
 def generate(
@@ -66,19 +73,16 @@ def generate(
         raise InputError("--method full reads everything: leave out --plan and --budget")
     rounds = _parse_lossless(lossless)
     _check_passes(method, rounds, correction_interval)
-    text = read_prompt(prompt, prompt_file, question)
+    asked = read_prompt(prompt, prompt_file, question)
     _check_plan_file(plan, token_budget, model)
+    _check_early(outline_of(model), None if method == "full" else plan, asked, max_new_tokens)
 
     console = Console(stderr=True)
-    with console.status("starting"):  # PyTorch and Transformers take seconds to import
+    with console.status("starting"):  # PyTorch takes seconds to import
+        import torch
         from transformers.utils import logging as transformers_logging
 
-        from tidaldecode.architecture import check_architecture, check_plan
-        from tidaldecode.environment import environment
-        from tidaldecode.hf import apply
-        from tidaldecode.hf.correction import check_second_pass
-        from tidaldecode.hf.measured import Passes, Sampling, compare_with_full, first_difference, generate_measured
-        from tidaldecode.models import find_model
+        from tidaldecode.architecture import check_architecture, check_plan, model_shape
 
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
@@ -88,12 +92,20 @@ def generate(
     check_architecture(config)
     chosen = _plan(plan, method, token_budget, config)
     check_plan(chosen, config)
+    tokenizer = files.tokenizer()
+    tokens = torch.tensor([asked.token_ids(tokenizer)])
+    check_length(tokens.shape[1], max_new_tokens, config.max_position_embeddings)
+    with console.status("starting"):  # and so do Transformers' models, which the checks above do without
+        from tidaldecode.environment import environment
+        from tidaldecode.hf import apply
+        from tidaldecode.hf.correction import check_second_pass
+        from tidaldecode.hf.measured import Passes, Sampling, compare_with_full, first_difference, generate_measured
+
     for option, given in (("--lossless", rounds), ("--correction-interval", correction_interval)):
         if given is not None:
             check_second_pass(config, option)
-    tokenizer = files.tokenizer()
-    tokens = _tokens(tokenizer, text)
-    _check_length(tokens.shape[1], max_new_tokens, config)
+    if asked.question and tokenizer.chat_template is None:
+        console.print(_NO_CHAT, soft_wrap=True)
     loaded = apply(files.model(target, options.parse_dtype(dtype, target)), chosen)
 
     sampling = Sampling(temperature, top_p, seed)
@@ -104,7 +116,8 @@ def generate(
     if compare:
         with console.status("decoding with full attention"):
             full = compare_with_full(loaded, tokenizer, tokens, max_new_tokens, done, cache)
-    console.print(_table(chosen, method, done, full))
+    sets = chosen.sets_per_kv_head(model_shape(config))
+    console.print(_table(chosen, method, done, full, sets))
     if full is not None:
         console.print(_difference(tokenizer, done, full), highlight=False, soft_wrap=True, markup=False)
     if json_output:
@@ -115,6 +128,8 @@ def generate(
             "token_budget": chosen.token_budget,
         }
         answer |= _figures(done)
+        if sets:
+            answer |= {"sets_per_kv_head": _rounded(sets, 4), "tokens_read_per_kv_head": _sparse_reads(chosen, done)}
         if rounds is not None:
             answer |= {"lossless": rounds, "accepted_per_round": _rounded(done.accepted_per_round, 4)}
         if correction_interval is not None:
@@ -174,22 +189,16 @@ def _plan(name: str, method: str, budget: int | float | None, config: PreTrained
     return plan if budget is None else plan.with_budget(budget)
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:
-    """The text as the user's turn in the model's chat template, as it is for a model without one: [1, n] token ids."""
-    chat = tokenizer.chat_template is not None
-    if chat:
-        turns = [{"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    return tokenizer(text, add_special_tokens=not chat, return_tensors="pt", verbose=False).input_ids
-
-
-def _check_length(tokens: int, new_tokens: int, config: PreTrainedConfig) -> None:
-    positions = config.max_position_embeddings
-    if tokens + new_tokens > positions:
-        raise InputError(
-            f"the prompt has {tokens} tokens, with {new_tokens} new ones {tokens + new_tokens}; the model has "
-            f"{positions} positions: shorten the prompt by {tokens + new_tokens - positions} tokens"
-        )
+def _check_early(outline: Outline, plan: str | None, asked: Prompt, new_tokens: int) -> None:
+    """Finds, without PyTorch, a plan for another model, and a prompt that is much too long."""
+    if plan is not None:
+        outline.check_plan(plan)
+    positions = outline.positions
+    if positions is None or asked.most_tokens() + new_tokens <= positions:
+        return
+    tokenizer = outline.tokenizer()
+    if tokenizer is not None and (tokens := len(asked.token_ids(tokenizer))) + new_tokens > _MARGIN * positions:
+        check_length(tokens, new_tokens, positions)
 
 
 class _Stream:
@@ -235,7 +244,12 @@ def _ratio(one: Generation, other: Generation) -> float | None:
     return round(one.decode_ms_per_token / other.decode_ms_per_token, 4)
 
 
-def _table(plan: TidalPlan, method: str, done: Generation, full: Generation | None) -> Table:
+def _table(plan: TidalPlan, method: str, done: Generation, full: Generation | None, sets: float) -> Table:
+    """The figures, side by side.
+
+    Args:
+        sets: index sets that the query heads of a KV head read in a sparse layer.
+    """
     columns = [done] if full is None else [done, full]
     table = Table(show_header=full is not None)
     table.add_column("")
@@ -244,9 +258,11 @@ def _table(plan: TidalPlan, method: str, done: Generation, full: Generation | No
     table.add_row("context, tokens", *(f"{column.context_tokens:,}" for column in columns))
     table.add_row("new tokens", *(f"{len(column.token_ids):,}" for column in columns))
     for role in ("full", "select", "sparse"):
-        layers = [layer for layer, its_role in enumerate(plan.roles) if its_role == role]
+        layers = _layers(plan, role)
         if layers:
             label = f"tokens read per new token in each of {len(layers)} {role} layers"
+            if role == "sparse" and sets > 1:
+                label += f",\nper KV head: {sets:g} sets of {budget_words(plan.token_budget)}"
             table.add_row(label, *(f"{_mean_reads(column, layers):,.0f}" for column in columns))
     table.add_row("share of the KV cache read", *(f"{column.kv_read_fraction:.1%}" for column in columns))
     if done.accepted_per_round is not None:
@@ -255,6 +271,15 @@ def _table(plan: TidalPlan, method: str, done: Generation, full: Generation | No
     if full is not None and (ratio := _ratio(done, full)) is not None:
         table.add_row("step time over full attention's", f"{ratio:.2f}", "1.00")
     return table
+
+
+def _layers(plan: TidalPlan, role: str) -> list[int]:
+    return [layer for layer, its_role in enumerate(plan.roles) if its_role == role]
+
+
+def _sparse_reads(plan: TidalPlan, done: Generation) -> float:
+    """Tokens that a KV head of a sparse layer read per new token."""
+    return round(_mean_reads(done, _layers(plan, "sparse")), 2)
 
 
 def _mean_reads(generation: Generation, layers: list[int]) -> float:

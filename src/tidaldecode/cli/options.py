@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tidaldecode.errors import InputError
+from tidaldecode.whole_file import check_writable, is_standard_output
 
 if TYPE_CHECKING:
     import torch
@@ -143,13 +143,20 @@ def make_folder(option: str, folder: Path) -> None:
         raise InputError(f"{option} {folder} can't be made a folder: {error.strerror}") from None
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Refuses a file whose folder is missing or can't be written to.
+def output_file(option: str, name: str, example: str, json_output: bool) -> Path:
+    """The file of an option, `-` being standard output; it need not exist, but can be written.
+
+    Args:
+        example: name of such a file, for messages.
+        json_output: whether `--json` wants standard output for itself.
 
     Raises:
-        InputError: it is, or can't.
+        InputError: it is a folder, its own folder is missing, or it can't be written to.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{option} {path}: the folder {path.parent} can't be written to")
+    path = Path("/dev/stdout" if name == "-" else name)
+    if path.is_dir():
+        raise InputError(f"{option} {name} is a folder: give a file, such as {path / example}")
+    if json_output and is_standard_output(path):
+        raise InputError(f"{option} {name} and --json both write to standard output: leave out one of them")
+    check_writable(option, path)
+    return path

@@ -23,11 +23,12 @@ def report(
     json_output: options.Json = False,
 ) -> None:
     """Turns a folder of results into one HTML page with figures and tables, which needs no network."""
+    page = options.output_file("--output", output, "report.html", json_output)
     console = Console(stderr=True)
     with console.status("reading"):
         from tidaldecode.report.page import write_report
 
-        written = write_report(Path(results_dir), Path(output))
+        written = write_report(Path(results_dir), page)
     for skipped in written.skipped[:_NAMED]:
         console.print(Text(f"left out {skipped.file}: {skipped.reason}"), soft_wrap=True)
     if len(written.skipped) > _NAMED:

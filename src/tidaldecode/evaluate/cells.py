@@ -99,7 +99,11 @@ class Cells:
         return self._cells.get(_key_of(key, self._key))
 
     def append(self, cell: Mapping[str, Any]) -> None:
-        """Adds a cell, which takes the place of one with the same key. It is on the disk when this returns."""
+        """Adds a cell, which takes the place of one with the same key. It is on the disk when this returns.
+
+        Raises:
+            InputError: it can't be written; the cells before it stay.
+        """
         row = json.loads(json.dumps(cell))  # as it will be read back
         key = _key_of(row, self._key)
         self._write(row)
@@ -119,9 +123,13 @@ class Cells:
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            mend = "the cells before it stay, and the same command goes on from there"
+            raise InputError(f"{self._file.name} can't be written: {error.strerror}; {mend}") from None
 
 
 def read_cells(path: Path) -> CellsFile:

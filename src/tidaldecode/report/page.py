@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,7 +19,7 @@ from tidaldecode.report.others import calibration_article, other_article, recall
 from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
 from tidaldecode.report.results import Result, Skipped, read_results
 from tidaldecode.report.speed import decode_article, operations_article
-from tidaldecode.whole_file import whole_file
+from tidaldecode.whole_file import check_writable, whole_file
 
 _ARTICLES: dict[str, Callable[[Result, str], Article]] = {
     "ppl": ppl_article,
@@ -98,7 +97,9 @@ def write_report(folder: Path, output: Path) -> Report:
         InputError: the folder holds nothing that is understood, the page can't be written, or matplotlib is missing.
     """
     check_matplotlib()
-    _check_output(output)
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder: give a file, such as {output / 'report.html'}")
+    check_writable("--output", output)
     results, skipped = read_results(folder)
     sections = _sections(results)
     page = _page(folder, results, sections, skipped)
@@ -107,15 +108,6 @@ def write_report(folder: Path, output: Path) -> Report:
     articles = [article for section in sections for article in section.articles]
     figures = ((figure.name, f"{article.title}: {figure.title}") for article in articles for figure in article.figures)
     return Report(output, tuple(figures), tuple(skipped))
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder: give a file, such as {output / 'report.html'}")
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: the folder {output.parent} does not exist")
-    if not os.access(output.parent, os.W_OK):
-        raise InputError(f"--output {output}: the folder {output.parent} can't be written to")
 
 
 def _sections(results: Sequence[Result]) -> list[Section]:

@@ -259,7 +259,7 @@ def _read_cells(path: Path, name: str) -> Result:
 
 def _read_json(path: Path, name: str) -> Result:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # of any UTF, with or without a byte order mark
     except ValueError:
         raise InputError("no JSON") from None
     if not isinstance(content, dict):
