@@ -29,6 +29,14 @@ if importlib.util.find_spec("vllm") is None:  # it has an environment of its own
     collect_ignore = ["serving"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that need a GPU where there is none; `make test-gpu` runs them where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture
 def tiny() -> Callable[..., PreTrainedModel]:
     """Makes a tiny random model of a family, float32, in evaluation mode."""
@@ -55,6 +63,13 @@ def run(monkeypatch, capsys):
         return stop.value.code or 0, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder for models that is not there yet."""
+    monkeypatch.setenv("TIDALDECODE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

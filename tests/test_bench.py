@@ -112,7 +112,7 @@ def test_rotated_buffers(monkeypatch):
     assert rotated_buffers(1000, CPU, most=20) == 20
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_a_graph_replays_every_call():
     counters = [torch.zeros((), device="cuda") for _ in range(3)]
     found = time_gpu([lambda counter=counter: counter.add_(1) for counter in counters], torch.device("cuda"))

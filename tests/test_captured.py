@@ -23,7 +23,6 @@ from tidaldecode.hf.merged import merged_products
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GLOBAL_FAMILIES = [family for family in FAMILIES if family != "gemma3_text"]
 
 PROMPT = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -310,7 +309,7 @@ PLANS = {
 }
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 def test_captured_steps_equal_uncaptured_ones(gpu_model, tiny, family, plan):
@@ -328,7 +327,7 @@ def test_captured_steps_equal_uncaptured_ones(gpu_model, tiny, family, plan):
     assert torch.equal(one.sequences.lengths, other.sequences.lengths)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 9, 33, 65])
 def test_captured_chunks_equal_uncaptured_ones(gpu_model, tiny, tokens):
     plan = PLANS["paper"](tiny().config)
@@ -345,7 +344,7 @@ def test_captured_chunks_equal_uncaptured_ones(gpu_model, tiny, tokens):
     assert torch.equal(one.sequences.lengths, other.sequences.lengths)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("drafting", ["plan", "verification"])
 def test_lossless_rounds_replay_graphs(gpu_model, tiny, drafting):
     """In float32 the tokens are full attention's, and the cache's rows are corrected by captured passes too."""
@@ -387,7 +386,7 @@ def assert_prefilled(model, cache, output):
                 torch.testing.assert_close(rows[b, :, :length], wanted[b, :, :length], rtol=1e-3, atol=1e-3)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_capture_that_the_user_stops_leaves_the_tokens_own_rows(gpu_model, tiny, monkeypatch):
     """Of a correction: the cache keeps the tokens, and their rows must not be another token's."""
     plan = PLANS["paper"](tiny().config)
@@ -411,7 +410,7 @@ def test_a_capture_that_the_user_stops_leaves_the_tokens_own_rows(gpu_model, tin
     assert_prefilled(model, cache, torch.cat([PROMPT.cuda(), ids[:, :, 0].T], 1))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_one_chunk_graph_serves_a_cache_for_good(gpu_model, tiny):
     """After crop and reset, and beside another plan; for another batch there is a new one."""
     plan = PLANS["paper"](tiny().config)
@@ -446,7 +445,7 @@ def test_one_chunk_graph_serves_a_cache_for_good(gpu_model, tiny):
     assert cache.chunks.keys() == {9} and cache.chunks[9] is not graph
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_captured_chunk_keeps_no_more_than_its_activations(gpu_model, tiny):
     """No workspace of its own for products beside the decode step's, 32 MiB on a Hopper GPU."""
     plan = PLANS["paper"](tiny().config)
@@ -460,7 +459,7 @@ def test_a_captured_chunk_keeps_no_more_than_its_activations(gpu_model, tiny):
     assert torch.cuda.memory_allocated() - allocated < 4 * 2**20
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_one_graph_serves_a_cache_for_good(gpu_model, tiny):
     """After crop and reset the same graph runs on; with another plan or batch a new one."""
     plan = PLANS["paper"](tiny().config)
@@ -486,7 +485,7 @@ def test_one_graph_serves_a_cache_for_good(gpu_model, tiny):
     torch.testing.assert_close(decode(5), expected, rtol=1e-4, atol=1e-4)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 20}])
 def test_generate_replays_a_graph(gpu_model, tiny, sampling):
     plan = PLANS["paper"](tiny().config).with_budget(64)  # the whole context
@@ -501,7 +500,7 @@ def test_generate_replays_a_graph(gpu_model, tiny, sampling):
     assert torch.equal(*outputs)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_what_a_graph_does_not_give_runs_without(gpu_model, tiny):
     plan = PLANS["paper"](tiny().config)
     model = gpu_model(plan)
@@ -512,7 +511,7 @@ def test_what_a_graph_does_not_give_runs_without(gpu_model, tiny):
     assert model(token, past_key_values=cache).logits.shape[1] == 1 and cache.step is not None
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_ten_thousand_steps_in_one_graph(gpu_model, tiny):
     """No memory grows, and nothing drifts from the steps that are not captured."""
     config = tiny(max_position_embeddings=20_000).config
@@ -546,7 +545,7 @@ def test_a_step_that_does_not_fit_is_refused_before_it_is_warmed_up(tiny):
         read_prompt(model, model._tidaldecode.plan, 40).check_step(3)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_full_cache_stays_as_it_is(gpu_model, tiny):
     plan = PLANS["paper"](tiny().config)
     model = gpu_model(plan)
@@ -596,7 +595,7 @@ def test_what_has_no_kernel_is_said_once(monkeypatch, caplog, dtype, head_dim, c
     ops._told_obstacle.cache_clear()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_cache_that_does_not_fit_says_how_much_is_needed(gpu_model, tiny):
     plan = PLANS["paper"](tiny().config)
     model = gpu_model(plan)
