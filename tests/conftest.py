@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, see below
+
 import torch
 
 if not torch.cuda.is_available():
@@ -23,7 +25,7 @@ from families import FAMILIES
 from tidaldecode.cli import main
 from tidaldecode.models import ModelFiles, find_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # several wait for each other actively: on a busy machine tests take ten times as long
 
 if importlib.util.find_spec("vllm") is None:  # it has an environment of its own
     collect_ignore = ["serving"]

@@ -42,13 +42,10 @@ STEPS = ("step full (sdpa)", "step full", "step tidal", "step tidal unified", "s
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few replays, of small memory, in one thread: two wait for each other where the machine is busy."""
-    torch.set_num_threads(1)
+    """Few replays, of small memory."""
     monkeypatch.setattr(timing, "_FEWEST_REPLAYS", 2)
     monkeypatch.setattr(timing, "_MOST_REPLAYS", 2)
     monkeypatch.setitem(roofline._BYTES, "cpu", 2**20)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture

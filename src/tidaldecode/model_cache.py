@@ -119,7 +119,7 @@ def cached_models() -> list[CachedModel]:
     for folder in sorted(cache_folder().glob("*/")):
         origin = origin_of(folder)
         if origin is not None or (folder.name == _DEMO_MODEL and is_complete(folder)):
-            found.append(CachedModel(folder.name, folder, _size(folder), origin and origin["file"]))
+            found.append(CachedModel(folder.name, folder, _size(folder), origin["file"] if origin else None))
     return found
 
 

@@ -119,7 +119,7 @@ class ModelFiles:
         Raises:
             InputError: the weights are damaged, incomplete, or no safetensors, or memory is short.
         """
-        options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
         model, loading = self._read(AutoModelForCausalLM, **options)
         if missing := sorted(loading["missing_keys"]):
             raise InputError(
