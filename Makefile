@@ -4,15 +4,19 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-gpu clean
+.PHONY: demo test test-package test-serving test-gpu clean
 
 demo: .venv/ready
 	.venv/bin/tidaldecode generate --compare --max-new-tokens 48 \
 		--prompt-file examples/moby_dick_101-103.txt \
 		--question "What is the special magic Nantucket number?"
 
-test: .venv-test/ready .venv-vllm/ready
+test: test-package test-serving
+
+test-package: .venv-test/ready
 	.venv-test/bin/python -m pytest
+
+test-serving: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/serving
 
 # On a machine with a GPU, what `make test` skips elsewhere, with a log in benchmarks/results/gpu-tests.

@@ -144,6 +144,7 @@ def two_models(empty_cache):
     (empty_cache / "my-model").mkdir()
     (empty_cache / "my-model" / "config.json").write_text("{}")
     (empty_cache / ".b.unfinished" / "work-1").mkdir(parents=True)
+    (empty_cache / ".deleted-1" / "c").mkdir(parents=True)
     return empty_cache
 
 
@@ -160,7 +161,7 @@ def test_the_command_lists_them(two_models, run):
 
 def test_the_command_deletes_them_and_nothing_of_the_users(two_models, run):
     run("cache", "a", "--clear")
-    assert names(two_models) == [".b.unfinished", "mine.whl", "my-model", "smollm2-135m"]
+    assert names(two_models) == [".b.unfinished", ".deleted-1", "mine.whl", "my-model", "smollm2-135m"]
     status, out, _ = run("cache", "--clear")
     assert (status, out) == (0, "")
     assert names(two_models) == ["mine.whl", "my-model"]

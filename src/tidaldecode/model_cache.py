@@ -19,6 +19,7 @@ from tidaldecode.errors import InputError
 _ORIGIN = "tidaldecode.json"  # says what a folder was made from; of the demo model there is none
 _DEMO_MODEL = "smollm2-135m"
 _UNFINISHED = ".unfinished"  # a hidden folder of this ending is where a model is being made
+_DELETED = ".deleted-"  # and of this beginning, where one is being deleted
 
 
 class CachedModel(NamedTuple):
@@ -130,7 +131,7 @@ def delete_model(model: CachedModel) -> None:
         InputError: it can't be deleted.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=model.folder.parent, prefix=".deleted-") as doomed:
+        with tempfile.TemporaryDirectory(dir=model.folder.parent, prefix=_DELETED) as doomed:
             os.replace(model.folder, Path(doomed) / model.name)
     except OSError as error:
         raise InputError(f"{model.folder} can't be deleted: {error.strerror or error}") from error
@@ -138,7 +139,8 @@ def delete_model(model: CachedModel) -> None:
 
 def delete_unfinished() -> None:
     """Deletes what killed processes left in the cache folder, and digests; not what running processes are making."""
-    shutil.rmtree(digests_folder(), ignore_errors=True)
+    for folder in (digests_folder(), *cache_folder().glob(f"{_DELETED}*")):
+        shutil.rmtree(folder, ignore_errors=True)
     for place in cache_folder().glob(f".*{_UNFINISHED}"):
         with contextlib.suppress(OSError), (place / "lock").open("a") as lock:
             if _lock(lock, wait=False):
