@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import run_on_gpu
-from run_on_gpu import MARKS, Log
+from run_on_gpu import MARKS, Log, marked_files
 
 TESTS = """
 import pytest
@@ -34,6 +34,7 @@ def test_of_the_cpu():
 @pytest.fixture
 def run_part(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_others.py").write_text("import nothing_that_is_there")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: a\n    kernels: b\n")
 
     def run(part: int, parts: int) -> Log:
@@ -47,7 +48,8 @@ def run_part(tmp_path):
             "no:terminal",
             f"--rootdir={tmp_path}",
         ]
-        pytest.main([str(tmp_path), *options, "-c", str(tmp_path / "pytest.ini"), "-m", MARKS], plugins=[log])
+        options += ["-c", str(tmp_path / "pytest.ini"), "-m", " or ".join(MARKS)]
+        pytest.main([*marked_files(tmp_path), *options], plugins=[log])
         return log
 
     return run
