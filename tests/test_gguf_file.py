@@ -61,6 +61,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * 286)
     writer.add_token_merges(["a b", "ab c"])
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_chat_template("{% for message in messages %}<pad>{{ message.content }}<eos>{% endfor %}")
@@ -100,7 +101,7 @@ def test_the_second_start_reads_safetensors_alone(tiny_gguf, empty_cache, monkey
     tokenizer = second.tokenizer()
     assert tokenizer.tokenize("abcab c") == ["abc", "ab", "Ġ", "c"]
     assert tokenizer.decode(tokenizer("a , b").input_ids) == "a , b"
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<eos>", "<pad>", "left")
+    assert (tokenizer.eos_token, tokenizer.padding_side) == ("<eos>", "left")
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
     assert chat == "<pad>ab<eos>"
     config = second.config()
@@ -140,6 +141,8 @@ def test_as_transformers_reads_it(tiny_gguf):
     text = "a line, and abc äöü.\n\n  2"
     tokenizer = AutoTokenizer.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name)
     assert files.tokenizer()(text).input_ids == tokenizer(text).input_ids
+    assert files.tokenizer().pad_token == (tokenizer.pad_token or tokenizer.eos_token)
+    assert files.tokenizer().all_special_ids == tokenizer.all_special_ids
 
 
 def test_a_model_is_known_by_its_content(tiny_gguf, tmp_path, empty_cache, monkeypatch):
