@@ -30,6 +30,7 @@ MASK = torch.ones_like(PROMPT)
 MASK[1, :6] = 0
 POSITIONS = torch.tensor([[20], [14]])
 TOKEN = PROMPT[:, :1], POSITIONS
+ROLES = ("full", "select", "sparse", "select", "sparse")  # what is traced takes its time by the layer
 
 
 def read_prompt(model, plan, capacity, cache=None):
@@ -63,8 +64,8 @@ def uncaptured(cache):
 @pytest.mark.parametrize("family", GLOBAL_FAMILIES)
 def test_the_traced_step_is_the_models_own(tiny, family):
     torch._dynamo.reset()
-    model = tiny(family)
-    plan = find_plan("paper", model.config).with_budget(8)
+    model = tiny(family, num_hidden_layers=len(ROLES))
+    plan = TidalPlan(roles=ROLES, selection="per_head", token_budget=8)
     apply(model, plan)
     own, traced = read_prompt(model, plan, 40), read_prompt(model, plan, 40)
     step = torch.compile(captured.decode_step, fullgraph=True, dynamic=False, backend="eager")
@@ -82,8 +83,8 @@ def test_the_traced_step_is_the_models_own(tiny, family):
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_the_traced_pass_over_a_chunk_is_the_models_own(tiny, family, tokens):
     torch._dynamo.reset()
-    model = tiny(family)
-    plan = find_plan("paper", model.config).with_budget(8)
+    model = tiny(family, num_hidden_layers=len(ROLES))
+    plan = TidalPlan(roles=ROLES, selection="per_head", token_budget=8)
     apply(model, plan)
     own, traced = read_prompt(model, plan, 40), read_prompt(model, plan, 40)
     step = torch.compile(captured.decode_step, fullgraph=True, dynamic=False, backend="eager")
