@@ -1,19 +1,36 @@
-# Two commands: `make demo` answers a question about a long document, `make test` runs the tests.
+# `make demo` answers a question about a long document, `make test` runs the tests, `make test-gpu` those that need a GPU.
 # They make virtual environments of their own; the first start fetches the packages and the demo model.
 
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test test-package test-serving test-gpu clean
 
 demo: .venv/ready
 	.venv/bin/tidaldecode generate --compare --max-new-tokens 48 \
 		--prompt-file examples/moby_dick_101-103.txt \
 		--question "What is the special magic Nantucket number?"
 
-test: .venv-test/ready .venv-vllm/ready
+test: test-package test-serving
+
+test-package: .venv-test/ready
 	.venv-test/bin/python -m pytest
+
+test-serving: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/serving
+
+# On a machine with a GPU, what `make test` skips elsewhere, with a log in benchmarks/results/gpu-tests.
+#   PYTHON=python3   with packages that are there, in no environment of its own
+#   PART=1           the first of PARTS parts: each takes less than ten minutes
+#   OUTPUT=FOLDER    where the log goes
+PARTS ?= 4
+GPU_PYTHON = $(PYTHON)
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON = .venv-test/bin/python
+test-gpu: .venv-test/ready
+endif
+test-gpu:
+	PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) tests/run_on_gpu.py $(if $(PART),--part $(PART) --parts $(PARTS)) $(if $(OUTPUT),--output $(OUTPUT))
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

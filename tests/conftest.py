@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, see below
+
 import torch
 
 if not torch.cuda.is_available():
@@ -23,10 +25,18 @@ from families import FAMILIES
 from tidaldecode.cli import main
 from tidaldecode.models import ModelFiles, find_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # several wait for each other actively: on a busy machine tests take ten times as long
 
 if importlib.util.find_spec("vllm") is None:  # it has an environment of its own
     collect_ignore = ["serving"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that need a GPU where there is none; `make test-gpu` runs them where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture
@@ -55,6 +65,13 @@ def run(monkeypatch, capsys):
         return stop.value.code or 0, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder for models that is not there yet."""
+    monkeypatch.setenv("TIDALDECODE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

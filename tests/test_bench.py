@@ -43,13 +43,10 @@ STEPS = ("step full (sdpa)", "step full", "step tidal", "step tidal unified", "s
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few replays, of small memory, in one thread: two wait for each other where the machine is busy."""
-    torch.set_num_threads(1)
+    """Few replays, of small memory."""
     monkeypatch.setattr(timing, "_FEWEST_REPLAYS", 2)
     monkeypatch.setattr(timing, "_MOST_REPLAYS", 2)
     monkeypatch.setitem(roofline._BYTES, "cpu", 2**20)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture
@@ -113,7 +110,7 @@ def test_rotated_buffers(monkeypatch):
     assert rotated_buffers(1000, CPU, most=20) == 20
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_a_graph_replays_every_call():
     counters = [torch.zeros((), device="cuda") for _ in range(3)]
     found = time_gpu([lambda counter=counter: counter.add_(1) for counter in counters], torch.device("cuda"))

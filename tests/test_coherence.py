@@ -131,7 +131,7 @@ def test_how_many_steps_go_in_one_pass_does_not_matter(double, monkeypatch, boun
         torch.testing.assert_close(found[rule], expected[rule], rtol=0, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_the_kernels_find_the_same(tiny):
     found, expected = measure(tiny().cuda()), measure(tiny())
     for rule in RULES:

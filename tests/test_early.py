@@ -12,7 +12,7 @@ from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import InputError, TidalPlan
 from tidaldecode.cli.prompt import Prompt
-from tidaldecode.models import find_model
+from tidaldecode.models import find_model, gguf_of
 from tidaldecode.outline import outline_of
 
 _TELL = """
@@ -123,7 +123,7 @@ def test_names_of_gguf_files(run, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "MODEL.GGUF").write_bytes(b"")
     for name in ("one/MODEL.GGUF", "one"):
-        assert find_model(str(tmp_path / name)).options["gguf_file"] == "MODEL.GGUF"
+        assert gguf_of(str(tmp_path / name)).name == "MODEL.GGUF"
     (tmp_path / "one" / "second.gguf").write_bytes(b"")
     with pytest.raises(InputError, match=r"holds 2 GGUF files \(MODEL\.GGUF, second\.gguf\): give one of them"):
         find_model(str(tmp_path / "one"))

@@ -11,6 +11,7 @@ from tidaldecode.ops import reference
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("tidaldecode.ops.kernels")
+pytestmark = pytest.mark.kernels
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -256,7 +257,7 @@ def test_selection_with_many_forced_tokens(sink, recent):
     check_sets(torch.rand(2, 2, 9000), [9000, 6000], [4000, 5500], recent, sink)
 
 
-@pytest.mark.skipif(not GPU, reason="too long for the interpreter")
+@pytest.mark.gpu  # too long for the interpreter
 @pytest.mark.parametrize(("capacity", "budget"), [(100_000, 16), (100_000, 16_000), (1_000_000, 1024)])
 def test_selection_from_long_contexts(capacity, budget):
     check_sets(torch.randn(1, 8, capacity).softmax(-1), [capacity - 3], [budget], 1, 0)

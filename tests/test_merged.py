@@ -107,7 +107,7 @@ def test_too_little_memory_leaves_a_model_as_it_is(tiny, monkeypatch):
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_merging_takes_no_memory_for_good():
     """Nor, on the way, more than the weights of one product."""
     blocks = nn.ModuleList()

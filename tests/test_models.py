@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,12 +13,6 @@ import torch
 
 from tidaldecode import InputError, demo_model
 from tidaldecode.models import ModelFiles, find_model
-
-
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIDALDECODE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def find_quietly(name="smollm2-135m"):
@@ -97,21 +90,6 @@ def test_disk_full_on_the_way(empty_cache, monkeypatch):
     with pytest.raises(InputError, match="can't be stored in .*: No space left on device"):
         find_quietly()
     assert_left_nothing(empty_cache)
-
-
-def test_an_unfinished_folder_is_made_anew(empty_cache, tmp_path):
-    folder = empty_cache / "smollm2-135m"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"half")
-    complete = tmp_path / "complete"
-    complete.mkdir()
-    (complete / "config.json").write_text("{}")
-    demo_model._publish(complete, folder)
-    assert_left_nothing(folder, "config.json")
-    late = tmp_path / "late"  # another process was faster: its folder stays
-    late.mkdir()
-    demo_model._publish(late, folder)
-    assert_left_nothing(folder, "config.json")
 
 
 def test_local_folder(tiny_folder):
@@ -216,41 +194,3 @@ def test_a_hub_id_that_can_t_be_reached(monkeypatch):
     with pytest.raises(InputError, match="model 'nobody/nothing' can't be read: ") as error:
         find_model("nobody/nothing").config()
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="reads the file in place")
-def test_gguf_file(demo_files, tmp_path):
-    """Any GGUF file works as a model; here a tiny one, written with gguf."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(16)
-    writer.add_block_count(3)
-    writer.add_feed_forward_length(16)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(32)
-    shapes = {"token_embd": (32, 16), "output_norm": (16,), "output": (32, 16)}
-    for layer in range(3):
-        block = {"attn_norm": (16,), "attn_q": (16, 16), "attn_k": (8, 16), "attn_v": (8, 16), "attn_output": (16, 16)}
-        block |= {"ffn_norm": (16,), "ffn_gate": (16, 16), "ffn_up": (16, 16), "ffn_down": (16, 16)}
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    files = find_model(str(tmp_path / "tiny.gguf"))
-    assert files.config().name_or_path == "tiny"
-    identity = identity_of(tmp_path / "tiny.gguf")
-    assert identity["model"] == "tiny.gguf" and len(identity["model_digest"]) == 16
-    model = files.model(torch.device("cpu"), torch.float32)
-    assert model.config.num_hidden_layers == 3
-    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 32)
-    whole = (tmp_path / "tiny.gguf").read_bytes()
-    for size in (3, 200, 900, len(whole) - 100):
-        (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        with pytest.raises(InputError, match="can't be read"):
-            find_model(str(tmp_path / "cut.gguf")).model(torch.device("cpu"), torch.float32)

@@ -53,6 +53,7 @@ def by_kernel(monkeypatch):
 )
 @pytest.mark.parametrize("batch", [3] if DEVICE.type == "cpu" else [1, 7, 64])
 @pytest.mark.parametrize("selection", ["unified", "per_group", "per_head"])
+@pytest.mark.kernels
 def test_kernels_on_vllms_layouts(by_kernel, layout, block_size, batch, selection):
     _compare(layout, block_size, batch, selection, row_views, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16)
 

@@ -122,7 +122,7 @@ def test_other_families(tiny, family):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
 def test_one_pass_equals_captured_steps(tiny, name):
     """On a GPU, by the kernels."""

@@ -14,7 +14,10 @@ import tidaldecode
 from tidaldecode.baselines.methods import Method
 from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
+from tidaldecode.evaluate.perplexity import CELL_KEY as PPL_KEY
+from tidaldecode.evaluate.perplexity import perplexity
 from tidaldecode.evaluate.text import Text, paul_graham_essays
+from tidaldecode.evaluate.windows import Windows
 from tidaldecode.plans import shipped_plans
 
 DOCUMENT = Path(__file__).parent.parent / "examples" / "moby_dick_101-103.txt"
@@ -40,6 +43,20 @@ def test_needles(demo_model, demo_tokenizer, essays):
     assert full.correct >= 9
     assert shipped.correct >= 0.9 * full.correct
     assert paper.correct <= 1
+
+
+def test_perplexity_of_a_text_that_the_plan_was_not_found_on(demo_model, demo_tokenizer):
+    """Chapters of Moby-Dick: it loses 0.023 nats per token, and the paper's layers 0.091, above the bound.
+
+    One window that CI can afford of what docs/calibration.md measures (0.047 at 8,192 tokens).
+    """
+    tidaldecode.apply(demo_model, "full")
+    text = Text.tokenize(demo_tokenizer, [DOCUMENT.read_text(encoding="utf-8")])
+    methods = [Method("tidal", None, shipped_plans()["smollm2-135m"])]
+    settings = Windows(context=2048, decode=96, windows=1)
+    full, shipped = perplexity(demo_model, text, settings, methods, Cells.open(None, {}, PPL_KEY))
+    assert full.nll < 3.7
+    assert shipped.gap < 0.06
 
 
 def test_budget_of_the_context_gives_full_attentions_tokens(demo_model, demo_tokenizer, essays):

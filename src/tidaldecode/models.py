@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode import demo_model
-from tidaldecode.errors import InputError
+from tidaldecode.errors import InputError, one_line
 
 if TYPE_CHECKING:  # PyTorch and Transformers take seconds to import, and a wrong name is told without them
     import torch
@@ -31,11 +31,20 @@ class ModelFiles:
     """Where a model's files are, and what Transformers must be told to read them.
 
     Only safetensors and GGUF weights are read, and no code that comes with a model runs unless the user trusts it.
+
+    Attributes:
+        name: what the user calls the model.
+        location: a folder in Transformers' format, or a hub id.
+        options: for `from_pretrained`.
+        gguf: the file that the folder was made from, if it was one.
+        gguf_name: the model's name in that file.
     """
 
     name: str
     location: str
     options: dict[str, Any]
+    gguf: Path | None = None
+    gguf_name: str | None = None
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration, without its weights."""
@@ -79,28 +88,31 @@ class ModelFiles:
             return commit
         digest = hashlib.sha256()
         try:
-            if "gguf_file" in self.options:
-                weights = [folder / self.options["gguf_file"]]
+            if self.gguf is not None:
+                weights = [self.gguf]
             else:
                 digest.update((folder / "config.json").read_bytes())
                 weights = sorted(folder.glob("*.safetensors"))
             for path in weights:
                 _add_samples(digest, path)
         except OSError as error:
-            raise InputError(f"model {self.name!r} can't be read: {_one_line(error)}") from error
+            raise InputError(f"model {self.name!r} can't be read: {one_line(error)}") from error
         return digest.hexdigest()[:16]
 
     def _named(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """A GGUF file's configuration names its folder; a plan is found by the name of the file."""
-        if "gguf_file" in self.options:
-            config.name_or_path = Path(self.options["gguf_file"]).stem
+        """A plan is found by a model's name: a GGUF file's, and the one in it; not its folder's in the cache."""
+        if self.gguf is not None:
+            config.name_or_path = f"{self.gguf_name} ({self.gguf.name})" if self.gguf_name else self.gguf.stem
         return config
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; pads on the left, as generation needs it."""
         from transformers import AutoTokenizer
 
-        tokenizer = self._read(AutoTokenizer)
+        if self.gguf is not None and not (Path(self.location) / "tokenizer.json").is_file():
+            tokenizer = self._read(AutoTokenizer, self.gguf.parent, gguf_file=self.gguf.name)  # tells why it can't
+        else:
+            tokenizer = self._read(AutoTokenizer)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -110,13 +122,13 @@ class ModelFiles:
         """The model with its weights, for inference.
 
         Raises:
-            InputError: the weights are damaged, incomplete, or neither safetensors nor GGUF, or memory is short.
+            InputError: the weights are damaged, incomplete, or no safetensors, or memory is short.
         """
         import torch
         from transformers import AutoModelForCausalLM
 
-        weights = {} if "gguf_file" in self.options else {"use_safetensors": True}
-        model, loading = self._read(AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **weights)
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+        model, loading = self._read(AutoModelForCausalLM, **options)
         if missing := sorted(loading["missing_keys"]):
             raise InputError(
                 f"model {self.name!r} can't be read: its files lack {missing[0]} and {len(missing) - 1} more"
@@ -125,14 +137,15 @@ class ModelFiles:
         try:
             return model.to(device).eval()
         except torch.OutOfMemoryError as error:
-            raise InputError(f"model {self.name!r} does not fit on {device}: {_one_line(error)}") from error
+            raise InputError(f"model {self.name!r} does not fit on {device}: {one_line(error)}") from error
 
-    def _read(self, kind: Any, **options: Any) -> Any:
+    def _read(self, kind: Any, location: str | Path | None = None, **options: Any) -> Any:
         try:
-            return kind.from_pretrained(self.location, **self.options, **options)
+            return kind.from_pretrained(location or self.location, **self.options, **options)
         except Exception as error:  # whatever a damaged file makes the libraries raise
-            mend = f"; delete {self.location} and start again" if self.name == demo_model.NAME else ""
-            raise InputError(f"model {self.name!r} can't be read: {_one_line(error)}{mend}") from error
+            kept = location is None and (self.name == demo_model.NAME or self.gguf is not None)
+            mend = f"; delete {self.location} and start again" if kept else ""
+            raise InputError(f"model {self.name!r} can't be read: {one_line(error)}{mend}") from error
 
 
 def _add_samples(digest: hashlib._Hash, path: Path) -> None:
@@ -144,27 +157,26 @@ def _add_samples(digest: hashlib._Hash, path: Path) -> None:
             digest.update(file.read(_BLOCK))
 
 
-def _one_line(error: Exception, most: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[:most] + "..."
-
-
 def find_model(name: str, *, trust_remote_code: bool = False, report: Callable[[str], None] = _to_stderr) -> ModelFiles:
     """The files of a model.
 
     Args:
-        name: `smollm2-135m` (the demo model), a local folder, a GGUF file, a folder that holds one, or a hub id.
+        name: `smollm2-135m` (the demo model), a local folder, a GGUF file (see `converted_gguf`), a folder that holds
+            one, or a hub id.
         trust_remote_code: let Transformers run code that comes with the model.
         report: told, in words, what takes long.
 
     Raises:
-        InputError: there is no such file, or the demo model can't be fetched.
+        InputError: there is no such file, the demo model can't be fetched, or a GGUF file can't be converted.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name == demo_model.NAME:
         return ModelFiles(name, str(demo_model.demo_model_folder(report)), options)
     if (path := gguf_of(name)) is not None:
-        return ModelFiles(name, str(path.parent), {**options, "gguf_file": path.name})
+        from tidaldecode.gguf_file import converted_gguf
+
+        converted = converted_gguf(path, report)
+        return ModelFiles(name, str(converted.folder), options, path, converted.name)
     return ModelFiles(name, name, options)
 
 

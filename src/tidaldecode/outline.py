@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tidaldecode import demo_model
 from tidaldecode.architecture import TESTED_ARCHITECTURES
 from tidaldecode.errors import InputError
+from tidaldecode.model_cache import cache_folder
 from tidaldecode.models import gguf_of
 from tidaldecode.plans import read_plan
 from tidaldecode.plans.find import shipped_for
@@ -120,7 +121,7 @@ def outline_of(name: str) -> Outline:
         InputError: there is no such file or folder, or no model in it.
     """
     if name == demo_model.NAME:
-        folder: Path | None = demo_model.cache_folder() / name
+        folder: Path | None = cache_folder() / name
     elif gguf_of(name) is not None:
         folder = None
     else:

@@ -10,6 +10,7 @@ from typing import NoReturn
 import typer
 
 from tidaldecode.cli.bench import bench
+from tidaldecode.cli.cache import cache
 from tidaldecode.cli.calibrate import calibrate
 from tidaldecode.cli.coherence import coherence
 from tidaldecode.cli.eval import evaluate
@@ -30,6 +31,7 @@ app.command()(calibrate)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 app.command()(report)
+app.command()(cache)
 
 _STOPPED = 130  # exit status after Ctrl-C
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
