@@ -30,14 +30,14 @@ def essays() -> str:
 
 
 def test_needles(demo_model, demo_tokenizer, essays):
-    """Ten needles in 4,000 tokens, 64 read: the shipped plan against the paper's layers.
+    """Ten needles in 2,000 tokens, 64 read: the shipped plan against the paper's layers.
 
     A check that nothing broke, not a held-out score: the plan was chosen on needles in these essays.
     """
     plans = shipped_plans()
     tidaldecode.apply(demo_model, "full")
     haystack = Text.tokenize(demo_tokenizer, [essays])
-    cases = needle_cases(demo_tokenizer, haystack, NeedleSettings(lengths=(4000,), depths=10), demo_model.config)
+    cases = needle_cases(demo_tokenizer, haystack, NeedleSettings(lengths=(2000,), depths=10), demo_model.config)
     methods = [Method("tidal", 64, plans[name]) for name in ("smollm2-135m", "smollm2-135m-paper")]
     full, shipped, paper = find_needles(demo_model, haystack, cases, methods, Cells.open(None, {}, CELL_KEY))
     assert full.correct >= 9
