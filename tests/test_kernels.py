@@ -335,3 +335,44 @@ def test_page_scores(dtype):
     torch.testing.assert_close(bounds.double(), wanted_bounds, rtol=0, atol=0, equal_nan=True)
     for b, length in enumerate((290, 1, 64, 33)):
         assert_near(scores[b, :, : -(-length // 16)], wanted[b, :, : -(-length // 16)], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["k_cache", "block_table", "lengths"])
+def test_what_would_be_read_as_something_else_is_refused(name):
+    case, _ = make(torch.float32, 16, 6, 3, 16, (40, 20))
+    strided = torch.stack([getattr(case, name)] * 2, -1)[..., 0]
+    setattr(case, name, strided)
+    with pytest.raises(ValueError, match=f"{name} has a last stride of 2, not 1"):
+        kernels.full_attention(*arguments(case))
+
+
+def test_importances_of_another_dtype_are_refused():
+    integers = torch.tensor([[40], [9], [2]], dtype=torch.int32, device=DEVICE)
+    table = torch.zeros(1, 1, 9, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"importance is torch\.bfloat16, not float32"):
+        kernels.select_tokens(torch.rand(1, 1, 40, device=DEVICE).bfloat16(), *integers, 0, table)
+
+
+@pytest.mark.parametrize("capacity", [60, 8200])
+def test_importances_that_are_no_numbers_are_the_largest(capacity):
+    importance = torch.rand(1, 1, capacity, device=DEVICE)
+    importance[0, 0, 20:23] = torch.tensor([torch.nan, -torch.nan, torch.inf])
+    integers = torch.tensor([[capacity], [9], [2]], dtype=torch.int32, device=DEVICE)
+    table = torch.full((1, 1, 9), -7, dtype=torch.int32, device=DEVICE)
+    kernels.select_tokens(importance, *integers, 1, table)
+    chosen = set(table.flatten().tolist())
+    assert len(chosen) == 9 and {0, 20, 21, 22, capacity - 2, capacity - 1} <= chosen
+
+
+@pytest.mark.parametrize("rule", ["unified", "per_head"])
+def test_sets_depend_on_neither_rounds_nor_capacity_nor_what_lay_in_memory(rule, monkeypatch):
+    """The sequences in one round, in rounds of about one, and with room for many times their length."""
+    case, _ = make(torch.float32, 16, 6, 3, 2600, (1100, 30, 700))
+    budgets, recents = (torch.full_like(case.lengths, value) for value in (60, 5))
+    tables = []
+    for room, capacity in ((2**29, 1100), (1, 1100), (2**29, 40_000)):
+        monkeypatch.setattr("tidaldecode.ops.kernels.chunks._ROOM", room)
+        table = torch.full((3, 6 if rule == "per_head" else 1, 60), -7, dtype=torch.int32, device=DEVICE)
+        kernels.full_attention_with_selection(*arguments(case), [rule], budgets, recents, 3, capacity, table)
+        tables.append(table.sort(-1).values)
+    assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.checks import check_float32, check_rows
 from tidaldecode.ops.kernels.chunks import Rounds, chunks_in_round, rounds_for, sequence_of
 from tidaldecode.ops.kernels.scores import Scores, mean_probabilities
 
@@ -413,6 +414,8 @@ def select_tokens(
     importance: Tensor, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int, indices: Tensor
 ) -> None:
     """As `reference.select_tokens`, for float32 importances; among equal importances the earlier token is chosen."""
+    check_float32(importance=importance)
+    check_rows(importance=importance, lengths=lengths, budgets=budgets, recents=recents, indices=indices)
     batch, sets, capacity = importance.shape
     if capacity <= _HELD:
         held = max(128, triton.next_power_of_2(capacity))
@@ -511,6 +514,8 @@ class Choosing:
             more_bytes=_bytes(max(sets)),
             coded=True,
         )
+        for table in tables:
+            check_rows(indices=table)
         rounds = self.scores.rounds
         self._lists = [
             _Lists.room(table, rounds, _SCORE_BINS, heads // table.shape[1] > _FEW_HEADS.value) for table in tables

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.checks import check_rows
 from tidaldecode.ops.kernels.scores import CODE_STEPS, Scores
 
 _ROUNDS = 4
@@ -382,6 +383,8 @@ def attend(
     Returns:
         [B, N, Hq, D], dtype of `query`.
     """
+    check_rows(query=query, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lengths=lengths)
+    check_rows(new_lengths=new_lengths, indices=indices, head_to_set=head_to_set)
     batch, queries, num_heads, dim = query.shape
     num_kv_heads = k_cache.shape[2]
     maps = 0 if indices is None else indices.shape[1] if head_to_set is None else len(head_to_set)

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.checks import check_rows
 
 
 @triton.jit
@@ -68,6 +69,7 @@ def write_kv(
     new_lengths: Tensor,
 ) -> None:
     """As `reference.write_kv`."""
+    check_rows(key=key, value=value, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lengths=lengths)
     batch, queries, heads, dim = key.shape
     _write_kernel[queries, batch](
         key,
