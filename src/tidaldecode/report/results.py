@@ -188,6 +188,10 @@ class Result:
         return self.file.endswith(".jsonl")
 
 
+_BARS = "bars"
+"""Folder of files that say which bars results have met: they hold no results of their own."""
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A file that is not, and why."""
@@ -197,7 +201,7 @@ class Skipped:
 
 
 def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
-    """Reads the `.json` and `.jsonl` files of a folder and the folders in it, in the order of their names.
+    """Reads the `.json` and `.jsonl` files of a folder and the folders in it but `bars`, in the order of their names.
 
     What `--json` of an evaluation said is left out where the cells of the same run are in the same folder.
 
@@ -206,7 +210,11 @@ def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give the folder of results")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl") and path.is_file())
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".json", ".jsonl") and path.is_file() and path.parent.name != _BARS
+    )
     if not paths:
         raise InputError(f"{folder} has no results (.json, .jsonl): name it as --output of an evaluation or benchmark")
     results: list[Result] = []
