@@ -51,6 +51,12 @@ def tiny() -> Callable[..., PreTrainedModel]:
     return make
 
 
+@pytest.fixture(autouse=True)
+def warned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told once a process is told once a test."""
+    monkeypatch.setattr("tidaldecode.architecture._warned", set())
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the command line in this process: exit status, stdout, stderr."""

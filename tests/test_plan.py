@@ -179,8 +179,7 @@ def test_sets_that_a_kv_head_reads():
         ("llama", "full", None),
     ],
 )
-def test_plans_that_can_hardly_be_what_was_wanted(caplog, family, plan, words, monkeypatch):
-    monkeypatch.setattr("tidaldecode.architecture._warned", set())
+def test_plans_that_can_hardly_be_what_was_wanted(caplog, family, plan, words):
     windows = {"layer_types": ["full_attention" if layer in (1, 2, 4) else "sliding_attention" for layer in range(10)]}
     config = FAMILIES[family](name_or_path="brand-new-1b", **(windows if family == "gemma3_text" else {}))
     for _ in range(2):

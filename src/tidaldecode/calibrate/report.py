@@ -39,6 +39,12 @@ class CalibrationReport:
         """The plan that was asked for, with how it was found and what it loses."""
         return self._recorded(self.found.chosen)
 
+    @property
+    def sets_per_kv_head(self) -> float:
+        """Sets of tokens that the query heads of one KV head read in a sparse layer; each costs a budget."""
+        assert self.plan.model is not None
+        return self.plan.sets_per_kv_head(self.plan.model)
+
     def _recorded(self, point: Point) -> TidalPlan:
         settings, checked = self.settings, point.heldout_gap is not None
         calibration = Calibration(
@@ -85,6 +91,7 @@ class CalibrationReport:
             "heldout_gap": chosen.heldout_gap,
             "heldout_error": chosen.heldout_error,
             "kv_read_fraction": chosen.kv_read_fraction,
+            "sets_per_kv_head": self.sets_per_kv_head,
             "plan": _written(self.plan),
             "frontier": [
                 {

@@ -14,7 +14,7 @@ from rich.text import Text as Words
 
 from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.cli import eval_options, options
-from tidaldecode.cli.sets import print_sets, sets_per_kv_head
+from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
 from tidaldecode.models import find_model
@@ -128,8 +128,6 @@ def calibrate(
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
 
-        from tidaldecode.architecture import model_shape
-        from tidaldecode.baselines.methods import Method
         from tidaldecode.calibrate.calibration import calibrate as run_calibration
         from tidaldecode.calibrate.report import CalibrationReport
         from tidaldecode.environment import environment
@@ -178,10 +176,10 @@ def calibrate(
         report.save(results_file)
         plot_frontier(content["frontier"], figure, f"{report.model}: what plans lose, and what they read")
     _print(console, report, plan_file)
-    sets = sets_per_kv_head([Method("tidal", plan=report.plan)], model_shape(loaded.config))
-    print_sets(console, sets)
+    if report.sets_per_kv_head > 1:
+        print_sets(console, {"the plan": report.sets_per_kv_head})
     if json_output:
-        print(json.dumps({**content, "sets_per_kv_head": sets}))
+        print(json.dumps(content))
     if found.stopped:
         raise typer.Exit(_STOPPED)
 
