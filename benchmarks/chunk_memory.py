@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from tidaldecode.bench.shapes import RandomModel
-from tidaldecode.environment import environment
 from tidaldecode.hf import TidalCache, apply
-from tidaldecode.hf.full_pass import full_pass
+from tidaldecode.hf.second_pass.full_pass import full_pass
 from tidaldecode.plans.find import find_plan
+from tidaldecode.results.environment import environment
 from tidaldecode.whole_file import whole_file
 
 

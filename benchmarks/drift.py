@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 
 import tidaldecode
-from tidaldecode.environment import environment
 from tidaldecode.evaluate.needle import paul_graham_essays
-from tidaldecode.evaluate.text import Text, text_parts
-from tidaldecode.evaluate.windows import Windows
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.correction import Correction
-from tidaldecode.models import find_model
+from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.models.find import find_model
 from tidaldecode.plans.find import find_plan
+from tidaldecode.results.environment import environment
+from tidaldecode.texts.text import Text, text_parts
+from tidaldecode.texts.windows import Windows
 from tidaldecode.whole_file import whole_file
 
 BOOTSTRAP = 10_000

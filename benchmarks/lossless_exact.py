@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 import tidaldecode
-from tidaldecode.environment import environment
+from tidaldecode.evaluate.generation import first_difference
 from tidaldecode.evaluate.needle import paul_graham_essays
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.measured import first_difference
-from tidaldecode.models import find_model
+from tidaldecode.models.find import find_model
 from tidaldecode.plans import shipped_plans
+from tidaldecode.results.environment import environment
 from tidaldecode.whole_file import whole_file
 
 

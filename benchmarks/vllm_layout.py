@@ -22,8 +22,8 @@ from tidaldecode import ModelShape, TidalPlan
 from tidaldecode.bench.roofline import read_bandwidth_gbs
 from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Timing, time_gpu
-from tidaldecode.environment import environment
-from tidaldecode.vllm.rank import RankAttention
+from tidaldecode.results.environment import environment
+from tidaldecode.serving.rank import RankAttention
 from tidaldecode.vllm.views import row_views
 from tidaldecode.whole_file import whole_file
 

@@ -38,7 +38,7 @@ import torch
 
 from tidaldecode import TidalPlan
 from tidaldecode.bench.shapes import RandomModel
-from tidaldecode.environment import environment
+from tidaldecode.results.environment import environment
 from tidaldecode.whole_file import whole_file
 
 

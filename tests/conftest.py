@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from families import FAMILIES
 from tidaldecode.cli import main
-from tidaldecode.models import ModelFiles, find_model
+from tidaldecode.models.find import ModelFiles, find_model
 
 torch.set_num_threads(1)  # several wait for each other actively: on a busy machine tests take ten times as long
 
@@ -54,7 +54,7 @@ def tiny() -> Callable[..., PreTrainedModel]:
 @pytest.fixture(autouse=True)
 def warned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told once a process is told once a test."""
-    monkeypatch.setattr("tidaldecode.architecture._warned", set())
+    monkeypatch.setattr("tidaldecode.models.architecture._warned", set())
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tidaldecode.environment import environment
+from tidaldecode.results.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("gpu", "kernels")

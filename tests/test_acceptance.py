@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chi_square import p_value
 from tidaldecode.hf import acceptance
-from tidaldecode.hf.acceptance import accept_greedy, accept_sampled
+from tidaldecode.hf.second_pass.acceptance import accept_greedy, accept_sampled
 
 DRAWS, VOCABULARY, DRAFTS = 40_000, 5, 2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tidaldecode import ModelShape, TidalPlan
-from tidaldecode.attention import DecodeAttention
+from tidaldecode.methods.tidal import DecodeAttention
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=4, num_kv_heads=2, head_dim=8)
 ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")

@@ -13,10 +13,7 @@ import torch
 
 from command_line import assert_one_line
 from families import FAMILIES
-from tidaldecode import InputError, TidalCache, TidalPlan, apply, models, ops
-from tidaldecode.architecture import check_architecture, model_shape
-from tidaldecode.attention import DecodeAttention
-from tidaldecode.baselines.methods import tokens_of
+from tidaldecode import InputError, TidalCache, TidalPlan, apply, ops
 from tidaldecode.bench import caches as caches_module
 from tidaldecode.bench import decode as decode_module
 from tidaldecode.bench import hardware, layers, operations, roofline, timing
@@ -29,7 +26,11 @@ from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, w
 from tidaldecode.bench.shapes import CONFIGS, RandomModel
 from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
-from tidaldecode.method_names import TIMED_METHODS
+from tidaldecode.methods.method import tokens_of
+from tidaldecode.methods.names import TIMED_METHODS
+from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.models import find as models
+from tidaldecode.models.architecture import check_architecture, model_shape
 from tidaldecode.plans.find import find_plan
 
 CPU = torch.device("cpu")

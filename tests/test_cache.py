@@ -16,12 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 import tidaldecode
 from families import plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache
-from tidaldecode.architecture import model_shape
-from tidaldecode.baselines import OracleAttention, QuestAttention, StreamingAttention
-from tidaldecode.hf.correction import Correction
+from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
-from tidaldecode.hf.scoring import step_logits
+from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.methods.oracle import OracleAttention
+from tidaldecode.methods.quest import QuestAttention
+from tidaldecode.methods.streaming import StreamingAttention
+from tidaldecode.models.architecture import model_shape
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 IDS, MASK = ragged_batch()

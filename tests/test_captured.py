@@ -14,16 +14,16 @@ import torch
 
 from families import FAMILIES
 from tidaldecode import TidalCache, TidalPlan, apply, ops
-from tidaldecode.attention import DecodeAttention
-from tidaldecode.baselines import QuestAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf import captured
 from tidaldecode.hf.applied import plain_forward
-from tidaldecode.hf.correction import Correction
-from tidaldecode.hf.full_pass import full_pass
 from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
+from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.hf.second_pass.full_pass import full_pass
 from tidaldecode.hf.sequences import Sequences
+from tidaldecode.methods.quest import QuestAttention
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
 

@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import Cells, read_cells
-from tidaldecode.evaluate.summary import NeedleCell, Variant, needle_summary, ppl_summary, shared_rows
+from tidaldecode.results.cells import Cells, read_cells
+from tidaldecode.results.summary import NeedleCell, Variant, needle_summary, ppl_summary, shared_rows
 
 KEY = ("window", "method", "budget")
 IDENTITY = {"kind": "ppl", "model": "tiny", "plans": {"paper": "a1b2"}, "context": 128, "lengths": (1, 2)}
@@ -175,7 +175,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def fail(number):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tidaldecode.evaluate.cells.os.fsync", fail)
+    monkeypatch.setattr("tidaldecode.results.cells.os.fsync", fail)
     with (
         cells,
         pytest.raises(InputError, match=r"cells\.jsonl can't be written: No space left on device; the cells bef"),

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import ModelShape, TidalPlan
-from tidaldecode.architecture import check_architecture
-from tidaldecode.baselines.methods import METHODS, every_method
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
-from tidaldecode.environment import environment
-from tidaldecode.models import ModelFiles
+from tidaldecode.methods.method import METHODS, every_method
+from tidaldecode.models.architecture import check_architecture
+from tidaldecode.models.find import ModelFiles
+from tidaldecode.results.environment import environment
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_standard_output_that_is_full(run, tiny, monkeypatch, capsys):
 )
 def test_bad_options(run, options, words, monkeypatch):
     """Found before anything is fetched or loaded."""
-    monkeypatch.setattr("tidaldecode.demo_model.demo_model_folder", lambda report: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.demo.demo_model_folder", lambda report: 1 / 0)
     assert_one_line(run("generate", "Hello", *options), *words)
 
 

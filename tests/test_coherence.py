@@ -11,16 +11,16 @@ import torch
 from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, apply
-from tidaldecode.architecture import model_shape
 from tidaldecode.calibrate import observed as module
 from tidaldecode.calibrate.coherence import Coherence, CoherenceSettings, coherence, recall_of_steps
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
-from tidaldecode.evaluate.text import Text
-from tidaldecode.evaluate.windows import Windows
+from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf import scoring
-from tidaldecode.hf.scoring import step_logits
+from tidaldecode.models.architecture import model_shape
 from tidaldecode.plans.find import find_plan
 from tidaldecode.report.results import read_results
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import Windows
 
 RULES = ("unified", "per_group", "per_head")
 PROMPT, STEPS, BUDGET = 45, 11, 8
@@ -287,12 +287,12 @@ def test_one_rule_and_a_fraction(run, command):
     ],
 )
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, *options), *words)
 
 
 def test_a_wrong_output_before_the_model_is_loaded(run, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
     (tmp_path / "file").write_text("")
     assert_one_line(run(*command, "--output", str(tmp_path / "file")), "is a file: give a folder")
     assert_one_line(run(*command, "--output", str(tmp_path / "file" / "folder")), "can't be made a folder")

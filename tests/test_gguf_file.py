@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 
 from tidaldecode import InputError, gguf_file, model_cache
-from tidaldecode.models import find_model
+from tidaldecode.models.find import find_model
 
 CPU = torch.device("cpu")
 SHAPES = {"token_embd": (288, 32), "output_norm": (32,), "output": (288, 32)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from test_ops import Case
-from tidaldecode.baselines.pages import page_bounds, page_scores
+from tidaldecode.methods.pages import page_bounds, page_scores
 from tidaldecode.ops import reference
 
 pytest.importorskip("triton")
@@ -307,7 +307,7 @@ def test_decode_steps_that_share_a_block(rule):
 @pytest.mark.parametrize("lengths", [(160, 161, 175, 176, 177, 290), (290, 5)])
 def test_page_scores_of_sequences_that_share_a_block(lengths):
     """Each sees its own rows alone, whatever pages the others have filled."""
-    pages_kernel = pytest.importorskip("tidaldecode.baselines.pages_kernel")
+    pages_kernel = pytest.importorskip("tidaldecode.methods.pages_kernel")
     one, _ = make(torch.float32, 24, 6, 3, 300, (290,))
     query, table = torch.randn(len(lengths), 6, 24, device=DEVICE), one.block_table.expand(len(lengths), 1)
     counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
@@ -325,7 +325,7 @@ def test_page_scores_of_sequences_that_share_a_block(lengths):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_page_scores(dtype):
     case, exact = make(dtype, 24, 6, 3, 300, (290, 1, 64, 33))
-    pages_kernel = pytest.importorskip("tidaldecode.baselines.pages_kernel")
+    pages_kernel = pytest.importorskip("tidaldecode.methods.pages_kernel")
     bounds = page_bounds(case.k_cache, 16)
     wanted_bounds = bounds.double()
     scores = torch.full((4, 3, 19), torch.nan, device=DEVICE)

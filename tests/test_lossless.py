@@ -24,10 +24,10 @@ from chi_square import p_value
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache, TidalPlan
 from tidaldecode.hf import lossless
-from tidaldecode.hf.correction import Correction
-from tidaldecode.hf.drafting import DraftLength, Rounds
-from tidaldecode.hf.full_pass import full_pass
-from tidaldecode.hf.ragged import RaggedTokens
+from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.hf.second_pass.drafting import DraftLength, Rounds
+from tidaldecode.hf.second_pass.full_pass import full_pass
+from tidaldecode.hf.second_pass.ragged import RaggedTokens
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
 LENGTHS = (40, 23, 31, 5)

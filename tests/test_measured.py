@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import TextStreamer
 
-from tidaldecode.hf.drafting import Rounds
-from tidaldecode.hf.measured import Passes, _TimedStreamer
+from tidaldecode.evaluate.generation import Passes, _TimedStreamer
+from tidaldecode.hf.second_pass.drafting import Rounds
 
 
 def streamer(times):

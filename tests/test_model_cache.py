@@ -10,7 +10,7 @@ import pytest
 
 from command_line import assert_one_line
 from tidaldecode import InputError
-from tidaldecode.model_cache import cached_models, kept_folder, origin_of, publish, write_origin
+from tidaldecode.models.cache import cached_models, kept_folder, origin_of, publish, write_origin
 
 
 def make_model(workplace: Path, text: str = "{}") -> Path:
@@ -108,7 +108,7 @@ def test_a_second_process_goes_on_where_the_first_fails(empty_cache):
 
 
 def test_without_locks_the_first_to_finish_wins(empty_cache, monkeypatch):
-    monkeypatch.setattr("tidaldecode.model_cache._lock", lambda file, wait: None)
+    monkeypatch.setattr("tidaldecode.models.cache._lock", lambda file, wait: None)
 
     def overtaken(workplace):
         keep(lambda other: make_model(other, '{"first": 1}'))

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidaldecode import InputError, demo_model
-from tidaldecode.models import ModelFiles, find_model
+from tidaldecode import InputError
+from tidaldecode.models import demo as demo_model
+from tidaldecode.models.find import ModelFiles, find_model
 
 
 def find_quietly(name="smollm2-135m"):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ModelShape, TidalPlan, ops
-from tidaldecode.attention import DecodeAttention
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import reference
-from tidaldecode.vllm.rank import RankAttention
+from tidaldecode.serving.rank import RankAttention
 from tidaldecode.vllm.views import packed_views, row_views
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,9 +17,6 @@ import pytest
 
 from command_line import assert_one_line
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import Cells
-from tidaldecode.evaluate.correction_rows import rows_of
-from tidaldecode.evaluate.summary import lm_eval_summary, needle_summary, ppl_summary
 from tidaldecode.report import drawing, evaluation_plots, plots
 from tidaldecode.report.article import Table
 from tidaldecode.report.correction_article import correction_article
@@ -28,6 +25,9 @@ from tidaldecode.report.drawing import NARROW, WIDE
 from tidaldecode.report.page import write_report
 from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
 from tidaldecode.report.results import read_results
+from tidaldecode.results.cells import Cells
+from tidaldecode.results.correction_rows import rows_of
+from tidaldecode.results.summary import lm_eval_summary, needle_summary, ppl_summary
 
 HOSTILE = "</title><script>alert('$x_1$')</script>&\"'"
 ENVIRONMENT = {"command": "tidaldecode eval ppl --seed 7", "versions": {"torch": "2.11.0"}, "device": "NVIDIA H200"}

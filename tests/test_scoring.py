@@ -7,11 +7,12 @@ import torch
 
 from families import plan_for
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan, apply
-from tidaldecode.architecture import model_shape
-from tidaldecode.attention import DecodeAttention
-from tidaldecode.baselines import Method, OracleAttention
+from tidaldecode.evaluate.scoring import score_tokens, step_logits, steps_at_once
 from tidaldecode.hf import scoring
-from tidaldecode.hf.scoring import score_tokens, step_logits, steps_at_once
+from tidaldecode.methods.method import Method
+from tidaldecode.methods.oracle import OracleAttention
+from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.models.architecture import model_shape
 
 PROMPT, STEPS = 45, 22  # the steps cross the borders of pages of 4, 8 and 16
 IDS = torch.randint(2, 260, (1, PROMPT + STEPS + 1), generator=torch.Generator().manual_seed(1))

@@ -13,12 +13,12 @@ import torch
 from transformers import LlamaConfig
 
 from tidaldecode import InputError, ModelShape, TidalPlan
-from tidaldecode.attention import DecodeAttention
+from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.serving.batch import split
+from tidaldecode.serving.rank import RankAttention
+from tidaldecode.serving.reads import Reads
+from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm import register
-from tidaldecode.vllm.batch import split
-from tidaldecode.vllm.rank import RankAttention
-from tidaldecode.vllm.reads import Reads
-from tidaldecode.vllm.settings import Settings
 from tidaldecode.vllm.support import check_engine, check_kernels, check_layer, check_room, memory_left
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=8, num_kv_heads=4, head_dim=16)
@@ -258,8 +258,8 @@ def _step(attention: DecodeAttention, cache: list[tuple], query: list[torch.Tens
     "plan", [_plan("unified"), _plan("per_head"), _plan("per_group"), _plan("per_head", ELSEWHERE)], ids=str
 )
 def test_ranks_attend_as_one_does(size, plan, monkeypatch):
-    monkeypatch.setattr("tidaldecode.vllm.rank._SCORE_BYTES", 4 * 2 * 64 * 4)  # some sequences at a time
-    monkeypatch.setattr("tidaldecode.vllm.rank._ROWS", 2)
+    monkeypatch.setattr("tidaldecode.serving.rank._SCORE_BYTES", 4 * 2 * 64 * 4)  # some sequences at a time
+    monkeypatch.setattr("tidaldecode.serving.rank._ROWS", 2)
     torch.manual_seed(0)
     lengths = torch.tensor([40, 7, 64, 33, 16], dtype=torch.int32)
     blocks, table = 20, torch.randperm(20, dtype=torch.int32).view(5, 4)

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import tidaldecode
-from tidaldecode.baselines.methods import Method
-from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
 from tidaldecode.evaluate.perplexity import CELL_KEY as PPL_KEY
 from tidaldecode.evaluate.perplexity import perplexity
-from tidaldecode.evaluate.text import Text, paul_graham_essays
-from tidaldecode.evaluate.windows import Windows
+from tidaldecode.methods.method import Method
 from tidaldecode.plans import shipped_plans
+from tidaldecode.results.cells import Cells
+from tidaldecode.texts.text import Text, paul_graham_essays
+from tidaldecode.texts.windows import Windows
 
 DOCUMENT = Path(__file__).parent.parent / "examples" / "moby_dick_101-103.txt"
 

@@ -8,11 +8,11 @@ import torch
 import tidaldecode
 from families import plan_for, ragged_batch
 from tidaldecode import ModelShape, TidalCache, TidalPlan, ops
-from tidaldecode.attention import DecodeAttention
-from tidaldecode.baselines.methods import Method
-from tidaldecode.hf.measured import Passes, generate_measured
+from tidaldecode.evaluate.generation import Passes, generate_measured
+from tidaldecode.methods.method import Method
+from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.methods.verified import VerifiedDrafts
 from tidaldecode.plans import shipped_plans
-from tidaldecode.verified import VerifiedDrafts
 
 SHAPE = ModelShape(num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=8)
 SETS = {"per_head": 4, "per_group": 2, "unified": 1}

@@ -10,7 +10,7 @@ from engines import attention_of, greedy, with_plan
 
 import tidaldecode
 from tidaldecode.plans import read_plan
-from tidaldecode.vllm.rank import RankAttention
+from tidaldecode.serving.rank import RankAttention
 
 PROMPTS, NEW_TOKENS = 20, 10
 

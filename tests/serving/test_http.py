@@ -16,7 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tidaldecode.vllm.metrics import COUNTERS
+from tidaldecode.serving.metrics import COUNTERS
 
 KEY = "a-key-for-a-test"
 QUESTIONS = ["What is the capital of France?", "Name a whale.", "Who wrote Moby-Dick?", "What is 2 + 2?"]

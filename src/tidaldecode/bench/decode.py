@@ -9,20 +9,20 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from tidaldecode.architecture import check_architecture, check_plan, model_shape
-from tidaldecode.attention import Attention
-from tidaldecode.baselines.methods import BUDGETED
 from tidaldecode.bench.hardware import GIB, check_memory, measuring
 from tidaldecode.bench.methods import step_attention
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
 from tidaldecode.bench.timing import Timing, time_steps
-from tidaldecode.environment import environment
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
-from tidaldecode.method_names import TIMED_METHODS
-from tidaldecode.models import check_dtype
+from tidaldecode.methods.method import BUDGETED
+from tidaldecode.methods.names import TIMED_METHODS
+from tidaldecode.methods.tidal import Attention
+from tidaldecode.models.architecture import check_architecture, check_plan, model_shape
+from tidaldecode.models.find import check_dtype
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
+from tidaldecode.results.environment import environment
 
 _WARM_UP = 5  # steps before each repeat
 _REPEATS = 2
@@ -31,7 +31,7 @@ _MEND = "lower --contexts or --batch"
 
 
 class BenchModel(Protocol):
-    """A `tidaldecode.models.ModelFiles`, or a `tidaldecode.bench.shapes.RandomModel`."""
+    """A `tidaldecode.models.find.ModelFiles`, or a `tidaldecode.bench.shapes.RandomModel`."""
 
     @property
     def name(self) -> str: ...
@@ -48,7 +48,7 @@ class DecodeSettings:
     Attributes:
         contexts: tokens in the cache before the first step.
         budgets: tokens that sparse layers read, or fractions of the context.
-        methods: of `tidaldecode.method_names.TIMED_METHODS`.
+        methods: of `tidaldecode.methods.names.TIMED_METHODS`.
         plan: of `tidal`, by name or file.
         steps: steps of each of two repeats.
     """

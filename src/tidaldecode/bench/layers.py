@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.baselines.methods import tokens_of
 from tidaldecode.bench.caches import LayerCaches
 from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Call
 from tidaldecode.bench.workload import Workload
+from tidaldecode.methods.method import tokens_of
 from tidaldecode.plan import Selection
 
 RULES: tuple[Selection, ...] = ("unified", "per_group", "per_head")

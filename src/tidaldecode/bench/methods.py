@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tidaldecode.attention import Attention
-from tidaldecode.baselines.methods import Method, tokens_of
 from tidaldecode.bench.sdpa import SdpaAttention
+from tidaldecode.methods.method import Method, tokens_of
+from tidaldecode.methods.tidal import Attention
 from tidaldecode.plan import ModelShape, TidalPlan
 
 

@@ -16,10 +16,10 @@ from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.roofline import floor_us, read_bandwidth_gbs
 from tidaldecode.bench.steps import SDPA_STEP, step_workloads
 from tidaldecode.bench.timing import time_gpu
-from tidaldecode.environment import environment
 from tidaldecode.errors import InputError
-from tidaldecode.models import check_dtype
+from tidaldecode.models.find import check_dtype
 from tidaldecode.plan import TidalPlan
+from tidaldecode.results.environment import environment
 
 
 @dataclass(frozen=True)

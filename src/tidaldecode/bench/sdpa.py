@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tidaldecode.attention import DecodeAttention
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.plan import ModelShape, TidalPlan
 
 

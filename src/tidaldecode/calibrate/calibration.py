@@ -10,19 +10,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedModel
 
-from tidaldecode.architecture import model_shape, sliding_windows
-from tidaldecode.attention import DecodeAttention
-from tidaldecode.baselines.methods import Method
 from tidaldecode.calibrate.assignment import Assignment
 from tidaldecode.calibrate.lost_mass import measure_lost_mass
 from tidaldecode.calibrate.prompts import Loss, Prompt, mean_loss, read_prompts
 from tidaldecode.calibrate.search import Layers, Search
 from tidaldecode.calibrate.settings import RECENT_TOKENS, SINK_TOKENS, CalibrationSettings, check_apart
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
-from tidaldecode.evaluate.text import Text
+from tidaldecode.methods.method import Method
+from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.models.architecture import model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan, recent_among
+from tidaldecode.results.cells import Cells
+from tidaldecode.texts.text import Text
 
 OnProgress = Callable[[int, int, str], None]
 """Told how many parts of how many are done, and in words what comes next."""

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tidaldecode.architecture import check_architecture, model_shape
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer, observe_steps
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.text import Text
-from tidaldecode.evaluate.windows import Windows, read_prompt
 from tidaldecode.hf import TidalCache
+from tidaldecode.models.architecture import check_architecture, model_shape
 from tidaldecode.plan import Selection
 from tidaldecode.plans.find import find_plan
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import Windows, read_prompt
 from tidaldecode.whole_file import whole_file
 
 
@@ -218,7 +218,7 @@ def recall_of_steps(
         For each rule [layers, layers, sets], float64, on the CPU; NaN as in `Coherence`.
 
     Raises:
-        InputError: as `tidaldecode.hf.scoring.step_logits`.
+        InputError: as `tidaldecode.evaluate.scoring.step_logits`.
     """
     shape = model_shape(model.config)
     size = (shape.num_layers, shape.num_layers)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tidaldecode.architecture import model_shape
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer, observe_steps
 from tidaldecode.calibrate.prompts import Prompt
+from tidaldecode.models.architecture import model_shape
 from tidaldecode.plan import ModelShape, Selection
 
 _MOST_ENTRIES = 2**26  # of the probabilities that are looked up at once

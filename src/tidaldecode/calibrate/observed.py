@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidaldecode import ops
+from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.scoring import step_logits
 from tidaldecode.plan import ModelShape, Selection
 
 _MOST_BYTES = 2**29  # of the index sets of all layers, which wait for the layers above
@@ -153,7 +153,7 @@ def observe_steps(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, 
         attention: sees so many of the steps at once as memory allows.
 
     Raises:
-        InputError: as `tidaldecode.hf.scoring.step_logits`.
+        InputError: as `tidaldecode.evaluate.scoring.step_logits`.
     """
     cache.attention = attention
     sets = sum(map(attention.shape.num_sets, attention.selections))

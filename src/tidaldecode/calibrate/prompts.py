@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tidaldecode.attention import Attention
 from tidaldecode.calibrate.settings import Probes
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.text import Text
-from tidaldecode.evaluate.windows import read_prompt
+from tidaldecode.evaluate.scoring import not_finite, step_logits
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.cache import Mark
-from tidaldecode.hf.scoring import not_finite, step_logits
+from tidaldecode.methods.tidal import Attention
 from tidaldecode.plans.find import find_plan
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import read_prompt
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tidaldecode.architecture import check_architecture, sliding_windows
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.text import Text
-from tidaldecode.evaluate.windows import Windows
+from tidaldecode.models.architecture import check_architecture, sliding_windows
 from tidaldecode.plan import Selection, recent_among
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -17,9 +17,9 @@ from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.cli import options
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
-from tidaldecode.method_names import TIMED_METHODS
-from tidaldecode.models import find_model
-from tidaldecode.outline import outline_of
+from tidaldecode.methods.names import TIMED_METHODS
+from tidaldecode.models.find import find_model
+from tidaldecode.models.outline import outline_of
 from tidaldecode.plans import read_plan
 from tidaldecode.whole_file import check_writable, is_stream
 
@@ -180,7 +180,7 @@ def _shower(status: Status) -> Callable[[str], None]:
 
 def _saver(path: Path | None) -> Callable[[OperationsReport | DecodeReport], None]:
     """Keeps what has been measured so far, should the run be stopped; a stream gets all of it once, at the end."""
-    from tidaldecode.bench.results import save_results
+    from tidaldecode.results.rows import save_results
 
     def save(report: OperationsReport | DecodeReport) -> None:
         if path is not None and not is_stream(path):
@@ -196,7 +196,7 @@ def _finish(
     plot: Callable[[dict[str, Any], Path], None],
     json_output: bool,
 ) -> None:
-    from tidaldecode.bench.results import save_results
+    from tidaldecode.results.rows import save_results
 
     if stream is not None and is_stream(stream):
         save_results(results, stream)

@@ -24,7 +24,7 @@ def cache(
 
     The folder is TIDALDECODE_CACHE, or the user's cache folder.
     """
-    from tidaldecode.model_cache import cache_folder, cached_models, delete_model, delete_unfinished
+    from tidaldecode.models.cache import cache_folder, cached_models, delete_model, delete_unfinished
 
     models = cached_models()
     if unknown := set(names or ()) - {model.name for model in models}:

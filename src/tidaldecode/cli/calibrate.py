@@ -16,10 +16,10 @@ from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
-from tidaldecode.models import find_model
-from tidaldecode.outline import outline_of
+from tidaldecode.models.find import find_model
+from tidaldecode.models.outline import outline_of
 from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
 from tidaldecode.whole_file import check_writable, is_stream
 
 if TYPE_CHECKING:
@@ -130,9 +130,9 @@ def calibrate(
 
         from tidaldecode.calibrate.calibration import calibrate as run_calibration
         from tidaldecode.calibrate.report import CalibrationReport
-        from tidaldecode.environment import environment
         from tidaldecode.hf import apply
         from tidaldecode.report.calibration_plots import plot_frontier
+        from tidaldecode.results.environment import environment
 
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)

@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
-from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
-from tidaldecode.evaluate.windows import Windows
-from tidaldecode.models import find_model
-from tidaldecode.outline import outline_of
+from tidaldecode.models.find import find_model
+from tidaldecode.models.outline import outline_of
 from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
+from tidaldecode.texts.windows import Windows
 from tidaldecode.whole_file import check_writable
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ def coherence(
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
 
-        from tidaldecode.baselines.methods import tokens_of
         from tidaldecode.calibrate.coherence import CoherenceReport, CoherenceSettings
         from tidaldecode.calibrate.coherence import coherence as measure
-        from tidaldecode.environment import environment
         from tidaldecode.hf import apply
+        from tidaldecode.methods.method import tokens_of
         from tidaldecode.report.coherence_plots import plot_recall_heatmaps, plot_recall_over_distance
+        from tidaldecode.results.environment import environment
 
         settings = CoherenceSettings(places, rules, tokens_of(size, context), sink_tokens)
         target = options.parse_device(device)

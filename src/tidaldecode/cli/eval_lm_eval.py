@@ -18,10 +18,10 @@ from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.lm_eval_there import check_lm_eval
-from tidaldecode.evaluate.summary import lm_eval_summary
-from tidaldecode.models import find_model
-from tidaldecode.outline import outline_of
+from tidaldecode.models.find import find_model
+from tidaldecode.models.outline import outline_of
 from tidaldecode.report.labels import budget_label
+from tidaldecode.results.summary import lm_eval_summary
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.lm_eval_tasks import LmEvalReport
@@ -71,10 +71,6 @@ def lm_eval(
     console = Console(stderr=True)
     # lm-eval and its tasks print what they like, and stdout is for the one JSON object
     with redirect_stdout(sys.stderr), console.status("starting") as status:
-        from tidaldecode.architecture import model_shape
-        from tidaldecode.baselines.methods import check_methods
-        from tidaldecode.environment import environment
-        from tidaldecode.evaluate.cells import Cells
         from tidaldecode.evaluate.lm_eval_tasks import (
             CELL_KEY,
             LmEvalReport,
@@ -88,6 +84,10 @@ def lm_eval(
             tokenizer_metadata,
         )
         from tidaldecode.hf import apply
+        from tidaldecode.methods.method import check_methods
+        from tidaldecode.models.architecture import model_shape
+        from tidaldecode.results.cells import Cells
+        from tidaldecode.results.environment import environment
 
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)

@@ -15,11 +15,11 @@ from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
-from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
-from tidaldecode.models import find_model
-from tidaldecode.outline import outline_of
+from tidaldecode.models.find import find_model
+from tidaldecode.models.outline import outline_of
 from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
+from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.needle import NeedleReport
@@ -62,10 +62,6 @@ def needle(
     outline.check_context(max(sizes))
     console = Console(stderr=True)
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
-        from tidaldecode.architecture import model_shape
-        from tidaldecode.baselines.methods import check_methods
-        from tidaldecode.environment import environment
-        from tidaldecode.evaluate.cells import Cells
         from tidaldecode.evaluate.needle import (
             CELL_KEY,
             NeedleReport,
@@ -76,7 +72,11 @@ def needle(
             needle_cases,
         )
         from tidaldecode.hf import apply
+        from tidaldecode.methods.method import check_methods
+        from tidaldecode.models.architecture import model_shape
         from tidaldecode.report.evaluation_plots import plot_needle_heatmaps
+        from tidaldecode.results.cells import Cells
+        from tidaldecode.results.environment import environment
 
         settings = NeedleSettings(sizes, depths, repeats, seed)
         target = options.parse_device(device)

@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tidaldecode.cli import options
 from tidaldecode.errors import InputError
-from tidaldecode.method_names import METHODS
+from tidaldecode.methods.names import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from tidaldecode.baselines.methods import Method
-    from tidaldecode.outline import Outline
+    from tidaldecode.methods.method import Method
+    from tidaldecode.models.outline import Outline
     from tidaldecode.plan import TidalPlan
 
 Methods = Annotated[
@@ -81,7 +81,7 @@ def make_methods(
     Raises:
         InputError: a name is unknown, or a setting is missing or wrong.
     """
-    from tidaldecode.baselines.methods import every_method
+    from tidaldecode.methods.method import every_method
     from tidaldecode.plans.find import find_plan
 
     names = options.parse_names("--method", methods, METHODS)

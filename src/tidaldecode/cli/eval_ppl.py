@@ -14,12 +14,12 @@ from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
-from tidaldecode.evaluate.text import Text, paul_graham_essays, text_parts
-from tidaldecode.evaluate.windows import Windows
-from tidaldecode.models import find_model
-from tidaldecode.outline import outline_of
+from tidaldecode.models.find import find_model
+from tidaldecode.models.outline import outline_of
 from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
+from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
+from tidaldecode.texts.windows import Windows
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.perplexity import PerplexityReport
@@ -70,10 +70,6 @@ def ppl(
     with console.status("starting"):  # PyTorch and Transformers take seconds to import
         import torch
 
-        from tidaldecode.architecture import model_shape
-        from tidaldecode.baselines.methods import check_methods
-        from tidaldecode.environment import environment
-        from tidaldecode.evaluate.cells import Cells
         from tidaldecode.evaluate.perplexity import (
             CELL_KEY,
             PerplexityReport,
@@ -82,7 +78,11 @@ def ppl(
             perplexity,
         )
         from tidaldecode.hf import apply
+        from tidaldecode.methods.method import check_methods
+        from tidaldecode.models.architecture import model_shape
         from tidaldecode.report.evaluation_plots import plot_budget_sweep, plot_perplexity_over_position
+        from tidaldecode.results.cells import Cells
+        from tidaldecode.results.environment import environment
 
         target = options.parse_device(device)
         precision = options.parse_dtype(dtype, target)

@@ -13,8 +13,8 @@ from rich.table import Table
 from tidaldecode.cli import options
 from tidaldecode.cli.prompt import Prompt, check_length, read_prompt
 from tidaldecode.errors import InputError
-from tidaldecode.models import find_model
-from tidaldecode.outline import Outline, outline_of
+from tidaldecode.models.find import find_model
+from tidaldecode.models.outline import Outline, outline_of
 from tidaldecode.plans import read_plan
 from tidaldecode.report.labels import budget_words
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from tidaldecode.hf.drafting import Lossless
-    from tidaldecode.hf.measured import Generation
+    from tidaldecode.evaluate.generation import Generation
+    from tidaldecode.hf.second_pass.drafting import Lossless
     from tidaldecode.plan import TidalPlan
 
 _NO_CHAT = (
@@ -82,7 +82,7 @@ def generate(
         import torch
         from transformers.utils import logging as transformers_logging
 
-        from tidaldecode.architecture import check_architecture, check_plan, model_shape
+        from tidaldecode.models.architecture import check_architecture, check_plan, model_shape
 
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
@@ -96,10 +96,16 @@ def generate(
     tokens = torch.tensor([asked.token_ids(tokenizer)])
     check_length(tokens.shape[1], max_new_tokens, config.max_position_embeddings)
     with console.status("starting"):  # and so do Transformers' models, which the checks above do without
-        from tidaldecode.environment import environment
+        from tidaldecode.evaluate.generation import (
+            Passes,
+            Sampling,
+            compare_with_full,
+            first_difference,
+            generate_measured,
+        )
         from tidaldecode.hf import apply
-        from tidaldecode.hf.correction import check_second_pass
-        from tidaldecode.hf.measured import Passes, Sampling, compare_with_full, first_difference, generate_measured
+        from tidaldecode.hf.second_pass.correction import check_second_pass
+        from tidaldecode.results.environment import environment
 
     for option, given in (("--lossless", rounds), ("--correction-interval", correction_interval)):
         if given is not None:
@@ -291,7 +297,7 @@ def _ms(generation: Generation) -> str:
 
 
 def _difference(tokenizer: Tokenizer, done: Generation, full: Generation) -> str:
-    from tidaldecode.hf.measured import first_difference
+    from tidaldecode.evaluate.generation import first_difference
 
     index = first_difference(done.token_ids, full.token_ids)
     if index is None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from tidaldecode.baselines.methods import Method
+    from tidaldecode.methods.method import Method
     from tidaldecode.plan import ModelShape
 
 

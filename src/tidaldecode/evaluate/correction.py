@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tidaldecode.architecture import model_shape
-from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import Cells
-from tidaldecode.evaluate.correction_rows import CorrectionRow, row_of
-from tidaldecode.evaluate.text import Text
-from tidaldecode.evaluate.windows import Windows, read_prompt
+from tidaldecode.evaluate.generation import first_difference
+from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.correction import check_second_pass
-from tidaldecode.hf.measured import first_difference
-from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.hf.second_pass.correction import check_second_pass
+from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names
+from tidaldecode.models.architecture import model_shape
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
+from tidaldecode.results.cells import Cells
+from tidaldecode.results.correction_rows import CorrectionRow, row_of
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import Windows, read_prompt
 
 CELL_KEY = ("window", "mode", "length", *METHOD_KEY)
 """Fields that tell one cell from another."""

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tidaldecode.architecture import model_shape
-from tidaldecode.attention import Attention
-from tidaldecode.baselines.methods import Method, tokens_of
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.methods.method import Method, tokens_of
+from tidaldecode.methods.tidal import Attention
+from tidaldecode.models.architecture import model_shape
 from tidaldecode.plans.find import find_plan
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -33,7 +33,7 @@ class MethodLM(HFLM):
     answer is the method's. What follows is
 
     - of `generate_until`: the answer, by the model's `generate`;
-    - of `loglikelihood`: the continuation, teacher-forced in one pass (`tidaldecode.hf.scoring`), float32;
+    - of `loglikelihood`: the continuation, teacher-forced in one pass (`tidaldecode.evaluate.scoring`), float32;
     - of `loglikelihood_rolling`: all of the text, window by window. The prompt is the one token before a window; but
       the last of several windows has few tokens left to score, and lm-eval fills its prompt up with the tokens before
       them, which are read with full attention although they were decoded, and scored, in the window before.

@@ -21,10 +21,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import Cells
 from tidaldecode.evaluate.lm_eval_there import check_lm_eval
+from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names
+from tidaldecode.results.cells import Cells
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -282,7 +282,7 @@ def cell_identity(settings: TaskSettings, model: Mapping[str, Any]) -> dict[str,
     """What all cells of a file of results have in common.
 
     Args:
-        model: see `tidaldecode.models.ModelFiles.identity`.
+        model: see `tidaldecode.models.find.ModelFiles.identity`.
     """
     return {
         "kind": "lm-eval",

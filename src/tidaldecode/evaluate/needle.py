@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tidaldecode.architecture import model_shape
-from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names, with_full
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import Cells
-from tidaldecode.evaluate.summary import NeedleSummary, needle_summary
-from tidaldecode.evaluate.text import Text
-from tidaldecode.evaluate.windows import read_prompt
+from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names, with_full
+from tidaldecode.models.architecture import model_shape
 from tidaldecode.plans.find import find_plan
+from tidaldecode.results.cells import Cells
+from tidaldecode.results.summary import NeedleSummary, needle_summary
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import read_prompt
 
 CELL_KEY = ("length", "depth", "repeat", *METHOD_KEY)
 """Fields that tell one cell from another."""
@@ -190,7 +190,7 @@ def cell_identity(settings: NeedleSettings, model: Mapping[str, Any], haystack: 
     """What all cells of a file of results have in common.
 
     Args:
-        model: see `tidaldecode.models.ModelFiles.identity`.
+        model: see `tidaldecode.models.find.ModelFiles.identity`.
     """
     return {
         "kind": "needle",
@@ -227,8 +227,8 @@ def find_needles(
     The prompt but for its last token is read with full attention, once for all methods. The last token and the answer
     are decoded under the method. Nothing is generated: greedy decoding says the answer if and only if, at each of its
     tokens, the most probable next token after the prompt and the answer so far is the answer's next. One pass over the
-    answer decides that (`tidaldecode.hf.scoring`), and gives what `generate` would. What comes behind the seven digits
-    does not count. The same digits split into other tokens than the tokenizer's count as a miss.
+    answer decides that (`tidaldecode.evaluate.scoring`), and gives what `generate` would. What comes behind the seven
+    digits does not count. The same digits split into other tokens than the tokenizer's count as a miss.
 
     Args:
         model: with a plan applied.

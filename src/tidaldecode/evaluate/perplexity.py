@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tidaldecode.architecture import model_shape
-from tidaldecode.baselines.methods import METHOD_KEY, Method, check_plan_names, with_full
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import Cells
-from tidaldecode.evaluate.summary import PplSummary, ppl_summary
-from tidaldecode.evaluate.text import Text
-from tidaldecode.evaluate.windows import Windows, read_prompt
+from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.scoring import score_tokens
+from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names, with_full
+from tidaldecode.models.architecture import model_shape
 from tidaldecode.plans.find import find_plan
+from tidaldecode.results.cells import Cells
+from tidaldecode.results.summary import PplSummary, ppl_summary
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import Windows, read_prompt
 
 CELL_KEY = ("window", *METHOD_KEY)
 """Fields that tell one cell from another; a window goes by its first token's place in the text."""
@@ -63,7 +63,7 @@ def cell_identity(settings: Windows, model: Mapping[str, Any], text: Text) -> di
     """What all cells of a file of results have in common.
 
     Args:
-        model: see `tidaldecode.models.ModelFiles.identity`.
+        model: see `tidaldecode.models.find.ModelFiles.identity`.
     """
     return {
         "kind": "ppl",
@@ -103,7 +103,7 @@ def perplexity(
     input (teacher-forced): their logits predict `w[context - decode .. context)`, and these `decode` tokens are scored.
     So the last token of the prompt is decoded under the method too, and every scored token's logits are the method's.
     `nll` is the mean of `-ln p(token)` over them, in nats. All decode steps of a window go in one pass or a few
-    (`tidaldecode.hf.scoring`).
+    (`tidaldecode.evaluate.scoring`).
 
     Args:
         model: with a plan applied.

@@ -14,18 +14,18 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from tidaldecode import ops
-from tidaldecode.architecture import check_plan, model_shape, sliding_windows
-from tidaldecode.attention import Attention, DecodeAttention
 from tidaldecode.errors import InputError
 from tidaldecode.hf.layers import TidalLayer, WindowLayer
 from tidaldecode.hf.sequences import Sequences
+from tidaldecode.methods.tidal import Attention, DecodeAttention
+from tidaldecode.methods.verified import VerifiedDrafts
+from tidaldecode.models.architecture import check_plan, model_shape, sliding_windows
 from tidaldecode.plans.find import PlanLike, find_plan
-from tidaldecode.verified import VerifiedDrafts
 
 if TYPE_CHECKING:
     from tidaldecode.hf.captured import CapturedStep
-    from tidaldecode.hf.correction import Correction
-    from tidaldecode.hf.drafting import Rounds
+    from tidaldecode.hf.second_pass.correction import Correction
+    from tidaldecode.hf.second_pass.drafting import Rounds
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tidaldecode.architecture import rope_varies
 from tidaldecode.errors import InputError
 from tidaldecode.hf.applied import plain_forward, plain_method
 from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import CapturedStep, captured_step
+from tidaldecode.models.architecture import rope_varies
 
 PREFILL_CHUNK = 1024
 """Most tokens of a prompt that go through the model at once: activations stop growing with the prompt."""

@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache
 from tidaldecode.errors import InputError
 from tidaldecode.hf.applied import plain_method
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.correction import Correction, check_second_pass
-from tidaldecode.hf.drafting import DraftLength, Lossless
-from tidaldecode.hf.lossless import lossless_loop
+from tidaldecode.hf.second_pass.correction import Correction, check_second_pass
+from tidaldecode.hf.second_pass.drafting import DraftLength, Lossless
+from tidaldecode.hf.second_pass.lossless import lossless_loop
 from tidaldecode.hf.sequences import Sequences
 
 _VIRTUAL_KEYS = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's adapters whose virtual tokens are K and V

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from tidaldecode.evaluate.correction_rows import CorrectionRow, rows_of
 from tidaldecode.report.article import Article, Card, Table, environments_of, facts_of, model_of, page_figure
 from tidaldecode.report.correction_plots import correction_panels
 from tidaldecode.report.labels import budget_label, ratio, signed
 from tidaldecode.report.results import Result
+from tidaldecode.results.correction_rows import CorrectionRow, rows_of
 
 
 def correction_article(result: Result, name: str) -> Article:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.evaluate.summary import NeedleSummary, PplSummary, TaskScore, Variant, budgets_of
 from tidaldecode.report.drawing import (
     COLOR_MAP,
     INK,
@@ -22,6 +21,7 @@ from tidaldecode.report.drawing import (
     save_png,
 )
 from tidaldecode.report.labels import budget_label, budget_words
+from tidaldecode.results.summary import NeedleSummary, PplSummary, TaskScore, Variant, budgets_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

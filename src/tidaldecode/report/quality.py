@@ -7,19 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TypeVar
 
-from tidaldecode.evaluate.summary import (
-    NeedleSummary,
-    PplSummary,
-    SharedRows,
-    TaskScore,
-    Variant,
-    budgets_of,
-    lm_eval_summary,
-    needle_summary,
-    ppl_summary,
-    ppl_summary_of,
-    shared_rows,
-)
 from tidaldecode.report.article import (
     Article,
     Card,
@@ -37,6 +24,19 @@ from tidaldecode.report.evaluation_plots import (
 )
 from tidaldecode.report.labels import budget_label, percent, signed
 from tidaldecode.report.results import Result
+from tidaldecode.results.summary import (
+    NeedleSummary,
+    PplSummary,
+    SharedRows,
+    TaskScore,
+    Variant,
+    budgets_of,
+    lm_eval_summary,
+    needle_summary,
+    ppl_summary,
+    ppl_summary_of,
+    shared_rows,
+)
 
 Summary = TypeVar("Summary", PplSummary, NeedleSummary)
 

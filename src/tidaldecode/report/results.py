@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.cells import read_cells
-from tidaldecode.evaluate.correction_rows import rows_of
+from tidaldecode.results.cells import read_cells
+from tidaldecode.results.correction_rows import rows_of
 
 _LARGEST = 2**26  # bytes of a file
 

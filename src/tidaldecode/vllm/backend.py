@@ -16,11 +16,11 @@ from vllm.config import (
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
-from tidaldecode.architecture import check_architecture, model_shape
+from tidaldecode.models.architecture import check_architecture, model_shape
+from tidaldecode.serving.rank import RankAttention
+from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm.metadata import Step, TidalDecodeBuilder
 from tidaldecode.vllm.parent import parent_backend
-from tidaldecode.vllm.rank import RankAttention
-from tidaldecode.vllm.settings import Settings
 from tidaldecode.vllm.support import check_engine, check_kernels, check_layer, memory_left
 from tidaldecode.vllm.views import cache_views
 

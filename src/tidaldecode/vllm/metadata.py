@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tidaldecode.vllm.batch import Integers, Split, split
+from tidaldecode.serving.batch import Integers, Split, split
 from tidaldecode.vllm.graphs import capture_both
 from tidaldecode.vllm.parent import parent_backend
 from tidaldecode.vllm.runner import PromptLengths

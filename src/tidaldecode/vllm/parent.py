@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from tidaldecode import __version__
 from tidaldecode.errors import InputError
-from tidaldecode.vllm.settings import Settings
+from tidaldecode.serving.settings import Settings
 
 _log = logging.getLogger("vllm.tidaldecode")
 

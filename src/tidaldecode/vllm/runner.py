@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tidaldecode.vllm.batch import Integers
+from tidaldecode.serving.batch import Integers
 
 
 class PromptLengths:

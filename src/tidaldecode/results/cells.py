@@ -59,7 +59,7 @@ class Cells:
             identity: what all cells have in common and must not change between runs: `kind`, model, digests of plan
                 and text, context, seed, dtype, ... Anything that JSON holds.
             key: names of the fields that tell a cell from the others.
-            environment: what may change between runs: see `tidaldecode.environment.environment`.
+            environment: what may change between runs: see `tidaldecode.results.environment.environment`.
 
         Raises:
             InputError: the file is of another identity or is no file of results, another process writes to it, or it

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.drafting import DraftLength, Lossless, Rounds
 from tidaldecode.hf.layers import TidalLayer
+from tidaldecode.hf.second_pass.drafting import DraftLength, Lossless, Rounds
 from tidaldecode.plans.find import find_plan
 
 

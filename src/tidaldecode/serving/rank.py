@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.attention import DecodeAttention, StepSets
 from tidaldecode.errors import InputError
+from tidaldecode.methods.tidal import DecodeAttention, StepSets
 from tidaldecode.plan import ModelShape, TidalPlan
-from tidaldecode.vllm.reads import Reads
+from tidaldecode.serving.reads import Reads
 from tidaldecode.vllm.support import check_room
 
 _SCORE_BYTES = 2**29

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.attention import budgets_like, share_read, write_budgets
+from tidaldecode.methods.tidal import budgets_like, share_read, write_budgets
 from tidaldecode.plan import ModelShape, TidalPlan
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tidaldecode.architecture import check_architecture, check_plan, model_shape, sliding_windows
-from tidaldecode.attention import Attention, DecodeAttention
-from tidaldecode.baselines.oracle import OracleAttention
-from tidaldecode.baselines.quest import QuestAttention
-from tidaldecode.baselines.streaming import StreamingAttention
 from tidaldecode.errors import InputError
-from tidaldecode.method_names import METHODS
+from tidaldecode.methods.names import METHODS
+from tidaldecode.methods.oracle import OracleAttention
+from tidaldecode.methods.quest import QuestAttention
+from tidaldecode.methods.streaming import StreamingAttention
+from tidaldecode.methods.tidal import Attention, DecodeAttention
+from tidaldecode.models.architecture import check_architecture, check_plan, model_shape, sliding_windows
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
 
 BUDGETED = METHODS[1:]

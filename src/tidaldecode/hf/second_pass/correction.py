@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tidaldecode.architecture import rope_varies, sliding_windows
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.full_pass import full_pass
+from tidaldecode.hf.second_pass.full_pass import full_pass
+from tidaldecode.models.architecture import rope_varies, sliding_windows
 
 
 class Correction:

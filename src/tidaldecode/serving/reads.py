@@ -9,9 +9,9 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from tidaldecode.attention import DecodeAttention
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.plan import TidalPlan
-from tidaldecode.vllm.metrics import Counters
+from tidaldecode.serving.metrics import Counters
 
 _log = logging.getLogger("vllm.tidaldecode")
 _SECONDS = 10.0  # as often as vLLM logs its throughput

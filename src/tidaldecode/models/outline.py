@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode import demo_model
-from tidaldecode.architecture import TESTED_ARCHITECTURES
 from tidaldecode.errors import InputError
-from tidaldecode.model_cache import cache_folder
-from tidaldecode.models import gguf_of
+from tidaldecode.models import demo as demo_model
+from tidaldecode.models.architecture import TESTED_ARCHITECTURES
+from tidaldecode.models.cache import cache_folder
+from tidaldecode.models.find import gguf_of
 from tidaldecode.plans import read_plan
 from tidaldecode.plans.find import shipped_for
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.text import Text
-from tidaldecode.outline import check_context
+from tidaldecode.models.outline import check_context
+from tidaldecode.texts.text import Text
 
 if TYPE_CHECKING:  # they take seconds to import, and wrong numbers are told without them
     from torch import Tensor

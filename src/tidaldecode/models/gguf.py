@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.errors import InputError, one_line
-from tidaldecode.model_cache import cache_folder, digests_folder, kept_folder, origin_of, write_origin
+from tidaldecode.models.cache import cache_folder, digests_folder, kept_folder, origin_of, write_origin
 from tidaldecode.whole_file import whole_file
 
 _SHARD = "2GB"  # saving copies a file of weights in memory

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tidaldecode.hf.ragged import RaggedTokens
+from tidaldecode.hf.second_pass.ragged import RaggedTokens
 
 
 class Release:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tidaldecode.architecture import model_shape, rope_varies
 from tidaldecode.errors import InputError
 from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.correction import Correction
 from tidaldecode.hf.forward import PREFILL_CHUNK
-from tidaldecode.hf.full_pass import full_pass
+from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.hf.second_pass.full_pass import full_pass
+from tidaldecode.models.architecture import model_shape, rope_varies
 
 _MOST_BYTES = {"cuda": 2**29}  # of the scores that tokens are chosen by, and of the logits
 _MOST_BYTES_ELSEWHERE = 2**27

@@ -46,7 +46,7 @@ def page_scores(
         page_size: tokens of a page, a power of two.
     """
     if ops.has_kernel(query):
-        from tidaldecode.baselines.pages_kernel import launch
+        from tidaldecode.methods.pages_kernel import launch
 
         with torch.cuda.device(query.device):
             return launch(query, k_cache, block_table, lengths, bounds, scores, page_size)

@@ -18,15 +18,15 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from tidaldecode.errors import InputError
-from tidaldecode.hf.acceptance import accept_greedy, accept_sampled
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.drafted_ends import DraftedEnds
-from tidaldecode.hf.drafting import DraftLength, Rounds
 from tidaldecode.hf.forward import PREFILL_CHUNK
-from tidaldecode.hf.full_pass import full_pass
-from tidaldecode.hf.processors import check_processors
-from tidaldecode.hf.ragged import RaggedTokens
-from tidaldecode.hf.release import Release
+from tidaldecode.hf.second_pass.acceptance import accept_greedy, accept_sampled
+from tidaldecode.hf.second_pass.drafted_ends import DraftedEnds
+from tidaldecode.hf.second_pass.drafting import DraftLength, Rounds
+from tidaldecode.hf.second_pass.full_pass import full_pass
+from tidaldecode.hf.second_pass.processors import check_processors
+from tidaldecode.hf.second_pass.ragged import RaggedTokens
+from tidaldecode.hf.second_pass.release import Release
 
 
 def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_kept: bool) -> Callable[..., Any]:

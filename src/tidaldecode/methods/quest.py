@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.attention import share_read
-from tidaldecode.baselines.pages import page_bounds, page_scores
+from tidaldecode.methods.pages import page_bounds, page_scores
+from tidaldecode.methods.tidal import share_read
 from tidaldecode.plan import ModelShape
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.attention import share_read
+from tidaldecode.methods.tidal import share_read
 from tidaldecode.plan import ModelShape, Selection
 
 

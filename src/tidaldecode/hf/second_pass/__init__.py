@@ -1,0 +1,1 @@
+"""Decoded tokens run again with full attention: cache correction and lossless decoding."""

@@ -1,0 +1,1 @@
+"""What attends in a decode step: one file a method."""

@@ -1,0 +1,1 @@
+"""Rows of results: how they are kept, resumed and summed up."""

@@ -1,0 +1,1 @@
+"""What any serving engine's wing needs."""

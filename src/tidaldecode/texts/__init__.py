@@ -1,0 +1,1 @@
+"""Texts, and the windows of them that are decoded when something is measured."""
