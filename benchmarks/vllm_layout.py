@@ -24,7 +24,7 @@ from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Timing, time_gpu
 from tidaldecode.results.environment import environment
 from tidaldecode.serving.rank import RankAttention
-from tidaldecode.vllm.views import row_views
+from tidaldecode.vllm.cache_layout import row_views
 from tidaldecode.whole_file import whole_file
 
 LAYERS, HEADS, DIM = 32, 32, 128

@@ -11,9 +11,9 @@ import pytest
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import InputError, TidalPlan
+from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.prompt import Prompt
 from tidaldecode.models.find import find_model, gguf_of
-from tidaldecode.models.outline import outline_of
 
 _TELL = """
 import contextlib, io, json, sys

@@ -12,7 +12,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 
-from tidaldecode import InputError, gguf_file, model_cache
+from tidaldecode import InputError
+from tidaldecode.models import cache as model_cache
+from tidaldecode.models import gguf as gguf_file
 from tidaldecode.models.find import find_model
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from tidaldecode import ModelShape, TidalPlan, ops
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import reference
 from tidaldecode.serving.rank import RankAttention
-from tidaldecode.vllm.views import packed_views, row_views
+from tidaldecode.vllm.cache_layout import packed_views, row_views
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CAPACITY = 2048 if DEVICE.type == "cuda" else 256

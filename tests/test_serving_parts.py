@@ -15,11 +15,12 @@ from transformers import LlamaConfig
 from tidaldecode import InputError, ModelShape, TidalPlan
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.serving.batch import split
+from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import RankAttention
 from tidaldecode.serving.reads import Reads
 from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm import register
-from tidaldecode.vllm.support import check_engine, check_kernels, check_layer, check_room, memory_left
+from tidaldecode.vllm.support import check_engine, check_layer, check_room
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=8, num_kv_heads=4, head_dim=16)
 ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")
@@ -159,10 +160,10 @@ def test_batch_invariance_is_refused(monkeypatch):
 def test_too_many_requests_for_the_memory_are_refused():
     sets = 256 * 128 * 1024 * 4
     attention = RankAttention(_plan("unified"), SHAPE, _alone(), 64)
-    attention.reserve(4, 8, torch.device("cpu"), left=2**30)
+    check_room(*attention.needs(4, 8), 2**30, 4)
     attention = RankAttention(_plan("per_head"), SHAPE, _alone(), 64)
     with pytest.raises(InputError, match="--max-num-seqs 4 requests need .* GiB are left: lower --max-num-seqs"):
-        attention.reserve(4, 8, torch.device("cpu"), left=1000)
+        check_room(*attention.needs(4, 8), 1000, 4)
     with pytest.raises(InputError, match=r"need 0\.1 GiB, a step 0\.5 GiB more, and 0\.5 GiB are left") as caught:
         check_room(sets, 2**29, 2**29, 256)
     assert "\n" not in str(caught.value)

@@ -70,7 +70,7 @@ def test_layers_of_other_kinds_are_refused(feature, words):
 def test_an_untested_vllm_is_refused(monkeypatch):
     import vllm
 
-    from tidaldecode.vllm.parent import check_version
+    from tidaldecode.vllm.own_backend import check_version
 
     check_version()
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
@@ -99,7 +99,7 @@ def test_a_plan_in_the_environment_without_the_backend_is_warned_of(monkeypatch)
 def _on_a_gpu(monkeypatch, version: int | None) -> None:
     """Lets the parent backend be found as on a GPU, whose build of vLLM has a version of FlashAttention, or none."""
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, get_device_name=lambda: "NVIDIA A100")
-    monkeypatch.setattr("tidaldecode.vllm.parent.current_platform", platform)
+    monkeypatch.setattr("tidaldecode.vllm.own_backend.current_platform", platform)
     monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.get_flash_attn_version", lambda: version)
 
 
@@ -119,7 +119,7 @@ def _config(dtype: torch.dtype, **settings: str) -> SimpleNamespace:
     ids=["there", "of another dtype", "not asked for", "not there"],
 )
 def test_flash_attention_is_the_parent_where_it_is_there(monkeypatch, version, config, flash):
-    from tidaldecode.vllm.parent import _takes_flash_attention
+    from tidaldecode.vllm.own_backend import _takes_flash_attention
 
     _on_a_gpu(monkeypatch, version)
     monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
@@ -130,7 +130,7 @@ def test_flash_attention_is_the_parent_where_it_is_there(monkeypatch, version, c
 
 
 def test_flash_attention_that_is_asked_for_and_not_there_is_refused(monkeypatch):
-    from tidaldecode.vllm.parent import _takes_flash_attention
+    from tidaldecode.vllm.own_backend import _takes_flash_attention
 
     _on_a_gpu(monkeypatch, None)
     config = _config(torch.bfloat16, vllm_attention="FLASH_ATTN")

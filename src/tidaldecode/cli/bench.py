@@ -15,11 +15,11 @@ from rich.text import Text
 
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.cli import options
+from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
 from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.models.find import find_model
-from tidaldecode.models.outline import outline_of
 from tidaldecode.plans import read_plan
 from tidaldecode.whole_file import check_writable, is_stream
 

@@ -14,10 +14,10 @@ from rich.text import Text as Words
 
 from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
 from tidaldecode.models.find import find_model
-from tidaldecode.models.outline import outline_of
 from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
 from tidaldecode.whole_file import check_writable, is_stream

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.models.find import find_model
-from tidaldecode.models.outline import outline_of
 from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts

@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.cli import eval_options, options
+from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.lm_eval_there import check_lm_eval
 from tidaldecode.models.find import find_model
-from tidaldecode.models.outline import outline_of
 from tidaldecode.report.labels import budget_label
 from tidaldecode.results.summary import lm_eval_summary
 

@@ -18,8 +18,8 @@ from tidaldecode.methods.names import METHODS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from tidaldecode.cli.outline import Outline
     from tidaldecode.methods.method import Method
-    from tidaldecode.models.outline import Outline
     from tidaldecode.plan import TidalPlan
 
 Methods = Annotated[

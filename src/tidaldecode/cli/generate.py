@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tidaldecode.cli import options
+from tidaldecode.cli.outline import Outline, outline_of
 from tidaldecode.cli.prompt import Prompt, check_length, read_prompt
 from tidaldecode.errors import InputError
 from tidaldecode.models.find import find_model
-from tidaldecode.models.outline import Outline, outline_of
 from tidaldecode.plans import read_plan
 from tidaldecode.report.labels import budget_words
 

@@ -12,7 +12,6 @@ from tidaldecode.errors import InputError
 from tidaldecode.methods.tidal import DecodeAttention, StepSets
 from tidaldecode.plan import ModelShape, TidalPlan
 from tidaldecode.serving.reads import Reads
-from tidaldecode.vllm.support import check_room
 
 _SCORE_BYTES = 2**29
 """Most memory for what lies between attention and selection: where it takes more, sequences take turns."""
@@ -53,7 +52,8 @@ class RankAttention(DecodeAttention):
     Attributes:
         reads: what the decode steps have read.
         most_rows: tokens that a step can decode.
-        captures_own, wants_own: see `graphs.Chooser`.
+        captures_own: whether a CUDA graph that is captured now is of the engine's own attention.
+        wants_own: whether the step at hand is the engine's own attention's: all its sequences are short.
 
     Raises:
         InputError: the plan chooses per KV head, and the heads of a KV head are on several ranks.
@@ -107,32 +107,41 @@ class RankAttention(DecodeAttention):
         """Whether a sequence is read in full, as each shorter one is, because it is no longer than its budget."""
         return self.plan.budget_for(length) >= length
 
-    def reserve(self, rows: int, most_tokens: int, device: torch.device, left: int | None = None) -> None:
-        """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to.
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for sets: see `reserve`."""
+        return self._room is not None
 
-        While vLLM measures how much memory a model takes, this also takes what a select layer needs between attention
-        and selection, and what a step of `most_tokens` decoded tokens needs, and gives it back.
+    def needs(self, rows: int, most_tokens: int) -> tuple[int, int]:
+        """Bytes that `reserve` keeps, and those that a step takes beside them.
 
         Args:
             rows: the most requests at once.
             most_tokens: the most tokens of a step.
-            device: where it is.
-            left: bytes of memory that are left there; not checked if not given.
+        """
+        of_one = self._bytes_of_one
+        between = len(self.heads) * self._longest * 4
+        between = min(_SCORE_BYTES + between, rows * between)  # a turn ends with the sequence that goes beyond
+        return rows * of_one, max(between, min(self._most_rows(rows), most_tokens) * of_one)
 
-        Raises:
-            InputError: that is too little.
+    def reserve(self, rows: int, most_tokens: int, device: torch.device) -> None:
+        """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to.
+
+        What a step takes beside them is taken, too, and given back: an engine measures how much memory a model takes.
         """
         if self._room is not None:
             return
-        of_one = self.num_sets * min(self.plan.budget_for(self._longest), self._longest) * 4
-        between = len(self.heads) * self._longest * 4
-        between = min(_SCORE_BYTES + between, rows * between)  # a turn ends with the sequence that goes beyond
-        self.most_rows = max(rows, _SET_BYTES // max(of_one, 1))
-        beyond = min(self.most_rows, most_tokens) * of_one
-        check_room(rows * of_one, max(between, beyond), left, rows)
+        self.most_rows = self._most_rows(rows)
         self._room = self._allocate(rows, self._longest, device)
-        for claimed in (between, beyond):
-            torch.empty(claimed, dtype=torch.uint8, device=device)
+        torch.empty(self.needs(rows, most_tokens)[1], dtype=torch.uint8, device=device)
+
+    @property
+    def _bytes_of_one(self) -> int:
+        """Bytes of the sets of a sequence."""
+        return self.num_sets * min(self.plan.budget_for(self._longest), self._longest) * 4
+
+    def _most_rows(self, rows: int) -> int:
+        return max(rows, _SET_BYTES // max(self._bytes_of_one, 1))
 
     def begin(self, lengths: Tensor, capacity: int | None = None) -> None:
         """Starts a step of up to as many sequences as there is room for; of more in memory of its own.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tidaldecode.errors import InputError
-from tidaldecode.models.outline import check_context
 from tidaldecode.texts.text import Text
 
 if TYPE_CHECKING:  # they take seconds to import, and wrong numbers are told without them
@@ -97,3 +96,13 @@ def read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decod
     with torch.inference_mode():
         model(prompt.to(model.device), past_key_values=cache, logits_to_keep=1)
     return rest
+
+
+def check_context(tokens: int, positions: int) -> None:
+    """Refuses a context beyond a model's positions.
+
+    Raises:
+        InputError: it is.
+    """
+    if tokens > positions:
+        raise InputError(f"a context of {tokens} tokens is beyond the model's {positions} positions")

@@ -21,7 +21,7 @@ def register() -> None:
     try:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        from tidaldecode.vllm import metrics
+        from tidaldecode.serving import metrics
 
         register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.backend.TidalDecodeBackend")
         metrics.serve()

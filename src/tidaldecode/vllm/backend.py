@@ -17,16 +17,17 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
 from tidaldecode.models.architecture import check_architecture, model_shape
+from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import RankAttention
 from tidaldecode.serving.settings import Settings
+from tidaldecode.vllm.cache_layout import cache_views
 from tidaldecode.vllm.metadata import Step, TidalDecodeBuilder
-from tidaldecode.vllm.parent import parent_backend
-from tidaldecode.vllm.support import check_engine, check_kernels, check_layer, memory_left
-from tidaldecode.vllm.views import cache_views
+from tidaldecode.vllm.own_backend import own_backend
+from tidaldecode.vllm.support import check_engine, check_layer, check_room
 
 _log = logging.getLogger("vllm.tidaldecode")
 
-_Backend: Any = parent_backend()
+_Backend: Any = own_backend()
 _Impl: Any = _Backend.get_impl_cls()
 
 
@@ -136,7 +137,7 @@ class TidalDecodeImpl(_Impl):
             output: [tokens, Hq, D], written.
         """
         if attn_metadata is None:
-            self.attention.reserve(*self._most, query.device, memory_left(query.device, self._utilization))
+            self._reserve(query.device)
         step: Step | None = None if attn_metadata is None else attn_metadata.tidal
         if step is None or self.attention.reads_everything(self.layer):
             return super().forward(
@@ -150,6 +151,12 @@ class TidalDecodeImpl(_Impl):
             self.layer, query[step.tokens], k_cache, v_cache, step.block_table, step.lengths, self.scale
         )
         return output
+
+    def _reserve(self, device: torch.device) -> None:
+        """Makes room for the chosen tokens while vLLM measures how much memory a model takes."""
+        if not self.attention.has_room:
+            check_room(*self.attention.needs(*self._most), memory_left(device, self._utilization), self._most[0])
+            self.attention.reserve(*self._most, device)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: our kernels write no quantized output."""

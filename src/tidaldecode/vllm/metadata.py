@@ -16,10 +16,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from tidaldecode.serving.batch import Integers, Split, split
 from tidaldecode.vllm.graphs import capture_both
-from tidaldecode.vllm.parent import parent_backend
+from tidaldecode.vllm.own_backend import own_backend
 from tidaldecode.vllm.runner import PromptLengths
 
-_Builder: Any = parent_backend().get_builder_cls()
+_Builder: Any = own_backend().get_builder_cls()
 
 
 @dataclass(frozen=True)

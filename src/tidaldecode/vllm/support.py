@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
-
-from tidaldecode import ops
 from tidaldecode.errors import InputError
 
 _CACHE_DTYPES = ("auto", "bfloat16", "float16")
@@ -65,17 +62,6 @@ def check_layer(kv_cache_dtype: str, attn_type: str, features: dict[str, Any]) -
             raise InputError(f"tidaldecode can't work with attention with {feature}")
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Refuses a GPU without kernels: plain PyTorch, which stands in for them elsewhere, runs in no CUDA graph.
-
-    Raises:
-        InputError: the GPU is too old, the head dim too large, or something that compiles kernels is missing.
-    """
-    found = ops.obstacle(device, dtype, head_dim) if device.type == "cuda" else None
-    if found is not None:
-        raise InputError(f"tidaldecode can't serve here: {found}")
-
-
 def check_room(kept: int, claimed: int, left: int | None, rows: int) -> None:
     """Refuses more requests than the chosen tokens have memory for.
 
@@ -94,12 +80,3 @@ def check_room(kept: int, claimed: int, left: int | None, rows: int) -> None:
             f"{claimed / 2**30:.1f} GiB more, and {max(left, 0) / 2**30:.1f} GiB are left: lower --max-num-seqs or the "
             "token budget, take a plan with fewer sets (unified has the fewest), or raise --gpu-memory-utilization"
         )
-
-
-def memory_left(device: torch.device, utilization: float) -> int | None:
-    """Bytes of a GPU that are left of the share that vLLM may take; `None` on a CPU."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(min(free, free - (1 - utilization) * total)) + cached

@@ -17,6 +17,7 @@ from tidaldecode.models.cache import cache_folder
 from tidaldecode.models.find import gguf_of
 from tidaldecode.plans import read_plan
 from tidaldecode.plans.find import shipped_for
+from tidaldecode.texts.windows import check_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -99,16 +100,6 @@ class Outline:
     def _number(self, key: str) -> int | None:
         value = self.config.get(key)
         return value if type(value) is int else None
-
-
-def check_context(tokens: int, positions: int) -> None:
-    """Refuses a context beyond a model's positions.
-
-    Raises:
-        InputError: it is.
-    """
-    if tokens > positions:
-        raise InputError(f"a context of {tokens} tokens is beyond the model's {positions} positions")
 
 
 def outline_of(name: str) -> Outline:

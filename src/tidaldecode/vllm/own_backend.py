@@ -33,7 +33,7 @@ def check_version() -> None:
         )
 
 
-def parent_backend() -> type[Any]:
+def own_backend() -> type[Any]:
     """VLLM's own backend of this platform: what prefill, and layers that read everything, go through.
 
     Raises:
