@@ -29,8 +29,8 @@ from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_ste
 from tidaldecode.methods.method import tokens_of
 from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models import find as models
 from tidaldecode.models.architecture import check_architecture, model_shape
+from tidaldecode.models.device import check_dtype
 from tidaldecode.plans.find import find_plan
 
 CPU = torch.device("cpu")
@@ -187,11 +187,11 @@ def test_bfloat16_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(InputError, match=r"Tesla T4 has compute capability 7\.5, .* --dtype float16"):
-        models.check_dtype(gpu, torch.bfloat16)
-    models.check_dtype(gpu, torch.float16)
-    models.check_dtype(CPU, torch.bfloat16)
+        check_dtype(gpu, torch.bfloat16)
+    check_dtype(gpu, torch.float16)
+    check_dtype(CPU, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    models.check_dtype(gpu, torch.bfloat16)
+    check_dtype(gpu, torch.bfloat16)
 
 
 def test_memory_that_runs_out():

@@ -22,7 +22,7 @@ from tidaldecode import ModelShape, TidalPlan
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.methods.method import METHODS, every_method
 from tidaldecode.models.architecture import check_architecture
-from tidaldecode.models.find import ModelFiles
+from tidaldecode.models import ModelFiles
 from tidaldecode.results.environment import environment
 
 

@@ -167,7 +167,7 @@ def test_models_of_one_folder_name_are_told_apart(tiny_folder, tmp_path, monkeyp
 def test_a_hub_model_is_told_by_its_commit(tiny):
     config = tiny("llama").config
     config._commit_hash = "0123abc"
-    files = ModelFiles("somebody/something", "somebody/something", {})
+    files = ModelFiles("somebody/something", "somebody/something")
     identity = files.identity(config, torch.device("cpu"), torch.float32)
     assert (identity["model"], identity["model_digest"]) == ("somebody/something", "0123abc")
 

@@ -19,7 +19,7 @@ from tidaldecode.methods.method import BUDGETED
 from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import Attention
 from tidaldecode.models.architecture import check_architecture, check_plan, model_shape
-from tidaldecode.models.find import check_dtype
+from tidaldecode.models.device import check_dtype
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
@@ -31,7 +31,7 @@ _MEND = "lower --contexts or --batch"
 
 
 class BenchModel(Protocol):
-    """A `tidaldecode.models.find.ModelFiles`, or a `tidaldecode.bench.shapes.RandomModel`."""
+    """A `tidaldecode.models.ModelFiles`, or a `tidaldecode.bench.shapes.RandomModel`."""
 
     @property
     def name(self) -> str: ...

@@ -45,7 +45,7 @@ CONFIGS = tuple(_SHAPES)
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A model of a public shape; stands where `tidaldecode.models.find.ModelFiles` does.
+    """A model of a public shape; stands where `tidaldecode.models.ModelFiles` does.
 
     Raises:
         InputError: the name is none of `CONFIGS`.

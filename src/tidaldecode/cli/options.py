@@ -100,7 +100,7 @@ def parse_device(name: str | None) -> torch.device:
     """
     import torch
 
-    from tidaldecode.models.find import default_device
+    from tidaldecode.models.device import default_device
 
     if name is None:
         return default_device()
@@ -123,7 +123,7 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    from tidaldecode.models.find import check_dtype, default_dtype
+    from tidaldecode.models.device import check_dtype, default_dtype
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = dtypes.get(name) or default_dtype(device)

@@ -282,7 +282,7 @@ def cell_identity(settings: TaskSettings, model: Mapping[str, Any]) -> dict[str,
     """What all cells of a file of results have in common.
 
     Args:
-        model: see `tidaldecode.models.find.ModelFiles.identity`.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "lm-eval",

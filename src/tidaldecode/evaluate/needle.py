@@ -190,7 +190,7 @@ def cell_identity(settings: NeedleSettings, model: Mapping[str, Any], haystack: 
     """What all cells of a file of results have in common.
 
     Args:
-        model: see `tidaldecode.models.find.ModelFiles.identity`.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "needle",

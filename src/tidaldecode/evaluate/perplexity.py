@@ -63,7 +63,7 @@ def cell_identity(settings: Windows, model: Mapping[str, Any], text: Text) -> di
     """What all cells of a file of results have in common.
 
     Args:
-        model: see `tidaldecode.models.find.ModelFiles.identity`.
+        model: see `tidaldecode.models.ModelFiles.identity`.
     """
     return {
         "kind": "ppl",

@@ -1,1 +1,24 @@
-"""Models: where they come from, and which architectures are supported."""
+"""Models: a name -> model and tokenizer, and which architectures are supported. Imports no PyTorch."""
+
+from tidaldecode.models.architecture import (
+    TESTED_ARCHITECTURES,
+    check_architecture,
+    check_plan,
+    model_shape,
+    rope_varies,
+    sliding_windows,
+)
+from tidaldecode.models.files import ModelFiles
+from tidaldecode.models.find import find_model, gguf_of
+
+__all__ = [
+    "TESTED_ARCHITECTURES",
+    "ModelFiles",
+    "check_architecture",
+    "check_plan",
+    "find_model",
+    "gguf_of",
+    "model_shape",
+    "rope_varies",
+    "sliding_windows",
+]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -32,20 +32,8 @@ _MARGIN = 100_000_000  # bytes: tokenizer, and what else takes room meanwhile
 _HALVES = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
-class ConvertedGGUF(NamedTuple):
-    """A GGUF file's contents in Transformers' format.
-
-    Attributes:
-        folder: where they lie in the cache.
-        name: the model's name in the file (`general.name`), `None` if it has none.
-    """
-
-    folder: Path
-    name: str | None
-
-
-def converted_gguf(path: Path, report: Callable[[str], None]) -> ConvertedGGUF:
-    """The contents of a GGUF file in Transformers' format; converted if they are not in the cache folder yet.
+def converted_gguf(path: Path, report: Callable[[str], None]) -> Path:
+    """The folder of a GGUF file's contents in Transformers' format; made if it is not in the cache folder yet.
 
     They are found by the digest of the file's content: a copy is not converted again, another file of the same name is.
 
@@ -60,7 +48,7 @@ def converted_gguf(path: Path, report: Callable[[str], None]) -> ConvertedGGUF:
     for folder in cache_folder().glob(f"*-{digest[:16]}"):
         origin = origin_of(folder)
         if origin is not None and origin["sha256"] == digest:
-            return ConvertedGGUF(folder, origin["name"])
+            return folder
     name, num_bytes = _name_and_room(path)
     folder_name = f"{_plain(name or path.stem)}-{digest[:16]}"
 
@@ -74,7 +62,7 @@ def converted_gguf(path: Path, report: Callable[[str], None]) -> ConvertedGGUF:
         report(f"converted in {time.monotonic() - start:.0f} s; `tidaldecode cache` lists such models and deletes them")
         return made
 
-    return ConvertedGGUF(kept_folder(folder_name, f"the model in {path.name}", num_bytes, make, report), name)
+    return kept_folder(folder_name, f"the model in {path.name}", num_bytes, make, report)
 
 
 def convert(path: Path, folder: Path) -> Path:
