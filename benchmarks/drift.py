@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 
 import tidaldecode
-from tidaldecode.evaluate.needle import paul_graham_essays
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.second_pass.correction import Correction
 from tidaldecode.models.find import find_model
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
-from tidaldecode.texts.text import Text, text_parts
+from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
 from tidaldecode.texts.windows import Windows
 from tidaldecode.whole_file import whole_file
 

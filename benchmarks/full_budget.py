@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import tidaldecode
-from tidaldecode.evaluate.needle import paul_graham_essays
 from tidaldecode.models.find import find_model
 from tidaldecode.plans import shipped_plans
 from tidaldecode.results.environment import environment
+from tidaldecode.texts.text import paul_graham_essays
 
 CONTEXT, NEW_TOKENS = 4000, 201
 

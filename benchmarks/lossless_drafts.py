@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 
 import tidaldecode
-from tidaldecode.evaluate.needle import paul_graham_essays
 from tidaldecode.hf import TidalCache
 from tidaldecode.models.find import find_model
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
-from tidaldecode.texts.text import Text
+from tidaldecode.texts.text import Text, paul_graham_essays
 from tidaldecode.texts.windows import Windows, read_prompt
 from tidaldecode.whole_file import whole_file
 

@@ -19,11 +19,11 @@ import torch
 
 import tidaldecode
 from tidaldecode.evaluate.generation import first_difference
-from tidaldecode.evaluate.needle import paul_graham_essays
 from tidaldecode.hf import TidalCache
 from tidaldecode.models.find import find_model
 from tidaldecode.plans import shipped_plans
 from tidaldecode.results.environment import environment
+from tidaldecode.texts.text import paul_graham_essays
 from tidaldecode.whole_file import whole_file
 
 

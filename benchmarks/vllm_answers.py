@@ -23,11 +23,11 @@ import torch
 from vllm import LLM, SamplingParams
 
 import tidaldecode
-from tidaldecode.evaluate.needle import NeedleSettings, needle_cases, paul_graham_essays
+from tidaldecode.evaluate.needle import NeedleSettings, needle_cases
 from tidaldecode.models.find import find_model
 from tidaldecode.plans import read_plan
 from tidaldecode.results.environment import environment
-from tidaldecode.texts.text import Text
+from tidaldecode.texts.text import Text, paul_graham_essays
 from tidaldecode.whole_file import whole_file
 
 

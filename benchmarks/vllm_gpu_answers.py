@@ -39,10 +39,10 @@ import numpy as np
 import torch
 
 from tidaldecode import TidalPlan
-from tidaldecode.evaluate.needle import NeedleSettings, needle_cases, paul_graham_essays
+from tidaldecode.evaluate.needle import NeedleSettings, needle_cases
 from tidaldecode.models.find import find_model
 from tidaldecode.results.environment import environment
-from tidaldecode.texts.text import Text
+from tidaldecode.texts.text import Text, paul_graham_essays
 from tidaldecode.whole_file import whole_file
 
 ENGINES: dict[str, dict[str, Any]] = {

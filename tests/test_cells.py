@@ -13,7 +13,9 @@ import pytest
 
 from tidaldecode.errors import InputError
 from tidaldecode.results.cells import Cells, read_cells
-from tidaldecode.results.summary import NeedleCell, Variant, needle_summary, ppl_summary, shared_rows
+from tidaldecode.results.needles import NeedleCell, needle_summary
+from tidaldecode.results.perplexity import ppl_summary
+from tidaldecode.results.rows import MethodSettings, shared_rows
 
 KEY = ("window", "method", "budget")
 IDENTITY = {"kind": "ppl", "model": "tiny", "plans": {"paper": "a1b2"}, "context": 128, "lengths": (1, 2)}
@@ -251,7 +253,7 @@ def test_gap_and_its_standard_error():
         ppl_row(1, 4.25, 4.0, **tidal),
     ]
     first, second = ppl_summary(rows)
-    assert first.variant == Variant("tidal", "paper") and first.variant.label == "tidal, paper"
+    assert first.variant == MethodSettings("tidal", "paper") and first.variant.label == "tidal, paper"
     assert (first.windows, first.tokens, first.nll, first.full_nll, first.gap) == (2, 64, 3.875, 3.5, 0.375)
     assert first.gap_stderr == pytest.approx(0.125)  # of .5 and .25
     assert first.nll_by_position == (3.375, 4.375)
@@ -284,7 +286,7 @@ def test_needles_are_added_up():
     assert found.cells == (NeedleCell(200, 0.5, 2, 3), NeedleCell(400, 1.0, 1, 2))
     assert (found.correct, found.total, found.accuracy) == (3, 5, 0.6)
     assert found.of_length(200) == (2, 3)
-    assert full.variant == Variant("full") and full.accuracy == 1
+    assert full.variant == MethodSettings("full") and full.accuracy == 1
 
 
 def test_shared_rows_are_of_windows_that_all_methods_have():

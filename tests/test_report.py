@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -26,8 +25,10 @@ from tidaldecode.report.page import write_report
 from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
 from tidaldecode.report.results import read_results
 from tidaldecode.results.cells import Cells
-from tidaldecode.results.correction_rows import rows_of
-from tidaldecode.results.summary import lm_eval_summary, needle_summary, ppl_summary
+from tidaldecode.results.correction import rows_of
+from tidaldecode.results.needles import needle_summary
+from tidaldecode.results.perplexity import ppl_summary
+from tidaldecode.results.tasks import lm_eval_summary
 
 HOSTILE = "</title><script>alert('$x_1$')</script>&\"'"
 ENVIRONMENT = {"command": "tidaldecode eval ppl --seed 7", "versions": {"torch": "2.11.0"}, "device": "NVIDIA H200"}
@@ -485,10 +486,10 @@ def printed(rows: list[dict], **fields) -> str:
 def write_printed(folder: Path) -> None:
     """The `--json` objects of the cells of `fill`."""
     folder.mkdir(exist_ok=True)
-    rows = [{**row.pop("variant"), **row} for row in map(asdict, ppl_summary(PPL))]
+    rows = [row.model_dump() for row in ppl_summary(PPL)]
     (folder / "ppl.json").write_text(printed(rows, context=128, figures=["ppl_budgets.png"]))
     summaries = needle_summary(NEEDLES)
-    methods = [{**asdict(summary.variant), "budget": summary.budget} for summary in summaries]
+    methods = [{**summary.variant._asdict(), "budget": summary.budget} for summary in summaries]
     (folder / "needle.json").write_text(
         printed(
             [
@@ -496,7 +497,7 @@ def write_printed(folder: Path) -> None:
                 for method, summary in zip(methods, summaries, strict=True)
             ],
             cells=[
-                {**method, **asdict(cell)}
+                {**method, **cell._asdict()}
                 for method, summary in zip(methods, summaries, strict=True)
                 for cell in summary.cells
             ],
@@ -568,7 +569,7 @@ def test_gaps_below_zero_are_seen_and_their_errors():
 
 def write_printed_correction(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / "correction.json").write_text(printed([asdict(row) for row in rows_of(CORRECTION)], figure="c.png"))
+    (folder / "correction.json").write_text(printed([row.model_dump() for row in rows_of(CORRECTION)], figure="c.png"))
 
 
 def test_large_files_are_left_out(bare, monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 from families import plan_for
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan, apply
+from tidaldecode.evaluate import scoring
 from tidaldecode.evaluate.scoring import score_tokens, step_logits, steps_at_once
-from tidaldecode.hf import scoring
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.oracle import OracleAttention
 from tidaldecode.methods.tidal import DecodeAttention

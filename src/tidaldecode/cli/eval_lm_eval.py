@@ -21,7 +21,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.lm_eval_there import check_lm_eval
 from tidaldecode.models.find import find_model
 from tidaldecode.report.labels import budget_label
-from tidaldecode.results.summary import lm_eval_summary
+from tidaldecode.results.tasks import lm_eval_summary
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.lm_eval_tasks import LmEvalReport

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tidaldecode.errors import InputError
 from tidaldecode.evaluate.generation import first_difference
 from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
@@ -21,7 +20,7 @@ from tidaldecode.models.architecture import model_shape
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.cells import Cells
-from tidaldecode.results.correction_rows import CorrectionRow, row_of
+from tidaldecode.results.correction import CorrectionRow, rows_of
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows, read_prompt
 
@@ -66,7 +65,8 @@ class CorrectionReport:
     def to_json(self) -> dict[str, Any]:
         """The report as one flat object with a list of rows."""
         fields = asdict(self)
-        return {**fields.pop("environment"), **fields.pop("settings"), **fields}
+        rows = [row.model_dump() for row in fields.pop("rows")]
+        return {**fields.pop("environment"), **fields.pop("settings"), **fields, "rows": rows}
 
 
 def variants(plan: TidalPlan, budgets: Sequence[int | float], lengths: Sequence[int]) -> Iterator[Variant]:
@@ -179,14 +179,5 @@ def _generate(
 
 def summary(settings: Windows, wanted: Sequence[Variant], cells: Cells) -> list[CorrectionRow]:
     """A row for each variant over the windows, all of which must have been measured."""
-    return [_row(settings, variant, wanted[0], cells) for variant in wanted]
-
-
-def _row(settings: Windows, variant: Variant, full: Variant, cells: Cells) -> CorrectionRow:
-    pairs = []
-    for start in settings.starts:
-        mine, base = (cells.find(window=start, **which.key()) for which in (variant, full))
-        if mine is None or base is None:
-            raise InputError(f"the window at token {start} was not measured")
-        pairs.append((mine, base))
-    return row_of(pairs)
+    found = [cells.find(window=start, **variant.key()) for variant in wanted for start in settings.starts]
+    return rows_of([cell for cell in found if cell is not None])

@@ -19,7 +19,7 @@ from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names, wit
 from tidaldecode.models.architecture import model_shape
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.cells import Cells
-from tidaldecode.results.summary import NeedleSummary, needle_summary
+from tidaldecode.results.needles import NeedleSummary, needle_summary
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import read_prompt
 
@@ -104,7 +104,7 @@ class NeedleReport:
 
         Full attention is among the rows and the cells, and its accuracy is `full_accuracy` too.
         """
-        methods = [{**asdict(row.variant), "budget": row.budget} for row in self.rows]
+        methods = [{**row.variant._asdict(), "budget": row.budget} for row in self.rows]
         own = [row for row in self.rows if row.variant.method != "full"] or self.rows
         full = next(row for row in self.rows if row.variant.method == "full")
         return {
@@ -121,7 +121,9 @@ class NeedleReport:
                 for method, row in zip(methods, self.rows, strict=True)
             ],
             "cells": [
-                {**method, **asdict(cell)} for method, row in zip(methods, self.rows, strict=True) for cell in row.cells
+                {**method, **cell._asdict()}
+                for method, row in zip(methods, self.rows, strict=True)
+                for cell in row.cells
             ],
             "figure": self.figure,
         }

@@ -18,7 +18,7 @@ from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names, wit
 from tidaldecode.models.architecture import model_shape
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.cells import Cells
-from tidaldecode.results.summary import PplSummary, ppl_summary
+from tidaldecode.results.perplexity import PplSummary, ppl_summary
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows, read_prompt
 
@@ -53,7 +53,7 @@ class PerplexityReport:
     def to_json(self) -> dict[str, Any]:
         """The report as one flat object with a list of rows; `nll`, `full_nll` and `gap` of a single method on top."""
         fields = asdict(self)
-        rows = [{**row.pop("variant"), **row} for row in fields.pop("rows")]
+        rows = [row.model_dump() for row in fields.pop("rows")]
         others = [row for row in rows if row["method"] != "full"] or rows
         single = {name: others[0][name] for name in ("nll", "full_nll", "gap")} if len(others) == 1 else {}
         return {**fields.pop("environment"), **fields.pop("settings"), **fields, **single, "rows": rows}

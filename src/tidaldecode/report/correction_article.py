@@ -9,12 +9,12 @@ from tidaldecode.report.article import Article, Card, Table, environments_of, fa
 from tidaldecode.report.correction_plots import correction_panels
 from tidaldecode.report.labels import budget_label, ratio, signed
 from tidaldecode.report.results import Result
-from tidaldecode.results.correction_rows import CorrectionRow, rows_of
+from tidaldecode.results.correction import CorrectionRow, rows_of
 
 
 def correction_article(result: Result, name: str) -> Article:
     """Gap, time and acceptance of the plan alone, with correction, and of lossless decoding."""
-    rows = rows_of(result.rows) if result.of_cells else [CorrectionRow(**row) for row in result.rows]
+    rows = rows_of(result.rows) if result.of_cells else [CorrectionRow.model_validate(row) for row in result.rows]
     figure = page_figure(
         f"{name}-correction",
         "Tokens between two passes with full attention",

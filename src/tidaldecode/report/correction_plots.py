@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tidaldecode.report.drawing import MUTED, add_legend, line_styles, new_figure, save_png
 from tidaldecode.report.labels import budget_label
-from tidaldecode.results.correction_rows import CorrectionRow
+from tidaldecode.results.correction import CorrectionRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

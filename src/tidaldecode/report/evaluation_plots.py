@@ -21,7 +21,10 @@ from tidaldecode.report.drawing import (
     save_png,
 )
 from tidaldecode.report.labels import budget_label, budget_words
-from tidaldecode.results.summary import NeedleSummary, PplSummary, TaskScore, Variant, budgets_of
+from tidaldecode.results.needles import NeedleSummary
+from tidaldecode.results.perplexity import PplSummary
+from tidaldecode.results.rows import MethodSettings, budgets_of
+from tidaldecode.results.tasks import TaskScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,12 +202,12 @@ def _share(share: float) -> str:
     return f"{share:.2g}".removeprefix("0") or "0"
 
 
-def _styles(summaries: Sequence[PplSummary]) -> dict[Variant, LineStyle]:
+def _styles(summaries: Sequence[PplSummary]) -> dict[MethodSettings, LineStyle]:
     variants = list(dict.fromkeys(summary.variant for summary in summaries))
     return dict(zip(variants, line_styles([variant.method for variant in variants]), strict=True))
 
 
-def _height(variant: Variant) -> float:
+def _height(variant: MethodSettings) -> float:
     """TidalDecode's lines lie on those of others, where they meet."""
     return 2.2 if variant.method == "tidal" else 2.1
 

@@ -24,19 +24,10 @@ from tidaldecode.report.evaluation_plots import (
 )
 from tidaldecode.report.labels import budget_label, percent, signed
 from tidaldecode.report.results import Result
-from tidaldecode.results.summary import (
-    NeedleSummary,
-    PplSummary,
-    SharedRows,
-    TaskScore,
-    Variant,
-    budgets_of,
-    lm_eval_summary,
-    needle_summary,
-    ppl_summary,
-    ppl_summary_of,
-    shared_rows,
-)
+from tidaldecode.results.needles import NeedleSummary, needle_summary
+from tidaldecode.results.perplexity import PplSummary, ppl_summary
+from tidaldecode.results.rows import MethodSettings, SharedRows, budgets_of, shared_rows
+from tidaldecode.results.tasks import TaskScore, lm_eval_summary
 
 Summary = TypeVar("Summary", PplSummary, NeedleSummary)
 
@@ -47,7 +38,7 @@ _NEEDLE_CASE = ("length", "depth", "repeat")
 def ppl_article(result: Result, name: str) -> Article:
     """The gap to full attention at each budget, and perplexity over position."""
     cells = shared_rows(result.rows, ("window",)) if result.of_cells else None
-    summaries = [ppl_summary_of(row) for row in result.rows] if cells is None else ppl_summary(cells.rows)
+    summaries = [PplSummary.model_validate(row) for row in result.rows] if cells is None else ppl_summary(cells.rows)
     left_out = "" if cells is None else _left_out(cells, "window")
     figures = []
     if budgets_of(summaries):
@@ -177,7 +168,7 @@ def _needle_card(
     )
 
 
-def _subject(result: Result, variant: Variant) -> str:
+def _subject(result: Result, variant: MethodSettings) -> str:
     return model_of(result) + ("" if variant.plan is None else f", plan {variant.plan}")
 
 

@@ -7,99 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from tidaldecode.errors import InputError
 from tidaldecode.results.cells import read_cells
-from tidaldecode.results.correction_rows import rows_of
+from tidaldecode.results.correction import CorrectionCell, CorrectionRow, rows_of
+from tidaldecode.results.needles import NeedleRow
+from tidaldecode.results.perplexity import PplCell, PplSummary
+from tidaldecode.results.rows import Budget, Count, Name, Number, Positive, Row, Share, Time
+from tidaldecode.results.tasks import TaskRow
 
 _LARGEST = 2**26  # bytes of a file
-
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Positive = Annotated[int, Field(gt=0, le=2**53)]
-Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
-Time = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e15)]
-Nll = Annotated[float, Field(allow_inf_nan=False, ge=-1, le=500)]  # a certain token rounds to either side of 0
-Share = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(max_length=120)]
-Budget = Annotated[int, Field(gt=0, le=2**53)] | Annotated[float, Field(gt=0, le=1)] | None
 
 Kind = Literal["ppl", "needle", "lm-eval", "correction", "decode", "ops", "recall", "calibration", "other"]
 
 
-class _Row(BaseModel):
-    """Rows may have more fields than these; the wrong type of one makes the file foreign."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class _MethodRow(_Row):
-    method: Name
-    plan: Name | None = None
-    budget: Budget
-    selection: Name | None = None
-    page_size: int | None = None
-    full_layers: int | None = None
-    plan_digest: Name | None = None
-
-
-class _PplRow(_MethodRow):
-    nll: Nll
-    full_nll: Nll
-    tokens: Positive
-    nll_by_position: list[Nll] = Field(min_length=1)
-    first_position: Count
-    bin_tokens: Positive
-
-
-class _PplCell(_PplRow):
-    window: Count
-
-
-class _PplSummary(_PplRow):
-    windows: Positive
-    gap: Number
-    gap_stderr: Number | None
-
-
-class _NeedleRow(_MethodRow):
-    length: Positive
-    depth: Share
-    correct: Count
-    total: Positive
-
-
-class _LmEvalRow(_MethodRow):
-    task: Name
-    metrics: dict[Name, Number | str | None]
-    samples: Count
-
-
-class _CorrectionVariant(_Row):
-    mode: Literal["full", "plain", "correction", "lossless"]
-    length: Positive | None
-    budget: Budget
-    ms_per_token: Time
-
-
-class _CorrectionCell(_CorrectionVariant):
-    window: Count
-    plan: Name | None = None
-    nll: Nll
-    accepted_per_round: Number | None = None
-    first_difference: Count | None = None
-
-
-class _CorrectionSummary(_CorrectionVariant):
-    gap: Number
-    gap_stderr: Number | None = None
-    speedup: Number
-    accepted_per_round: Number | None
-    differing: Count | None
-    windows: Positive
-
-
-class _DecodeRow(_Row):
+class _DecodeRow(Row):
     method: Name
     context: Positive
     budget: Budget
@@ -109,7 +32,7 @@ class _DecodeRow(_Row):
     kv_read_fraction: Share
 
 
-class _OperationRow(_Row):
+class _OperationRow(Row):
     operation: Name
     kv_heads: Positive
     batch: Positive
@@ -125,14 +48,14 @@ _Shares = Annotated[list[Share | None], Field(min_length=1, max_length=512)]
 _Matrix = Annotated[list[_Shares], Field(min_length=1, max_length=512)]
 
 
-class _Recall(_Row):
+class _Recall(Row):
     recall: _Matrix
     recalls: dict[Name, _Matrix] = Field(default={}, max_length=8)
     distance: _Shares | None = None
     distances: dict[Name, _Shares] = Field(default={}, max_length=8)
 
 
-class _FrontierRow(_Row):
+class _FrontierRow(Row):
     full_layers: Count
     select_layers: Count
     token_budget: Positive
@@ -144,7 +67,7 @@ class _FrontierRow(_Row):
     heldout_error: Number | None
 
 
-class _Calibration(_Row):
+class _Calibration(Row):
     calibration_gap: Number
     heldout_gap: Number | None
     seconds: Time | None = None
@@ -152,16 +75,16 @@ class _Calibration(_Row):
 
 
 _ROWS: dict[str, TypeAdapter[Any]] = {
-    "ppl": TypeAdapter(list[_PplCell]),
-    "needle": TypeAdapter(list[_NeedleRow]),
-    "lm-eval": TypeAdapter(list[_LmEvalRow]),
-    "correction": TypeAdapter(list[_CorrectionCell]),
+    "ppl": TypeAdapter(list[PplCell]),
+    "needle": TypeAdapter(list[NeedleRow]),
+    "lm-eval": TypeAdapter(list[TaskRow]),
+    "correction": TypeAdapter(list[CorrectionCell]),
     "decode": TypeAdapter(list[_DecodeRow]),
     "ops": TypeAdapter(list[_OperationRow]),
 }
 _SUMMARIES: dict[str, TypeAdapter[Any]] = {  # what `--json` says of cells
-    "ppl": TypeAdapter(list[_PplSummary]),
-    "correction": TypeAdapter(list[_CorrectionSummary]),
+    "ppl": TypeAdapter(list[PplSummary]),
+    "correction": TypeAdapter(list[CorrectionRow]),
 }
 
 
