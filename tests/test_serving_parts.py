@@ -17,7 +17,7 @@ from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.serving.batch import split
 from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import RankAttention
-from tidaldecode.serving.reads import Reads
+from tidaldecode.serving.read_counts import ReadCounts
 from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm import register
 from tidaldecode.vllm.support import check_engine, check_layer, check_room
@@ -334,19 +334,18 @@ def test_room_stays_where_it_is():
 # ---- what is counted
 
 
-def test_reads_agree_with_the_plan():
+def test_read_counts_agree_with_the_plan():
     attention = DecodeAttention(_plan("per_head", ELSEWHERE), SHAPE)
-    reads = Reads(attention)
-    assert math.isnan(reads.fraction)
-    reads.count(_array(12, 40, 0, 50))
-    assert reads.tokens == 3
-    assert reads.read == sum(sum(attention.tokens_read(length).values()) for length in (12, 40, 50))
-    assert reads.whole == 6 * (12 + 40 + 50)
+    counts = ReadCounts(attention)
+    assert math.isnan(counts.fraction)
+    counts.count(_array(12, 40, 0, 50))
+    read = sum(sum(attention.tokens_read(length).values()) for length in (12, 40, 50))
+    assert counts.totals.tolist() == [3, read, 6 * (12 + 40 + 50)]
 
 
-def test_reads_of_a_share_of_the_context():
+def test_read_counts_of_a_share_of_the_context():
     plan = TidalPlan.validated(roles=ROLES, selection="unified", token_budget=0.25)
     attention = DecodeAttention(plan, SHAPE)
-    reads = Reads(attention)
-    reads.count(_array(100))
-    assert reads.fraction == pytest.approx(attention.kv_read_fraction(100))
+    counts = ReadCounts(attention)
+    counts.count(_array(100))
+    assert counts.fraction == pytest.approx(attention.kv_read_fraction(100))

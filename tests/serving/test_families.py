@@ -33,7 +33,7 @@ def test_answers_are_those_of_transformers(start, tmp_path, byte_tokenizer, fami
     llm = start(tmp_path, **options, **engine)
     prompts = [torch.randint(2, 258, (length,)).tolist() for length in (50, 131, 400)]
     answers = greedy(llm, prompts, 16)
-    assert attention_of(llm).reads.fraction < 0.8
+    assert attention_of(llm).read_counts.fraction < 0.8
     tidaldecode.apply(model, plan)
     for prompt, answer in zip(prompts, answers, strict=True):
         row = torch.tensor([prompt])

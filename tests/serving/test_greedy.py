@@ -27,15 +27,15 @@ def test_a_budget_of_the_whole_context_answers_as_vllm_does(start, demo_files, p
     expected = greedy(start(demo_files.location), prompts, NEW_TOKENS)
     engine = start(demo_files.location, **with_plan("smollm2-135m", 8192))
     assert greedy(engine, prompts, NEW_TOKENS) == expected
-    assert attention_of(engine).reads.fraction == 1
+    assert attention_of(engine).read_counts.fraction == 1
 
 
 def test_a_small_budget_answers_as_in_transformers(start, demo_files, demo_model, prompts):
     engine = start(demo_files.location, max_num_batched_tokens=256, **with_plan("auto", 64))
     answers = greedy(engine, prompts, NEW_TOKENS)
-    reads = attention_of(engine).reads
-    assert reads.tokens == PROMPTS * (NEW_TOKENS - 1)
-    assert 0.2 < reads.fraction < 0.8
+    counts = attention_of(engine).read_counts
+    assert counts.decoded == PROMPTS * (NEW_TOKENS - 1)
+    assert 0.2 < counts.fraction < 0.8
     tidaldecode.apply(demo_model, read_plan("smollm2-135m").with_budget(64))
     for prompt, answer in zip(prompts, answers, strict=True):
         row = torch.tensor([prompt])

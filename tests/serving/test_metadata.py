@@ -159,12 +159,12 @@ def test_in_graphs_a_single_token_of_a_prompt_is_decoded(builder, monkeypatch):
 
 
 def test_trial_runs_and_captures_are_not_counted(builder):
-    tokens = builder.attention.reads.tokens
+    tokens = builder.attention.read_counts.decoded
     builder.build_for_cudagraph_capture(_batch([1, 1], [40, 50], [30, 40]))
     _build(builder, [1, 1], [40, 50], None)
-    assert builder.attention.reads.tokens == tokens
+    assert builder.attention.read_counts.decoded == tokens
     _build(builder, [1, 1], [40, 50], [30, 40])
-    assert builder.attention.reads.tokens == tokens + 2
+    assert builder.attention.read_counts.decoded == tokens + 2
 
 
 def test_a_group_can_do_no_more_in_graphs_than_vllms_own(builder):

@@ -55,7 +55,7 @@ def test_each_answer_is_the_one_that_the_request_gets_alone(start, tiny_llama, t
     answers, preempted = _at_once(engine, prompts)
     assert preempted >= 2
     assert set(answers) == set(range(32)) - set(ABORTED.values())
-    assert attention_of(engine).reads.fraction < 0.7
+    assert attention_of(engine).read_counts.fraction < 0.7
     assert engine.llm_engine.engine_core.engine_core.scheduler.cache_config.enable_prefix_caching
     alone = start(tiny_llama, max_num_seqs=1, enable_prefix_caching=False, **options)
     expected = {i: greedy(alone, [prompts[i]], NEW_TOKENS)[0] for i in answers}

@@ -163,10 +163,10 @@ def _lines() -> Iterator[list[str]]:
 
 
 def test_a_line_says_what_the_plan_does_and_what_was_read(start, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("tidaldecode.serving.reads._SECONDS", 0)
+    monkeypatch.setattr("tidaldecode.serving.read_counts._SECONDS", 0)
     with _lines() as lines:
         engine = start(tiny_llama, **with_plan(tiny_plan(tmp_path, 32, "unified")))
         greedy(engine, [list(range(2, 102))], 4)
     assert sum("1 full layers, 2 select layers, 4 sparse layers" in line for line in lines) == 1
     assert "of the KV cache" in lines[-1]
-    assert attention_of(engine).reads.tokens == 3
+    assert attention_of(engine).read_counts.decoded == 3

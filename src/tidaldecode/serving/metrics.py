@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 FOLDER = "TIDALDECODE_COUNTERS"
 """Variable of the environment that tells the processes of an engine where their server looks for counters."""
@@ -59,7 +60,7 @@ class Counters:
     """The counters of a process in which decode steps run."""
 
     def __init__(self) -> None:
-        self._counters: list[Any] | None = None
+        self._counters: list[Any] = []
         self._file: np.memmap[Any, Any] | None = None
         if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             from prometheus_client import Counter
@@ -71,10 +72,9 @@ class Counters:
             path = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
             self._file = np.memmap(path, np.float64, "w+", shape=len(COUNTERS))
 
-    def add(self, decoded: float, read: float, full: float) -> None:
+    def add(self, values: NDArray[np.float64]) -> None:
         """Adds to each counter."""
-        if self._counters is not None:
-            for counter, more in zip(self._counters, (decoded, read, full), strict=True):
-                counter.inc(more)
-        elif self._file is not None:
-            self._file += (decoded, read, full)
+        if self._file is not None:
+            self._file += values
+        for counter, value in zip(self._counters, values.tolist(), strict=False):
+            counter.inc(value)

@@ -11,7 +11,7 @@ from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.methods.tidal import DecodeAttention, StepSets
 from tidaldecode.plan import ModelShape, TidalPlan
-from tidaldecode.serving.reads import Reads
+from tidaldecode.serving.read_counts import ReadCounts
 
 _SCORE_BYTES = 2**29
 """Most memory for what lies between attention and selection: where it takes more, sequences take turns."""
@@ -50,7 +50,7 @@ class RankAttention(DecodeAttention):
         capacity: the longest that a sequence can become.
 
     Attributes:
-        reads: what the decode steps have read.
+        read_counts: what the decode steps have read.
         most_rows: tokens that a step can decode.
         captures_own: whether a CUDA graph that is captured now is of the engine's own attention.
         wants_own: whether the step at hand is the engine's own attention's: all its sequences are short.
@@ -71,7 +71,7 @@ class RankAttention(DecodeAttention):
         self.group = group
         self._longest = capacity
         self._room: StepSets | None = None
-        self.reads = Reads(self, told=group.rank_in_group == 0)
+        self.read_counts = ReadCounts(self, told=group.rank_in_group == 0)
         self.most_rows = 0
         self.captures_own = self.wants_own = False
         self._exchanges = {layer for layer in self.writes if self._read_elsewhere(layer)}

@@ -138,7 +138,7 @@ class TidalDecodeBuilder(_Builder):
     def _decodes(self, lengths: Integers) -> bool:
         """Counts a step's sequences, and says whether the plan has a say in it: it has none where all are short."""
         if self._counts:
-            self.attention.reads.count(lengths)
+            self.attention.read_counts.count(lengths)
         return len(lengths) > 0 and not self.attention.is_short(int(lengths.max()))
 
     def _mixed(self, common: Any, parts: Split) -> Step | None:
