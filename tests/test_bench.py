@@ -26,11 +26,11 @@ from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, w
 from tidaldecode.bench.shapes import CONFIGS, RandomModel
 from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
-from tidaldecode.methods.method import tokens_of
 from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models.architecture import check_architecture, model_shape
 from tidaldecode.models.device import check_dtype
+from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 
 CPU = torch.device("cpu")

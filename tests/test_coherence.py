@@ -12,10 +12,11 @@ from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, apply
 from tidaldecode.calibrate import observed as module
-from tidaldecode.calibrate.coherence import Coherence, CoherenceSettings, coherence, recall_of_steps
+from tidaldecode.calibrate.coherence import Coherence, coherence, recall_of_steps
+from tidaldecode.calibrate.coherence_settings import CoherenceSettings
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
+from tidaldecode.evaluate import scoring
 from tidaldecode.evaluate.scoring import step_logits
-from tidaldecode.hf import scoring
 from tidaldecode.models.architecture import model_shape
 from tidaldecode.plans.find import find_plan
 from tidaldecode.report.results import read_results

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from tidaldecode.errors import InputError
 
@@ -39,6 +39,9 @@ class Option:
     max: float | None = None
     parse: Parse | None = None
     positional: bool = False
+
+
+Seed = Annotated[int, Option("Seed of everything random.", min=0, max=2**63 - 1)]
 
 
 def budget(option: str, text: str) -> int | float:

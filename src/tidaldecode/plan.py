@@ -397,6 +397,11 @@ class TidalPlan(BaseModel):
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def tokens_of(budget: int | float, context: int) -> int:
+    """A budget in tokens at a context; of a fraction at least 2, a chosen token beside the new one."""
+    return budget if isinstance(budget, int) else max(2, math.ceil(budget * context))
+
+
 def recent_among(budget: int, recent_tokens: int | float) -> int:
     """Recent tokens among `budget` tokens, of a number of them or a share of the budget; at least the new token."""
     return recent_tokens if isinstance(recent_tokens, int) else max(1, int(recent_tokens * budget))

@@ -73,6 +73,22 @@ def check_writable(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: the folder {folder} can't be written to")
 
 
+def make_results_folder(option: str, path: Path) -> None:
+    """Makes the folder of a file of results, unless it is there.
+
+    Args:
+        option: that names the folder, for messages.
+
+    Raises:
+        InputError: it can't be made, or the file can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {path.parent} can't be made a folder: {error.strerror}") from None
+    check_writable(option, path)
+
+
 def is_stream(path: Path) -> bool:
     """Whether a path is no file whose place another can take: a pipe, a device, or a file that is open by a number.
 

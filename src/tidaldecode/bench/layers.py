@@ -14,8 +14,7 @@ from tidaldecode.bench.caches import LayerCaches
 from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Call
 from tidaldecode.bench.workload import Workload
-from tidaldecode.methods.method import tokens_of
-from tidaldecode.plan import Selection
+from tidaldecode.plan import Selection, tokens_of
 
 RULES: tuple[Selection, ...] = ("unified", "per_group", "per_head")
 NEW_TOKENS = (8, 32)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tidaldecode.bench.sdpa import SdpaAttention
-from tidaldecode.methods.method import Method, tokens_of
+from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import Attention
-from tidaldecode.plan import ModelShape, TidalPlan
+from tidaldecode.plan import ModelShape, TidalPlan, tokens_of
 
 
 def step_attention(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,59 +24,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from tidaldecode.calibrate.coherence_settings import CoherenceSettings
 from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer, observe_steps
-from tidaldecode.errors import InputError
-from tidaldecode.hf import TidalCache
-from tidaldecode.models.architecture import check_architecture, model_shape
+from tidaldecode.hf import TidalCache, apply
+from tidaldecode.models.architecture import model_shape
+from tidaldecode.models.chosen import ModelOptions
 from tidaldecode.plan import Selection
 from tidaldecode.plans.find import find_plan
-from tidaldecode.texts.text import Text
-from tidaldecode.texts.windows import Windows, read_prompt
-from tidaldecode.whole_file import whole_file
-
-
-@dataclass(frozen=True)
-class CoherenceSettings:
-    """What is chosen, and at which decode steps of a text.
-
-    Attributes:
-        windows: the decode steps; the prompts before them are read with full attention.
-        selections: the rules by which tokens are chosen.
-        budget: tokens of a choice, sinks and the new token included.
-        sink_tokens: first tokens that every choice holds.
-
-    Raises:
-        InputError: the budget leaves nothing to choose.
-    """
-
-    windows: Windows
-    selections: tuple[Selection, ...]
-    budget: int
-    sink_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.budget < self.sink_tokens + 2:
-            raise InputError(
-                f"budget {self.budget} leaves nothing to choose: {self.sink_tokens} sinks, the new token and a chosen "
-                f"one make {self.sink_tokens + 2}"
-            )
-        shortest = self.windows.context - self.windows.decode
-        if self.budget >= shortest:
-            raise InputError(
-                f"budget {self.budget} leaves nothing to choose: the first decode step of a window has a context of "
-                f"{shortest} tokens"
-            )
-
-    def check(self, config: PreTrainedConfig) -> None:
-        """Refuses a model that can't be measured.
-
-        Raises:
-            InputError: its architecture is not supported, or the context is beyond its positions.
-        """
-        check_architecture(config)
-        self.windows.check(config)
+from tidaldecode.results.environment import environment
+from tidaldecode.texts.text import Text, TextSource
+from tidaldecode.texts.windows import read_prompt
+from tidaldecode.whole_file import make_results_folder, whole_file
 
 
 @dataclass(frozen=True)
@@ -128,7 +89,6 @@ class CoherenceReport:
     dtype: str
     text: str
     settings: CoherenceSettings
-    seed: int
     seconds: float
     coherence: Coherence
     figure: str | None = None
@@ -146,7 +106,7 @@ class CoherenceReport:
             "text": self.text,
             **settings.pop("windows"),
             **settings,
-            "seed": self.seed,
+            "budget": self.settings.tokens,
             "seconds": self.seconds,
             "recall": matrices[first],
             "recalls": matrices,
@@ -161,6 +121,51 @@ class CoherenceReport:
         lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in self.to_json().items())
         with whole_file(path) as temporary:
             temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def report_coherence(
+    model: ModelOptions,
+    source: TextSource,
+    settings: CoherenceSettings,
+    results: Path | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> CoherenceReport:
+    """Loads a model and a text, and measures coherence.
+
+    Args:
+        results: a JSON file for the report, whose folder is made; the figures that it names, beside it, are left to
+            the caller.
+        on_progress: see `coherence`; 0 of 0 while something is loaded.
+
+    Raises:
+        InputError: see `coherence`; or something can't be loaded or written.
+    """
+    chosen = model.find()
+    settings.check(chosen.config)
+    on_progress(0, 0, "reading the text")
+    text = Text.tokenize(chosen.files.tokenizer(), source.parts())
+    settings.windows.check_text(text)
+    if results is not None:
+        make_results_folder("--output", results)
+    on_progress(0, 0, "loading the model")
+    torch.manual_seed(settings.seed)
+    loaded = apply(chosen.load(), "full")
+    began = time.perf_counter()
+    found = coherence(loaded, text, settings, on_progress)
+    report = CoherenceReport(
+        environment=environment(chosen.device),
+        model=chosen.files.title,
+        dtype=chosen.dtype_name,
+        text=source.title,
+        settings=settings,
+        seconds=round(time.perf_counter() - began, 3),
+        coherence=found,
+        figure=None if results is None else str(results.with_name("coherence.png")),
+        distance_figure=None if results is None else str(results.with_name("coherence_distance.png")),
+    )
+    if results is not None:
+        report.save(results)
+    return report
 
 
 def coherence(
@@ -192,7 +197,7 @@ def coherence(
         on_progress(number, windows.windows, f"window {number + 1} of {windows.windows}")
         rest = read_prompt(model, cache, text.window(start, windows.context), windows.decode)
         measured.append(
-            recall_of_steps(model, cache, rest[:, :-1], settings.selections, settings.budget, settings.sink_tokens)
+            recall_of_steps(model, cache, rest[:, :-1], settings.selections, settings.tokens, settings.sink_tokens)
         )
     on_progress(windows.windows, windows.windows, "done")
     return Coherence({rule: torch.stack([recall[rule] for recall in measured]) for rule in settings.selections})

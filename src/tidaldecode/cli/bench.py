@@ -16,6 +16,7 @@ from rich.text import Text
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.cli import options
 from tidaldecode.cli.outline import outline_of
+from tidaldecode.cli.output import output_file
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
 from tidaldecode.methods.names import TIMED_METHODS
@@ -157,7 +158,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _results_file(name: str | None, json_output: bool) -> Path | None:
-    return None if name is None else options.output_file("--results", name, "results.json", json_output)
+    return None if name is None else output_file("--results", name, "results.json", json_output)
 
 
 def _figure_file(name: str | None, default: str) -> Path | None:

@@ -15,6 +15,7 @@ from rich.text import Text as Words
 from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.outline import outline_of
+from tidaldecode.cli.output import output_file
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
 from tidaldecode.models.find import find_model
@@ -185,7 +186,7 @@ def calibrate(
 
 
 def _plan_file(output: str, force: bool, json_output: bool) -> Path:
-    path = options.output_file("--output", output, "plan.json", json_output)
+    path = output_file("--output", output, "plan.json", json_output)
     if path.exists() and not force and not is_stream(path):
         raise InputError(f"--output {output} exists: give another name, or --force to replace it")
     return path

@@ -1,7 +1,7 @@
 """A command of a function that takes settings: each option is declared once, on the dataclass's field.
 
     @command
-    def coherence(windows: Windows = Windows(context=4096), json_output: Json = False) -> None:
+    def coherence(settings: CoherenceSettings, model: ModelOptions, json_output: Json = False) -> None:
         \"\"\"The command's help.\"\"\"
 
     app.command()(coherence)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tidaldecode.errors import InputError
-from tidaldecode.whole_file import check_writable, is_standard_output
+from tidaldecode.models.chosen import DeviceOptions
+from tidaldecode.options import budget as one_budget
+from tidaldecode.options import budgets, integers, names_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,95 +42,33 @@ def parse_budget(text: str | None) -> int | float | None:
     Raises:
         InputError: it is no number, or not positive.
     """
-    return None if text is None else _budget("--budget", text)
+    return None if text is None else one_budget("--budget", text)
 
 
 def parse_budgets(text: str, option: str = "--budgets") -> tuple[int | float, ...]:
-    """Budgets with commas between them, as `parse_budget` takes one.
-
-    Raises:
-        InputError: one of them is no number, or not positive.
-    """
-    return tuple(dict.fromkeys(_budget(option, item) for item in text.split(",")))
-
-
-def _budget(option: str, text: str) -> int | float:
-    try:
-        budget = float(text) if "." in text or "e" in text.lower() else int(text)
-    except ValueError:
-        raise InputError(f"{option} {text!r} is no number: give tokens (256) or a fraction (0.1)") from None
-    if not budget > 0:
-        raise InputError(f"{option} {text} must be positive")
-    if isinstance(budget, float) and budget > 1:
-        raise InputError(f"{option} {text}: a fraction of the context lies in (0, 1]; give tokens as a whole number")
-    return budget
+    """See `tidaldecode.options.budgets`."""
+    return budgets(option, text)
 
 
 def parse_integers(option: str, text: str) -> tuple[int, ...]:
-    """Positive whole numbers with commas between them.
-
-    Raises:
-        InputError: one of them is no such number.
-    """
-    try:
-        numbers = [int(item) for item in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text!r}: give whole numbers with commas between them (1024,4096)") from None
-    if min(numbers) < 1:
-        raise InputError(f"{option} {min(numbers)} must be positive")
-    return tuple(dict.fromkeys(numbers))
+    """See `tidaldecode.options.integers`."""
+    return integers(option, text)
 
 
 def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Names with commas between them.
-
-    Raises:
-        InputError: one of them is unknown.
-    """
-    names = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise InputError(f"{option} {name!r} is unknown: give some of {','.join(known)}")
+    """See `tidaldecode.options.names_of`."""
+    names: tuple[str, ...] = names_of(*known)(option, text)
     return names
 
 
 def parse_device(name: str | None) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        InputError: the name is unknown, or there is no such device.
-    """
-    import torch
-
-    from tidaldecode.models.device import default_device
-
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name!r} is unknown: give cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name!r} is not supported: give cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
-    return device
+    """See `DeviceOptions`."""
+    return DeviceOptions(name).find_device()
 
 
-def parse_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; `auto` depends on the device.
-
-    Raises:
-        InputError: the GPU does not have it.
-    """
-    import torch
-
-    from tidaldecode.models.device import check_dtype, default_dtype
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtype = dtypes.get(name) or default_dtype(device)
-    check_dtype(device, dtype)
-    return dtype
+def parse_dtype(name: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device) -> torch.dtype:
+    """See `DeviceOptions`."""
+    return DeviceOptions(dtype=name).find_dtype(device)
 
 
 def make_folder(option: str, folder: Path) -> None:
@@ -141,22 +81,3 @@ def make_folder(option: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{option} {folder} can't be made a folder: {error.strerror}") from None
-
-
-def output_file(option: str, name: str, example: str, json_output: bool) -> Path:
-    """The file of an option, `-` being standard output; it need not exist, but can be written.
-
-    Args:
-        example: name of such a file, for messages.
-        json_output: whether `--json` wants standard output for itself.
-
-    Raises:
-        InputError: it is a folder, its own folder is missing, or it can't be written to.
-    """
-    path = Path("/dev/stdout" if name == "-" else name)
-    if path.is_dir():
-        raise InputError(f"{option} {name} is a folder: give a file, such as {path / example}")
-    if json_output and is_standard_output(path):
-        raise InputError(f"{option} {name} and --json both write to standard output: leave out one of them")
-    check_writable(option, path)
-    return path

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tidaldecode.cli import options
+from tidaldecode.cli.output import output_file
 
 _NAMED = 5  # files that are left out
 
@@ -23,7 +24,7 @@ def report(
     json_output: options.Json = False,
 ) -> None:
     """Turns a folder of results into one HTML page with figures and tables, which needs no network."""
-    page = options.output_file("--output", output, "report.html", json_output)
+    page = output_file("--output", output, "report.html", json_output)
     console = Console(stderr=True)
     with console.status("reading"):
         from tidaldecode.report.page import write_report

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
-from tidaldecode.methods.method import Method, tokens_of
+from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import Attention
 from tidaldecode.models.architecture import model_shape
+from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from tidaldecode.methods.quest import QuestAttention
 from tidaldecode.methods.streaming import StreamingAttention
 from tidaldecode.methods.tidal import Attention, DecodeAttention
 from tidaldecode.models.architecture import check_architecture, check_plan, model_shape, sliding_windows
-from tidaldecode.plan import ModelShape, Selection, TidalPlan
+from tidaldecode.plan import ModelShape, Selection, TidalPlan, tokens_of
 
 BUDGETED = METHODS[1:]
 """The methods that read a token budget."""
@@ -218,11 +217,6 @@ def check_plan_names(rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
         if digests.setdefault(row["plan"], row["plan_digest"]) != row["plan_digest"]:
             raise InputError(f"two plans are named {row['plan']!r}, and their results would be mixed: rename one")
-
-
-def tokens_of(budget: int | float, context: int) -> int:
-    """A budget in tokens at a context; of a fraction at least 2, a chosen token beside the new one."""
-    return budget if isinstance(budget, int) else max(2, math.ceil(budget * context))
 
 
 def _digest(plan: TidalPlan) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from tidaldecode.errors import InputError
+from tidaldecode.options import Option
 from tidaldecode.text_file import read_text
 
 if TYPE_CHECKING:  # they take seconds to import, and a missing file is told without them
@@ -62,6 +64,29 @@ class Text:
         digest = hashlib.sha256(self.tokens.numpy().tobytes())
         digest.update(repr(self.prefix).encode())
         return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where a text comes from: a file, a folder of .txt files, or, if neither is given, Paul Graham's essays."""
+
+    text: Annotated[
+        Path | None,
+        Option("A text, or a folder of .txt files. Default: Paul Graham's essays.", metavar="F|DIR"),
+    ] = None
+
+    @property
+    def title(self) -> str:
+        """What results call it: of this machine's folders the last alone."""
+        return "Paul Graham's essays" if self.text is None else Path(os.path.abspath(self.text)).name
+
+    def parts(self) -> Iterator[str]:
+        """The text in parts, see `text_parts`.
+
+        Raises:
+            InputError: it is missing, at once; it can't be read, when it is.
+        """
+        return iter([paul_graham_essays()]) if self.text is None else text_parts(self.text)
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:

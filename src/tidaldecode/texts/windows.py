@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from tidaldecode.errors import InputError
+from tidaldecode.options import Option
 from tidaldecode.texts.text import Text
 
 if TYPE_CHECKING:  # they take seconds to import, and wrong numbers are told without them
@@ -22,22 +23,15 @@ class Windows:
     Of a window `w[0 .. context)`, the tokens `w[0 .. context - decode - 1)` are its prompt, and decode steps take
     `w[context - decode - 1 .. context - 1)`: their logits predict the last `decode` tokens.
 
-    Attributes:
-        context: tokens of a window.
-        decode: last tokens of a window, which decode steps predict.
-        windows: how many.
-        offset: place of the first window's first token in the text.
-        stride: tokens from the start of one window to that of the next.
-
     Raises:
         InputError: no two tokens of a window are left to be its prompt.
     """
 
-    context: int = 8192
-    decode: int = 384
-    windows: int = 10
-    offset: int = 0
-    stride: int = 15000
+    context: Annotated[int, Option("Tokens of a window.", min=1)] = 8192
+    decode: Annotated[int, Option("Last tokens of a window, decoded.", min=1)] = 384
+    windows: Annotated[int, Option("Windows.", min=1)] = 10
+    offset: Annotated[int, Option("First token of the first window.", min=0)] = 0
+    stride: Annotated[int, Option("Tokens from one window's start to the next's.", min=1)] = 15000
 
     def __post_init__(self) -> None:
         if self.context < 3:

@@ -1,0 +1,54 @@
+"""Where a command's results go, checked before any work is done, and the JSON object of `--json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from tidaldecode.errors import InputError
+from tidaldecode.options import Option
+from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.whole_file import check_writable, is_standard_output
+
+Json = Annotated[bool, Option("One JSON object on stdout, nothing else.", name="--json")]
+Folder = Annotated[Path | None, Option("Folder of results.", metavar="DIR")]
+
+
+def print_json(wanted: bool, content: dict[str, Any]) -> None:
+    """Prints the one JSON object of a command, if `--json` wants it."""
+    if wanted:
+        print(json.dumps(content))
+
+
+def results_file(option: str, folder: Path | None, name: str) -> Path | None:
+    """The results file in a folder, which need not exist; figures are drawn beside it.
+
+    Raises:
+        InputError: the folder is a file, or there is no matplotlib.
+    """
+    if folder is None:
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{option} {folder} is a file: give a folder")
+    check_matplotlib()
+    return folder / name
+
+
+def output_file(option: str, name: str, example: str, json_output: bool) -> Path:
+    """The file of an option, `-` being standard output; it need not exist, but can be written.
+
+    Args:
+        example: name of such a file, for messages.
+        json_output: whether `--json` wants standard output for itself.
+
+    Raises:
+        InputError: it is a folder, its own folder is missing, or it can't be written to.
+    """
+    path = Path("/dev/stdout" if name == "-" else name)
+    if path.is_dir():
+        raise InputError(f"{option} {name} is a folder: give a file, such as {path / example}")
+    if json_output and is_standard_output(path):
+        raise InputError(f"{option} {name} and --json both write to standard output: leave out one of them")
+    check_writable(option, path)
+    return path
