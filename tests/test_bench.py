@@ -18,11 +18,12 @@ from tidaldecode.bench import caches as caches_module
 from tidaldecode.bench import decode as decode_module
 from tidaldecode.bench import hardware, layers, operations, roofline, timing
 from tidaldecode.bench.caches import CacheShape, LayerCaches
-from tidaldecode.bench.decode import DecodeSettings, bench_decode
+from tidaldecode.bench.decode import bench_decode
 from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.methods import step_attention
-from tidaldecode.bench.operations import OperationsSettings, bench_operations
+from tidaldecode.bench.operations import bench_operations
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
+from tidaldecode.bench.settings import DecodeSettings, OperationsSettings
 from tidaldecode.bench.shapes import CONFIGS, RandomModel
 from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps

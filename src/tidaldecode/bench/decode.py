@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from tidaldecode.bench.hardware import GIB, check_memory, measuring
 from tidaldecode.bench.methods import step_attention
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
+from tidaldecode.bench.settings import REPEATS, WARM_UP, DecodeSettings
 from tidaldecode.bench.timing import Timing, time_steps
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
-from tidaldecode.methods.method import BUDGETED
-from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import Attention
 from tidaldecode.models.architecture import check_architecture, check_plan, model_shape
 from tidaldecode.models.device import check_dtype
@@ -24,8 +23,6 @@ from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
 
-_WARM_UP = 5  # steps before each repeat
-_REPEATS = 2
 _WORKSPACE = GIB  # activations, index sets, kernels' scratch memory
 _MEND = "lower --contexts or --batch"
 
@@ -39,38 +36,6 @@ class BenchModel(Protocol):
     def config(self) -> PreTrainedConfig: ...
 
     def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel: ...
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """What to measure: each method at each context, those with a budget at each budget.
-
-    Attributes:
-        contexts: tokens in the cache before the first step.
-        budgets: tokens that sparse layers read, or fractions of the context.
-        methods: of `tidaldecode.methods.names.TIMED_METHODS`.
-        plan: of `tidal`, by name or file.
-        steps: steps of each of two repeats.
-    """
-
-    contexts: tuple[int, ...] = (10240, 32768, 102400)
-    budgets: tuple[int | float, ...] = (1024,)
-    methods: tuple[str, ...] = TIMED_METHODS
-    plan: str = "paper"
-    batch: int = 1
-    steps: int = 50
-    seed: int = 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the cache must hold."""
-        return max(self.contexts) + _REPEATS * (_WARM_UP + self.steps)
-
-    def runs(self) -> Iterator[tuple[str, int | float | None]]:
-        """Each method with each of its budgets."""
-        for method in self.methods:
-            for budget in self.budgets if method in BUDGETED else (None,):
-                yield method, budget
 
 
 @dataclass(frozen=True)
@@ -249,7 +214,7 @@ class _Engine:
             nonlocal token
             token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
 
-        return time_steps(decode, model.device, _WARM_UP, settings.steps, _REPEATS)
+        return time_steps(decode, model.device, WARM_UP, settings.steps, REPEATS)
 
     def _floor_bytes(self, attention: Attention, context: int) -> float:
         shape, batch = model_shape(self.model.config), self.settings.batch

@@ -14,45 +14,11 @@ from tidaldecode.bench.caches import CacheShape, LayerCaches
 from tidaldecode.bench.hardware import measuring
 from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.roofline import floor_us, read_bandwidth_gbs
+from tidaldecode.bench.settings import OperationsSettings
 from tidaldecode.bench.steps import SDPA_STEP, step_workloads
 from tidaldecode.bench.timing import time_gpu
-from tidaldecode.errors import InputError
 from tidaldecode.models.device import check_dtype
-from tidaldecode.plan import TidalPlan
 from tidaldecode.results.environment import environment
-
-
-@dataclass(frozen=True)
-class OperationsSettings:
-    """What to measure: every operation at each number of KV heads, context and budget.
-
-    Attributes:
-        heads: query heads.
-        kv_heads: KV heads, each a divisor of `heads`.
-        budgets: tokens that sparse layers read, or fractions of the context.
-        layers: layers of a decode step.
-    """
-
-    heads: int = 32
-    kv_heads: tuple[int, ...] = (8, 32)
-    head_dim: int = 128
-    contexts: tuple[int, ...] = (10240, 32768, 102400)
-    budgets: tuple[int | float, ...] = (1024, 4096)
-    batch: int = 1
-    layers: int = 32
-    seed: int = 0
-
-    def check(self) -> None:
-        """Refuses what can't be measured.
-
-        Raises:
-            InputError: names the first wrong setting.
-        """
-        for kv_heads in self.kv_heads:
-            if self.heads % kv_heads:
-                raise InputError(f"{self.heads} query heads are no multiple of {kv_heads} KV heads")
-        for budget in self.budgets:
-            TidalPlan.paper(self.layers, token_budget=budget)
 
 
 @dataclass(frozen=True)

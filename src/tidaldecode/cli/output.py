@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tidaldecode.errors import InputError
 from tidaldecode.options import Option
 from tidaldecode.report.drawing import check_matplotlib
-from tidaldecode.whole_file import check_writable, is_standard_output
+from tidaldecode.whole_file import check_writable, is_standard_output, make_results_folder
 
 Json = Annotated[bool, Option("One JSON object on stdout, nothing else.", name="--json")]
 Folder = Annotated[Path | None, Option("Folder of results.", metavar="DIR")]
@@ -33,6 +33,22 @@ def results_file(option: str, folder: Path | None, name: str) -> Path | None:
         raise InputError(f"{option} {folder} is a file: give a folder")
     check_matplotlib()
     return folder / name
+
+
+def figure_file(option: str, path: Path | None, name: str) -> Path | None:
+    """The PNG file of an option: itself, or a file of that name in the folder, which is made.
+
+    Raises:
+        InputError: it can't be written, or there is no matplotlib.
+    """
+    if path is None:
+        return None
+    check_matplotlib()
+    if path.suffix.lower() == ".png":
+        check_writable(option, path)
+        return path
+    make_results_folder(option, path / name)
+    return path / name
 
 
 def output_file(option: str, name: str, example: str, json_output: bool) -> Path:

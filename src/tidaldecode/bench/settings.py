@@ -1,0 +1,109 @@
+"""What `bench ops` and `bench decode` measure. Imports no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from tidaldecode.bench.shapes import RandomModel
+from tidaldecode.errors import InputError
+from tidaldecode.methods.names import METHODS, TIMED_METHODS
+from tidaldecode.models import ModelFiles, find_model
+from tidaldecode.options import Option, Seed, budgets, integers, names_of
+from tidaldecode.plan import TidalPlan
+
+WARM_UP, REPEATS = 5, 2
+"""Steps before each repeat, and repeats, of `bench decode`."""
+
+_DEFAULT_CONFIG = "llama-3-8b"
+
+_Contexts = Annotated[tuple[int, ...], Option("Tokens in the KV cache.", metavar="N,...", parse=integers)]
+_Budgets = Annotated[
+    tuple[int | float, ...],
+    Option("Tokens a sparse layer reads, or fractions of the context.", metavar="K,...", parse=budgets),
+]
+_Batch = Annotated[int, Option("Sequences decoded at once.", min=1)]
+
+
+@dataclass(frozen=True)
+class OperationsSettings:
+    """What to measure: every operation at each number of KV heads, context and budget."""
+
+    heads: Annotated[int, Option("Query heads.", min=1)] = 32
+    kv_heads: Annotated[tuple[int, ...], Option("KV heads.", metavar="N,...", parse=integers)] = (8, 32)
+    head_dim: Annotated[int, Option("Head dim.", min=1)] = 128
+    contexts: _Contexts = (10240, 32768, 102400)
+    budgets: _Budgets = (1024, 4096)
+    batch: _Batch = 1
+    layers: Annotated[int, Option("Layers of a decode step.", min=3)] = 32
+    seed: Seed = 0
+
+    def check(self) -> None:
+        """Refuses what can't be measured.
+
+        Raises:
+            InputError: names the first wrong setting.
+        """
+        for kv_heads in self.kv_heads:
+            if self.heads % kv_heads:
+                raise InputError(f"{self.heads} query heads are no multiple of {kv_heads} KV heads")
+        for budget in self.budgets:
+            TidalPlan.paper(self.layers, token_budget=budget)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What to measure: each method at each context, those with a budget at each budget."""
+
+    contexts: _Contexts = (10240, 32768, 102400)
+    budgets: _Budgets = (1024,)
+    methods: Annotated[tuple[str, ...], Option("What to compare.", metavar="M,...", parse=names_of(*TIMED_METHODS))] = (
+        TIMED_METHODS
+    )
+    plan: Annotated[
+        str, Option("A plan file, 'auto', 'paper', or the name of a shipped plan.", metavar="NAME|FILE")
+    ] = "paper"
+    batch: _Batch = 1
+    steps: Annotated[int, Option("Decode steps of each of two repeats.", min=1)] = 50
+    seed: Seed = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache must hold."""
+        return max(self.contexts) + REPEATS * (WARM_UP + self.steps)
+
+    def runs(self) -> Iterator[tuple[str, int | float | None]]:
+        """Each method with each of its budgets."""
+        for method in self.methods:
+            for budget in self.budgets if method in METHODS[1:] else (None,):
+                yield method, budget
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Whose decode steps are timed: a shape's, with random weights, or a model's.
+
+    Raises:
+        InputError: both are given, or there is no such shape.
+    """
+
+    config: Annotated[str | None, Option("A public model's shape, with random weights. Default: llama-3-8b.")] = None
+    model: Annotated[str | None, Option("A model with its weights instead.", metavar="NAME|PATH")] = None
+    trust_remote_code: Annotated[bool, Option("Run code that comes with the model.")] = False
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            self.find()
+        elif self.config is not None:
+            raise InputError("give either --config or --model, not both")
+
+    def find(self) -> RandomModel | ModelFiles:
+        """The shape or the model; nothing is loaded.
+
+        Raises:
+            InputError: there is no such model.
+        """
+        if self.model is None:
+            return RandomModel(self.config or _DEFAULT_CONFIG)
+        return find_model(self.model, trust_remote_code=self.trust_remote_code)
