@@ -1,11 +1,13 @@
-"""Which tokens of a batch are decoded: those behind a request's prompt."""
+"""A batch of requests, mixed of prompts and decoding ones: which of its tokens are decoded, and what a step needs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Integers = NDArray[np.int64]
 
@@ -61,3 +63,33 @@ def split(query_start_loc: Integers, seq_lens: Integers, prompt_lens: Integers, 
     decodes = places >= of_prompt[requests]
     tokens, requests, places = tokens[decodes], requests[decodes], places[decodes]
     return Split(tokens, requests, before[requests] + places + 1, first)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The part of a batch that the engine's own attention reads in full: its last requests.
+
+    Attributes:
+        first_token: where it begins in the batch.
+        metadata: the engine's own, of these requests alone.
+    """
+
+    first_token: int
+    metadata: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of a batch that the plan decodes; each is the last token of a sequence of its own.
+
+    Attributes:
+        tokens: where they are in the batch: a slice, or indices [B].
+        block_table: [B, max_blocks], int32; the blocks of each one's sequence.
+        lengths: [B], int32; tokens of the sequence, up to and with the decoded one; 0 in the padding of a CUDA graph.
+        prompts: what is read in full before; `None` if nothing is. The decoded tokens that lie in it come after it.
+    """
+
+    tokens: slice | Tensor
+    block_table: Tensor
+    lengths: Tensor
+    prompts: Prompts | None = None

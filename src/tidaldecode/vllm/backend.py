@@ -17,11 +17,12 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
 from tidaldecode.models.architecture import check_architecture, model_shape
+from tidaldecode.serving.batch import Step
 from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import RankAttention
 from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm.cache_layout import cache_views
-from tidaldecode.vllm.metadata import Step, TidalDecodeBuilder
+from tidaldecode.vllm.metadata import TidalDecodeBuilder
 from tidaldecode.vllm.own_backend import own_backend
 from tidaldecode.vllm.support import check_engine, check_layer, check_room
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,42 +13,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tidaldecode.serving.batch import Integers, Split, split
+from tidaldecode.serving.batch import Integers, Prompts, Split, Step, split
 from tidaldecode.vllm.graphs import capture_both
 from tidaldecode.vllm.own_backend import own_backend
 from tidaldecode.vllm.runner import PromptLengths
 
 _Builder: Any = own_backend().get_builder_cls()
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The part of a batch that vLLM's own backend reads in full: its last requests.
-
-    Attributes:
-        first_token: where it begins in the batch.
-        metadata: vLLM's own, of these requests alone.
-    """
-
-    first_token: int
-    metadata: Any
-
-
-@dataclass(frozen=True)
-class Step:
-    """The tokens of a batch that the plan decodes; each is the last token of a sequence of its own.
-
-    Attributes:
-        tokens: where they are in the batch: a slice, or indices [B].
-        block_table: [B, max_blocks], int32; the blocks of each one's sequence.
-        lengths: [B], int32; tokens of the sequence, up to and with the decoded one; 0 in the padding of a CUDA graph.
-        prompts: what is read in full before; `None` if nothing is. The decoded tokens that lie in it come after it.
-    """
-
-    tokens: slice | Tensor
-    block_table: Tensor
-    lengths: Tensor
-    prompts: Prompts | None = None
 
 
 class TidalDecodeBuilder(_Builder):
