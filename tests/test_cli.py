@@ -311,7 +311,7 @@ def test_a_stop_says_so(run, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["tidaldecode.cli.generate"], "read_prompt", stop)
+    monkeypatch.setattr("tidaldecode.cli.prompt.PromptOptions.read", stop)
     assert run("generate", "Hello") == (130, "", "tidaldecode: stopped\n")
 
 

@@ -12,8 +12,8 @@ from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import InputError, TidalPlan
 from tidaldecode.cli.outline import outline_of
-from tidaldecode.cli.prompt import Prompt
 from tidaldecode.models.find import find_model, gguf_of
+from tidaldecode.texts.prompt import Prompt
 
 _TELL = """
 import contextlib, io, json, sys

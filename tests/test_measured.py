@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import TextStreamer
 
-from tidaldecode.evaluate.generation import Passes, _TimedStreamer
+from tidaldecode.evaluate.generation import _TimedStreamer
+from tidaldecode.evaluate.generation_settings import Passes
 from tidaldecode.hf.second_pass.drafting import Rounds
 
 

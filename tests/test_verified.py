@@ -8,7 +8,8 @@ import torch
 import tidaldecode
 from families import plan_for, ragged_batch
 from tidaldecode import ModelShape, TidalCache, TidalPlan, ops
-from tidaldecode.evaluate.generation import Passes, generate_measured
+from tidaldecode.evaluate.generation import generate_measured
+from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
@@ -132,8 +133,8 @@ def test_no_draft_reads_everything(tiny, monkeypatch):
         monkeypatch.setattr(ops, name, lambda *args: pytest.fail("a layer of a draft read everything"))
     ids = ragged_batch((200,))[0]
     tokenizer = type("Bytes", (), {"decode": lambda self, ids, **_: "", "all_special_ids": []})()
-    passes = Passes(lossless=4)
-    done, cache = generate_measured(model, tokenizer, ids, 20, passes=passes)
+    settings = GenerationSettings(max_new_tokens=20, passes=Passes(lossless=4))
+    done, cache = generate_measured(model, tokenizer, ids, settings)
     assert cache.rounds.drafted[:2] == [0, 4]
     rounds, drafts = len(cache.rounds.drafted), sum(cache.rounds.drafted)
     assert done.kv_read_fraction == pytest.approx((rounds + drafts * (8 + 9) / 210) / 19, rel=0.02)

@@ -17,11 +17,13 @@ from tidaldecode.models.cache import cache_folder
 from tidaldecode.models.find import gguf_of
 from tidaldecode.plans import read_plan
 from tidaldecode.plans.find import shipped_for
+from tidaldecode.texts.prompt import Prompt, check_length
 from tidaldecode.texts.windows import check_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+_MARGIN = 1.01  # the class of tokenizer that Transformers chooses for a model may count a little otherwise
 _KEYS = {
     "num_layers": "num_hidden_layers",
     "num_query_heads": "num_attention_heads",
@@ -55,19 +57,35 @@ class Outline:
         """Positions of the model, `None` where they are not known."""
         return self._number("max_position_embeddings")
 
-    def check_plan(self, name: str) -> None:
-        """Refuses the name of a plan that is none, or of one that was made for another model.
+    def check_plan(self, name: str, budget: int | float | None = None) -> None:
+        """Refuses the name of a plan that is none, or of one that was made for another model, and a wrong budget.
 
         Raises:
-            InputError: as `find_plan` and `check_plan` of a configuration.
+            InputError: as `find_plan`, `check_plan` of a configuration and `TidalPlan.with_budget`.
         """
-        plan = read_plan(name)
-        if plan is not None:
-            wrong = plan.mismatch(self.shape)
-            if wrong is not None:
-                raise InputError(wrong)
-        elif name == "auto" and self._may_work():
-            shipped_for(self.name, self.shape)
+        is_demo = Path(self.name).name == demo_model.NAME  # whose plan is known before it is fetched
+        plan = read_plan(demo_model.NAME if name == "auto" and is_demo else name)
+        if plan is not None and (wrong := plan.mismatch(self.shape)) is not None:
+            raise InputError(wrong)
+        if plan is None and name == "auto" and self._may_work():
+            plan = shipped_for(self.name, self.shape)
+        if plan is not None and budget is not None:
+            plan.with_budget(budget)
+
+    def check_prompt(self, prompt: Prompt, new_tokens: int) -> None:
+        """Refuses a prompt that is much too long.
+
+        Raises:
+            InputError: it is.
+        """
+        positions = self.positions
+        if positions is None or prompt.most_tokens() + new_tokens <= positions:
+            return
+        tokenizer = self.tokenizer()
+        if tokenizer is not None:
+            tokens = len(prompt.token_ids(tokenizer))
+            if tokens + new_tokens > _MARGIN * positions:
+                check_length(tokens, new_tokens, positions)
 
     def check_context(self, tokens: int) -> None:
         """Refuses a context beyond the model's positions.

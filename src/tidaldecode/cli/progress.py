@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 OnProgress = Callable[[int, int, str], None]
-"""Told how many parts of how many are done, 0 of 0 where nothing is counted, and in words what comes next."""
+"""Told how many parts of how many are done, 0 of 0 where nothing is counted, and in words what comes next, if that is
+waited for."""
 
 
 @contextmanager
@@ -29,8 +30,11 @@ def progress(console: Console) -> Iterator[OnProgress]:
                 bar.add_task(what)
             bar.update(bar.task_ids[0], completed=done, total=total, description=what)
             bar.start()
-        else:
+        elif what:
             status.update(Text(what))
+            status.start()
+        else:
+            status.stop()
 
     status.start()
     try:

@@ -4,80 +4,40 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 from tidaldecode.errors import InputError
+from tidaldecode.options import Option
 from tidaldecode.text_file import decode_text, read_text, without_mark
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+from tidaldecode.texts.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A text for the model to answer, and a question about it, if there is one."""
+class PromptOptions:
+    """Where the text for the model to answer comes from."""
 
-    text: str
-    question: str | None = None
+    prompt: Annotated[str | None, Option("What to answer.", metavar="PROMPT", positional=True)] = None
+    prompt_file: Annotated[str | None, Option("A document; - or nothing: standard input.", metavar="F")] = None
+    question: Annotated[str | None, Option("Asked after the document.", metavar="Q")] = None
 
-    def as_turn(self) -> str:
-        """The user's turn in a chat."""
-        return f"{self.text.rstrip()}\n\n{self.question}" if self.question else self.text
+    def read(self) -> Prompt:
+        """The prompt.
 
-    def as_beginning(self) -> str:
-        """A text that a model without a chat template goes on with: an answer, where a question was asked."""
-        return f"{self.text.rstrip()}\n\nQuestion: {self.question}\nAnswer:" if self.question else self.text
-
-    def token_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The user's turn in the model's chat template, or the beginning of a text for a model without one."""
-        if tokenizer.chat_template is None:
-            return tokenizer(self.as_beginning(), verbose=False)["input_ids"]
-        turns = [{"role": "user", "content": self.as_turn()}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def most_tokens(self) -> int:
-        """More tokens than any tokenizer makes of it, a chat template aside: one for each byte."""
-        return len(self.as_beginning().encode())
-
-
-def check_length(tokens: int, new_tokens: int, positions: int) -> None:
-    """Refuses a prompt that leaves no positions of the model for the new tokens.
-
-    Raises:
-        InputError: it does; says by how many tokens it is too long.
-    """
-    if tokens + new_tokens > positions:
-        raise InputError(
-            f"the prompt has {tokens} tokens, with {new_tokens} new ones {tokens + new_tokens}; the model has "
-            f"{positions} positions: shorten the prompt by {tokens + new_tokens - positions} tokens"
-        )
-
-
-def read_prompt(prompt: str | None, prompt_file: str | None, question: str | None) -> Prompt:
-    """The text for the model to answer.
-
-    Args:
-        prompt: the text itself.
-        prompt_file: a file that holds it, `-` for standard input.
-        question: asked about it, at its end.
-
-    Raises:
-        InputError: there is no text or too many, or the file is missing, empty or not UTF-8.
-    """
-    if prompt is not None and prompt_file is not None:
-        raise InputError("give either PROMPT or --prompt-file, not both (--question asks about the file)")
-    for name, text in (("PROMPT", prompt), ("--question", question)):
-        if text is not None and not _is_utf8(text):
-            raise InputError(f"{name} is not UTF-8: convert it")
-    if prompt is None:
-        prompt = (
-            read_text("prompt file", prompt_file) if prompt_file not in (None, "-") else _standard_input(prompt_file)
-        )
-    prompt = without_mark(prompt)  # "$(cat FILE)" has it, too
-    if not prompt.strip():
-        raise InputError(f"the prompt{f' file {prompt_file}' if prompt_file else ''} is empty")
-    return Prompt(prompt, None if question is None else without_mark(question))
+        Raises:
+            InputError: there is no text or too many, or the file is missing, empty or not UTF-8.
+        """
+        text, file = self.prompt, self.prompt_file
+        if text is not None and file is not None:
+            raise InputError("give either PROMPT or --prompt-file, not both (--question asks about the file)")
+        for name, given in (("PROMPT", text), ("--question", self.question)):
+            if given is not None and not _is_utf8(given):
+                raise InputError(f"{name} is not UTF-8: convert it")
+        if text is None:
+            text = _standard_input(file) if file in (None, "-") else read_text("prompt file", file)
+        text = without_mark(text)  # "$(cat FILE)" has it, too
+        if not text.strip():
+            raise InputError(f"the prompt{f' file {file}' if file else ''} is empty")
+        return Prompt(text, None if self.question is None else without_mark(self.question))
 
 
 def _is_utf8(text: str) -> bool:

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes, Sampling
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.layers import TidalLayer
-from tidaldecode.hf.second_pass.drafting import DraftLength, Lossless, Rounds
+from tidaldecode.hf.second_pass.drafting import DraftLength, Rounds
+from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 
 
@@ -51,70 +53,38 @@ class Generation:
     decode_ms_per_token: float | None
     accepted_per_round: float | None = None
 
+    def mean_reads(self, plan: TidalPlan, role: str) -> float:
+        """Tokens that a KV head of a layer with this role reads per new token; there is such a layer."""
+        layers = [layer for layer, its_role in enumerate(plan.roles) if its_role == role]
+        return sum(self.tokens_read[layer] for layer in layers) / len(layers)
 
-@dataclass(frozen=True)
-class Passes:
-    """How full attention looks over the plan's shoulder: by lossless rounds, by correction, or not at all.
-
-    Attributes:
-        lossless: tokens drafted in a round, or `auto`.
-        correction_interval: decoded tokens after which they run again.
-    """
-
-    lossless: Lossless | None = None
-    correction_interval: int | None = None
-
-    def read_at(self, context: int, new_tokens: int, rounds: Rounds | None) -> Iterator[tuple[int, bool]]:
-        """The passes of `new_tokens` tokens behind prefill's: the context of each, and whether it read all of it."""
-        if self.lossless is not None and rounds is not None:
-            for drafted, tokens in zip(rounds.drafted, rounds.tokens, strict=True):
-                yield from ((context + step, False) for step in range(1, drafted + 1))
-                yield context + drafted + 1, True
-                context += tokens
-            return
-        for step in range(1, new_tokens + 1):
-            yield context + step, False
-            if self.correction_interval is not None and step % self.correction_interval == 0:
-                yield context + step, True
-
-    def room(self, new_tokens: int) -> int:
-        """Tokens of the cache behind the last one, where a round drafts more than are still wanted."""
-        return 0 if self.lossless is None else DraftLength(self.lossless, new_tokens).longest
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is taken: greedily at temperature 0, else sampled from the `top_p` nucleus."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def options(self) -> dict[str, Any]:
-        """The same, as `generate` of Transformers takes it."""
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+    def to_json(self) -> dict[str, Any]:
+        """The figures as results hold them."""
+        ms = self.decode_ms_per_token
+        return {
+            "context_tokens": self.context_tokens,
+            "new_tokens": len(self.token_ids),
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "kv_read_fraction": round(self.kv_read_fraction, 6),
+            "decode_ms_per_token": None if ms is None else round(ms, 3),
+        }
 
 
 def generate_measured(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     prompt: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
+    settings: GenerationSettings,
     on_text: Callable[[str], None] = lambda text: None,
-    passes: Passes | None = None,
 ) -> tuple[Generation, TidalCache]:
     """Generates from one prompt by the model's plan.
 
     Args:
         model: a model with a plan applied.
         prompt: [1, n], token ids.
-        max_new_tokens: most tokens to generate.
-        sampling: greedy if left out.
+        settings: how; the model's plan is left as it is.
         on_text: called with each piece of text as it comes, and with nothing whenever a token came.
-        passes: lossless rounds or corrections; neither if left out.
 
     Returns:
         The generation, and the cache that holds prompt and new tokens.
@@ -122,19 +92,21 @@ def generate_measured(
     plan = applied_plan(model)
     if plan is None:
         raise InputError("the model has no plan: call tidaldecode.apply first")
-    sampling, passes = sampling or Sampling(), passes or Passes()
-    cache = TidalCache(model.config, plan, prompt.shape[1] + max_new_tokens + passes.room(max_new_tokens))
-    torch.manual_seed(sampling.seed)
+    passes, new_tokens = settings.passes, settings.max_new_tokens
+    # a round may draft more tokens than are still wanted
+    spare = 0 if passes.lossless is None else DraftLength(passes.lossless, new_tokens).longest
+    cache = TidalCache(model.config, plan, prompt.shape[1] + new_tokens + spare)
+    torch.manual_seed(settings.sampling.seed)
     streamer = _TimedStreamer(tokenizer, on_text)
     output = model.generate(
         prompt.to(model.device),
         attention_mask=torch.ones_like(prompt, device=model.device),
         past_key_values=cache,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=new_tokens,
         streamer=streamer,
         lossless=passes.lossless,
         correction_interval=passes.correction_interval,
-        **sampling.options(),
+        **settings.sampling.options(),
     )
     new = output[0, prompt.shape[1] :].tolist()
     ms = streamer.ms(passes, cache.rounds, _compilations(model))
@@ -155,7 +127,7 @@ def compare_with_full(
     cropped back to it.
 
     Args:
-        model, tokenizer, prompt, max_new_tokens: as given to `generate_measured`.
+        model, tokenizer, prompt, max_new_tokens: as in `generate_measured`.
         done: what `generate_measured` returned, greedy.
         cache: the cache that it returned; used up.
     """
@@ -176,7 +148,9 @@ def compare_with_full(
         streamer=streamer,
         **Sampling().options(),
     )
-    return _generation(tokenizer, cache, context, output[0, context:].tolist(), streamer.step_ms(_compilations(model)))
+    return _generation(
+        tokenizer, cache, context, output[0, context:].tolist(), streamer.step_ms(_compilations(model)), Passes()
+    )
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
@@ -193,13 +167,13 @@ def _generation(
     context: int,
     new: list[int],
     step_ms: float | None,
-    passes: Passes | None = None,
+    passes: Passes,
 ) -> Generation:
     assert cache.get_seq_length() == context + max(0, len(new) - 1), "the figures are of another cache"
-    rounds = passes is not None and passes.lossless is not None
+    rounds = passes.lossless is not None
     attention = (cache.for_drafts(1) if rounds else cache).attention  # one that rounds went through, if there were any
     tokens = max(1, len(new) - 1)
-    read_at = list((passes or Passes()).read_at(context, len(new) - 1, cache.rounds)) or [(context, len(new) < 2)]
+    read_at = list(_read_at(passes, context, len(new) - 1, cache.rounds)) or [(context, len(new) < 2)]
     reads = [
         dict.fromkeys(attention.tokens_read(length), float(length)) if full else attention.tokens_read(length)
         for length, full in read_at
@@ -214,6 +188,20 @@ def _generation(
         decode_ms_per_token=step_ms,
         accepted_per_round=cache.rounds.accepted_per_round if rounds and cache.rounds else None,
     )
+
+
+def _read_at(passes: Passes, context: int, new_tokens: int, rounds: Rounds | None) -> Iterator[tuple[int, bool]]:
+    """The passes of `new_tokens` tokens behind prefill's: the context of each, and whether it read all of it."""
+    if passes.lossless is not None and rounds is not None:
+        for drafted, tokens in zip(rounds.drafted, rounds.tokens, strict=True):
+            yield from ((context + step, False) for step in range(1, drafted + 1))
+            yield context + drafted + 1, True
+            context += tokens
+        return
+    for step in range(1, new_tokens + 1):
+        yield context + step, False
+        if passes.correction_interval is not None and step % passes.correction_interval == 0:
+            yield context + step, True
 
 
 def _compilations(model: PreTrainedModel) -> int:
