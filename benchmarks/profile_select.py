@@ -6,6 +6,7 @@ ncu empties the caches before each kernel, so that the short kernels take longer
 import torch
 
 from tidaldecode import ops
+from tidaldecode.ops import KV, Choice
 
 CONTEXT, BUDGET = 102_400, 1024
 
@@ -17,15 +18,13 @@ def main() -> None:
     keys, values = (torch.randn(1, 8, CONTEXT, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
     integers = torch.tensor([0, CONTEXT, BUDGET, 1], device=device, dtype=torch.int32)
     block_table, (lengths, budgets, recents) = integers[:1, None], integers[1:, None]
-    cache = keys.transpose(1, 2), values.transpose(1, 2), block_table
+    kv = KV(keys.transpose(1, 2), values.transpose(1, 2), block_table, lengths)
     indices = torch.zeros(1, 8, BUDGET, device=device, dtype=torch.int32)
     scale = 128**-0.5
     for _ in range(2):
-        ops.full_attention(query, *cache, lengths, scale)
-        ops.full_attention_with_selection(
-            query, *cache, lengths, scale, ["per_group"], budgets, recents, 0, CONTEXT, indices
-        )
-        ops.sparse_attention(query, *cache, indices, budgets, None, scale)
+        ops.full_attention(query, kv, scale)
+        ops.full_attention_with_selection(query, kv, scale, ["per_group"], Choice(budgets, recents), CONTEXT, indices)
+        ops.sparse_attention(query, kv, indices, budgets, None, scale)
     torch.cuda.synchronize()
 
 

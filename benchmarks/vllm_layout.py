@@ -22,6 +22,7 @@ from tidaldecode import ModelShape, TidalPlan
 from tidaldecode.bench.roofline import read_bandwidth_gbs
 from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Timing, time_gpu
+from tidaldecode.ops import KV
 from tidaldecode.results.environment import environment
 from tidaldecode.serving.rank import RankAttention
 from tidaldecode.vllm.cache_layout import row_views
@@ -75,7 +76,7 @@ def _tidal(
 
     def attend(layer: int) -> Tensor:
         kv_cache, table = caches[layer % 3]
-        return attention.attend(layer, query, *row_views(kv_cache), table, lengths, DIM**-0.5)
+        return attention.attend(layer, query, KV(*row_views(kv_cache), table, lengths), DIM**-0.5)
 
     return _time(attend)
 

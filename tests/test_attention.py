@@ -7,6 +7,7 @@ import torch
 
 from tidaldecode import ModelShape, TidalPlan
 from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.ops import KV
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=4, num_kv_heads=2, head_dim=8)
 ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")
@@ -55,7 +56,7 @@ def test_sources_attend_to_the_sets_they_name():
     queries = torch.randn(3, 1, 4, 8)
     attention.begin(lengths, capacity=64)
     for layer in range(3):
-        output = attention.attend(layer, queries[layer], keys[layer], values[layer], table, lengths, 8**-0.5)
+        output = attention.attend(layer, queries[layer], KV(keys[layer], values[layer], table, lengths), 8**-0.5)
     scores = torch.einsum("hd,thd->ht", queries[1, 0], keys[1, 0].repeat_interleave(2, 1)) * 8**-0.5
     probabilities = scores.softmax(-1)
     importance = [probabilities[2:].mean(0)] * 2 + [probabilities.mean(0), scores[0]]

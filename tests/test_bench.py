@@ -217,8 +217,8 @@ def test_caches_differ_and_hold_no_zeros(caches):
     tensors = [*caches.keys, *caches.values, *caches.queries]
     assert all(tensor.std() > 0.9 for tensor in tensors)
     assert len({float(tensor.sum()) for tensor in tensors}) == 9
-    assert caches.blocks(1)[0].shape == (2, 40, 3, 16)
-    assert caches.blocks(1)[1].data_ptr() == caches.values[1].data_ptr()
+    assert caches.kv(1).k.shape == (2, 40, 3, 16)
+    assert caches.kv(1).v.data_ptr() == caches.values[1].data_ptr()
 
 
 def test_every_operation_is_there(caches):
@@ -243,7 +243,7 @@ def test_operations_attend_each_to_its_own_layer(caches):
 
 def test_sparse_sets_are_distinct_tokens_in_order(caches, monkeypatch):
     seen = []
-    monkeypatch.setattr(ops, "sparse_attention", lambda *arguments: seen.append(arguments[4:7]))
+    monkeypatch.setattr(ops, "sparse_attention", lambda *arguments: seen.append(arguments[2:5]))
     for workload in layer_workloads(caches, (8,)):
         if workload.name.startswith("sparse"):
             workload.calls[0]()
@@ -262,7 +262,7 @@ def test_select_layers_choose_the_most_important_tokens(caches, monkeypatch):
 
     def attend(query, *arguments):
         output = original(query, *arguments)
-        seen[arguments[5][0]] = query, arguments[-1].clone()
+        seen[arguments[2][0]] = query, arguments[-1].clone()
         return output
 
     monkeypatch.setattr(ops, "full_attention_with_selection", attend)
@@ -327,9 +327,9 @@ def test_steps_go_through_all_layers(caches, monkeypatch):
     seen = []
     original = DecodeAttention.attend
 
-    def attend(self, layer, query, k_cache, *others):
-        seen.append((layer, [keys.data_ptr() for keys in caches.keys].index(k_cache.data_ptr())))
-        return original(self, layer, query, k_cache, *others)
+    def attend(self, layer, query, kv, scale):
+        seen.append((layer, [keys.data_ptr() for keys in caches.keys].index(kv.k.data_ptr())))
+        return original(self, layer, query, kv, scale)
 
     monkeypatch.setattr(DecodeAttention, "attend", attend)
     workload = named(step_workloads(caches, 5, (8,)), "step tidal", 8)
@@ -368,10 +368,10 @@ def test_a_budget_of_the_whole_context_is_full_attention(caches, method):
     attention = step_attention(method, plan, shape, 48, 40)  # three of Quest's pages
     attention.begin(caches.lengths, 40)
     for layer in range(4):
-        attention.prepare(layer, caches.blocks(layer % 3)[0], caches.block_table, caches.lengths)
+        attention.prepare(layer, caches.kv(layer % 3))
     for layer in range(4):
         cache = layer % 3
-        arguments = (caches.queries[cache], *caches.blocks(cache), caches.lengths, caches.scale)
+        arguments = (caches.queries[cache], caches.kv(cache), caches.scale)
         torch.testing.assert_close(attention.attend(layer, *arguments), ops.full_attention(*arguments))
 
 
@@ -379,10 +379,10 @@ def test_sdpa_attends_to_its_context_alone(caches):
     """A captured step can't follow the length."""
     attention = step_attention("sdpa", TidalPlan.paper(3), SHAPE.model(3), None, 25)
     attention.begin(caches.lengths, 40)
-    blocks, query = caches.blocks(1), caches.queries[1]
-    output = attention.attend(0, query, *blocks, caches.lengths, caches.scale)
-    lengths = torch.full_like(caches.lengths, 25)
-    torch.testing.assert_close(output, ops.full_attention(query, *blocks, lengths, caches.scale))
+    kv, query = caches.kv(1), caches.queries[1]
+    output = attention.attend(0, query, kv, caches.scale)
+    shorter = replace(kv, lengths=torch.full_like(caches.lengths, 25))
+    torch.testing.assert_close(output, ops.full_attention(query, shorter, caches.scale))
 
 
 def test_budgets_in_tokens():

@@ -24,6 +24,7 @@ from tidaldecode.hf.second_pass.full_pass import full_pass
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.quest import QuestAttention
 from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
 
@@ -147,8 +148,8 @@ def test_budgets_on_the_device_are_the_plans(fraction, recent):
     attention = DecodeAttention(plan, shape)
     attention.begin(lengths, 10**6)
     budgets = [plan.budget_for(length) for length in lengths.tolist()]
-    assert attention._budgets.tolist() == budgets
-    assert attention._recents.tolist() == [plan.recent_for(budget) for budget in budgets]
+    assert attention._choice.budgets.tolist() == budgets
+    assert attention._choice.recents.tolist() == [plan.recent_for(budget) for budget in budgets]
 
 
 def test_a_model_that_cannot_be_captured_says_so_once(tiny, caplog):
@@ -293,10 +294,10 @@ def test_quest_keeps_its_bounds_where_they_are():
     quest = QuestAttention(ModelShape(num_layers=3, num_query_heads=2, num_kv_heads=1, head_dim=8), 32)
     block_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([64], dtype=torch.int32)
     keys = torch.randn(2, 1, 64, 1, 8)
-    quest.prepare(2, keys[0], block_table, lengths)
+    quest.prepare(2, KV(keys[0], keys[0], block_table, lengths))
     kept = quest._bounds[2]
     before = kept.clone()
-    quest.prepare(2, keys[1], block_table, lengths)
+    quest.prepare(2, KV(keys[1], keys[1], block_table, lengths))
     assert quest._bounds[2] is kept and not torch.equal(kept, before)
 
 

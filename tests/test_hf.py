@@ -144,14 +144,14 @@ def test_sparse_layers_read_nothing_else(llama):
     expected = llama(ids[:, :1], past_key_values=caches[0]).logits
     attend, poisoned = caches[1].attention.attend, []
 
-    def attend_poisoned(layer, query, k_cache, v_cache, *rest):
+    def attend_poisoned(layer, query, kv, scale):
         if plan.roles[layer] == "sparse":
             attention = caches[1].attention
             read = attention.indices[0, attention.head_to_set[layer], : attention.counts[0]].flatten().tolist()
             unread = sorted(set(range(41)) - set(read))
-            k_cache[0, unread] = v_cache[0, unread] = torch.nan
+            kv.k[0, unread] = kv.v[0, unread] = torch.nan
             poisoned.append(len(unread))
-        return attend(layer, query, k_cache, v_cache, *rest)
+        return attend(layer, query, kv, scale)
 
     caches[1].attention.attend = attend_poisoned
     assert torch.equal(llama(ids[:, :1], past_key_values=caches[1]).logits, expected)

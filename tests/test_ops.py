@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tidaldecode import ops
-from tidaldecode.ops import reference
+from tidaldecode.ops import KV, Choice, reference
 
 LENGTHS = (33, 1, 64, 7)
 HEADS = [(1, 1), (6, 3), (3, 1), (8, 2), (7, 1), (8, 1), (14, 2)]  # ratios 1, 2, 3, 4, 7, 8, 7
@@ -37,8 +37,8 @@ class Case:
                     cache[self.block_table[b, token // block_size], token % block_size] = rows[token]
 
     @property
-    def cache(self):
-        return self.k_cache, self.v_cache, self.block_table
+    def kv(self):
+        return KV(self.k_cache, self.v_cache, self.block_table, self.lengths)
 
     def scores(self, b):
         return torch.einsum("hd,htd->ht", self.query[b].double(), self.keys[b]) * self.scale
@@ -53,7 +53,7 @@ class Case:
 @pytest.mark.parametrize("head_dim", [16, 20])
 def test_full_attention(heads, kv_heads, head_dim, block_size):
     case = Case(heads, kv_heads, head_dim, block_size)
-    output = ops.full_attention(case.query, *case.cache, case.lengths, case.scale)
+    output = ops.full_attention(case.query, case.kv, case.scale)
     for b, length in enumerate(LENGTHS):
         expected = torch.stack([case.attend(b, head, range(length)) for head in range(heads)])
         torch.testing.assert_close(output[b].double(), expected, rtol=1e-4, atol=1e-5)
@@ -65,9 +65,9 @@ def test_importance(heads, kv_heads, block_size):
     case = Case(heads, kv_heads, 16, block_size)
     rules = ("unified", "per_head", "per_group")
     importance = torch.full((len(LENGTHS), 1 + heads + kv_heads, 80), torch.nan)
-    arguments = (case.query, *case.cache, case.lengths, case.scale)
+    arguments = (case.query, case.kv, case.scale)
     output = ops.full_attention_with_importance(*arguments, rules, importance)
-    torch.testing.assert_close(output, ops.full_attention(case.query, *case.cache, case.lengths, case.scale))
+    torch.testing.assert_close(output, ops.full_attention(case.query, case.kv, case.scale))
     for b, length in enumerate(LENGTHS):
         probabilities = case.scores(b).softmax(-1)
         groups = [probabilities[g * heads // kv_heads : (g + 1) * heads // kv_heads].mean(0) for g in range(kv_heads)]
@@ -83,7 +83,7 @@ def test_selection(sink, recent):
     for b, length in enumerate(lengths):
         importance[b, :, length:] = torch.nan
     indices = torch.full((4, 3, 16), -7, dtype=torch.int32)
-    ops.select_tokens(importance, lengths, budgets, torch.full((4,), recent).int(), sink, indices)
+    ops.select_tokens(importance, lengths, Choice(budgets, torch.full((4,), recent).int(), sink), indices)
     for b in range(4):
         length, budget = int(lengths[b]), int(budgets[b])
         for row in range(3):
@@ -113,7 +113,7 @@ def test_sparse_attention_reads_only_what_was_chosen(heads, kv_heads, sets, bloc
         for token in set(range(length)) - read:
             case.k_cache[case.block_table[b, token // block_size], token % block_size] = torch.nan
             case.v_cache[case.block_table[b, token // block_size], token % block_size] = torch.nan
-    output = ops.sparse_attention(case.query, *case.cache, indices, counts, head_to_set, case.scale)
+    output = ops.sparse_attention(case.query, case.kv, indices, counts, head_to_set, case.scale)
     for b in range(len(LENGTHS)):
         for head in range(heads):
             row = head_to_set[head * rows // heads]
@@ -125,7 +125,7 @@ def test_sparse_attention_refuses_a_map_of_another_length():
     case = Case(6, 3, 16, 64)
     with pytest.raises(ValueError, match="head_to_set has 2 entries, not 1, 3 or 6"):
         ops.sparse_attention(
-            case.query, *case.cache, torch.zeros(4, 2, 1).int(), case.lengths, torch.tensor([0, 1]), case.scale
+            case.query, case.kv, torch.zeros(4, 2, 1).int(), case.lengths, torch.tensor([0, 1]), case.scale
         )
 
 
@@ -135,7 +135,7 @@ def test_sparse_attention_refuses_a_map_of_another_length():
 def test_multi_query_attention(heads, kv_heads, new, block_size):
     case = Case(heads, kv_heads, 16, block_size)
     queries = torch.randn(len(LENGTHS), 5, heads, 16, generator=torch.Generator().manual_seed(2))
-    output = ops.multi_query_attention(queries, *case.cache, case.lengths, torch.tensor(new).int(), case.scale)
+    output = ops.multi_query_attention(queries, case.kv, torch.tensor(new).int(), case.scale)
     for b, (length, count) in enumerate(zip(LENGTHS, new, strict=True)):
         assert not output[b, : 5 - count].any()
         for i in range(count):
@@ -156,8 +156,8 @@ def test_a_chunk_chooses_by_its_first_token(heads, kv_heads, rule, block_size):
     sets = {"per_head": heads, "per_group": kv_heads, "unified": 1}[rule]
     table = torch.full((4, sets, 12), -7, dtype=torch.int32)
     budgets, recents = torch.tensor([12, 10, 9, 11]).int(), torch.tensor([3, 2, 1, 4]).int()
-    chunk = queries, *case.cache, case.lengths, torch.tensor(new).int(), case.scale
-    output = ops.multi_query_attention_with_selection(*chunk, rule, budgets, recents, 2, 64, table)
+    chunk = queries, case.kv, torch.tensor(new).int(), case.scale
+    output = ops.multi_query_attention_with_selection(*chunk, rule, Choice(budgets, recents, 2), 64, table)
     torch.testing.assert_close(output, ops.multi_query_attention(*chunk), rtol=0, atol=0)
     for b, (length, count) in enumerate(zip(lengths, new, strict=True)):
         past, budget, recent = length - count, int(budgets[b]), int(recents[b])
@@ -187,7 +187,7 @@ def test_write_kv(block_size):
             key[b, width - count :] = case.keys[b][::2, rows].transpose(0, 1).float()
             value[b, width - count :] = case.values[b][::2, rows].transpose(0, 1).float()
         written += new
-        ops.write_kv(key, value, k_cache, v_cache, case.block_table, written, new)
+        ops.write_kv(key, value, KV(k_cache, v_cache, case.block_table, written), new)
     torch.testing.assert_close(k_cache, case.k_cache, equal_nan=True, rtol=0, atol=0)
     torch.testing.assert_close(v_cache, case.v_cache, equal_nan=True, rtol=0, atol=0)
 
@@ -198,7 +198,7 @@ def test_write_kv(block_size):
 def test_dtypes(dtype, tolerance):
     case = Case(8, 2, 16, 16, dtype)
     importance = torch.empty(len(LENGTHS), 1, 64, dtype=torch.promote_types(dtype, torch.float32))
-    arguments = (case.query, *case.cache, case.lengths, case.scale)
+    arguments = (case.query, case.kv, case.scale)
     output = ops.full_attention_with_importance(*arguments, ["unified"], importance)
     assert output.dtype == dtype
     for b, length in enumerate(LENGTHS):
@@ -216,11 +216,11 @@ def test_sequences_that_share_their_blocks(rules, run, monkeypatch):
     query, table = torch.randn(7, 6, 16, dtype=torch.float64), case.block_table[rows]
     monkeypatch.setattr(reference, "_RUN", run)
     importance = torch.full((7, 6 if rules == ["per_head"] else 3, 64), torch.nan, dtype=torch.float64)
-    arguments = (case.k_cache, case.v_cache)
-    output = ops.full_attention_with_importance(query, *arguments, table, lengths, case.scale, rules, importance)
+    kv = KV(case.k_cache, case.v_cache, table, lengths)
+    output = ops.full_attention_with_importance(query, kv, case.scale, rules, importance)
     for b, length in enumerate(lengths.tolist()):
         alone = torch.full_like(importance[:1], torch.nan)
-        one = query[b : b + 1], *arguments, table[b : b + 1], lengths[b : b + 1], case.scale
+        one = query[b : b + 1], kv.of(slice(b, b + 1)), case.scale
         torch.testing.assert_close(output[b : b + 1], ops.full_attention_with_importance(*one, rules, alone))
         torch.testing.assert_close(importance[b, :, :length], alone[0, :, :length])
         torch.testing.assert_close(output[b : b + 1], ops.full_attention(*one))

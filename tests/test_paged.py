@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tidaldecode import ModelShape, TidalPlan, ops
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.ops import reference
+from tidaldecode.ops import KV, reference
 from tidaldecode.serving.rank import RankAttention
 from tidaldecode.vllm.cache_layout import packed_views, row_views
 
@@ -79,40 +79,28 @@ def _compare(layout, block_size, batch, selection, views, dtype):
     for layer in range(5):
         k, v = (torch.randn(batch, CAPACITY, 2, 32, device=DEVICE).to(dtype) for _ in range(2))
         query = (torch.randn(batch, 8, 32, device=DEVICE) * 3).to(dtype)
-        caches = views(_kv_cache(k, v, table, block_size, layout))
-        output = paged.attend(layer, query, *caches, table, lengths, 0.2)
+        kv = KV(*views(_kv_cache(k, v, table, block_size, layout)), table, lengths)
+        output = paged.attend(layer, query, kv, 0.2)
+        plain = KV(k.double(), v.double(), whole, lengths)
         if ROLES[layer] == "sparse":  # over the sets that were chosen: ties may go either way
             rows, sets = paged._sets_of(layer)
             counts = paged.counts
-            expected = reference.sparse_attention(
-                query.double(), k.double(), v.double(), whole, sets, counts, rows, 0.2
-            )
+            expected = reference.sparse_attention(query.double(), plain, sets, counts, rows, 0.2)
         else:
-            expected = reference.full_attention(query.double(), k.double(), v.double(), whole, lengths, 0.2)
+            expected = reference.full_attention(query.double(), plain, 0.2)
         real = lengths > 0
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
         torch.testing.assert_close(output[real].double(), expected[real], atol=tolerance, rtol=tolerance)
         assert not output[~real].any()
         if ROLES[layer] == "select":
-            _same_sets(exact, paged, layer, query, k, v, whole, lengths, dtype)
+            _same_sets(exact, paged, layer, query, plain, dtype)
 
 
-def _same_sets(exact, paged, layer, query, k, v, whole, lengths, dtype):
+def _same_sets(exact, paged, layer, query, plain, dtype):
     """All but a few tokens that tie in this precision are the reference's."""
     exact.indices.zero_()
     reference.full_attention_with_selection(
-        query.double(),
-        k.double(),
-        v.double(),
-        whole,
-        lengths,
-        0.2,
-        exact.writes[layer],
-        exact._budgets,
-        exact._recents,
-        2,
-        CAPACITY,
-        exact._written_by(layer),
+        query.double(), plain, 0.2, exact.writes[layer], exact._choice, CAPACITY, exact._written_by(layer)
     )
     pairs = zip(exact._written_by(layer), paged._written_by(layer), exact.counts.tolist(), strict=True)
     for wanted, got, count in pairs:

@@ -13,6 +13,7 @@ from tidaldecode.methods.method import Method
 from tidaldecode.methods.oracle import OracleAttention
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models.architecture import model_shape
+from tidaldecode.ops import KV
 
 PROMPT, STEPS = 45, 22  # the steps cross the borders of pages of 4, 8 and 16
 IDS = torch.randint(2, 260, (1, PROMPT + STEPS + 1), generator=torch.Generator().manual_seed(1))
@@ -246,7 +247,7 @@ def test_the_oracle_reads_its_own_largest_scores(selection):
     oracle = OracleAttention(ModelShape(num_layers=1, num_query_heads=6, num_kv_heads=2, head_dim=8), 7, selection)
     oracle.begin(lengths, 40)
     table = torch.arange(2, dtype=torch.int32)[:, None]
-    output = oracle.attend(0, query, keys.transpose(1, 2), values.transpose(1, 2), table, lengths, 0.3)
+    output = oracle.attend(0, query, KV(keys.transpose(1, 2), values.transpose(1, 2), table, lengths), 0.3)
     for b, length in enumerate(lengths.tolist()):
         scores = torch.einsum("hd,htd->ht", query[b], keys[b, :, :length].repeat_interleave(3, 0)) * 0.3
         means = scores.softmax(-1).view(2, 3, length).mean(1)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from tidaldecode import InputError, ModelShape, TidalPlan
 from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.ops import KV
 from tidaldecode.serving.batch import split
 from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import RankAttention
@@ -249,8 +250,8 @@ def _step(attention: DecodeAttention, cache: list[tuple], query: list[torch.Tens
     of_kv = slice(part.start // SHAPE.group_size, -(-part.stop // SHAPE.group_size))
     outputs = []
     for layer in range(SHAPE.num_layers):
-        k_cache, v_cache = (rows[:, :, of_kv] for rows in cache[layer])
-        outputs.append(attention.attend(layer, query[layer][:, part], k_cache, v_cache, table, lengths, 0.25))
+        kv = KV(*(rows[:, :, of_kv] for rows in cache[layer]), table, lengths)
+        outputs.append(attention.attend(layer, query[layer][:, part], kv, 0.25))
     return outputs
 
 
@@ -300,7 +301,7 @@ def test_what_ranks_add_up_is_as_long_as_the_longest_sequence():
     cache = torch.randn(2, 4, 16, 2, 16)
     table = torch.arange(4, dtype=torch.int32).view(2, 2) % 2
     attention.begin(lengths, 40)
-    attention.attend(1, torch.randn(2, 4, 16), cache[0], cache[1], table, lengths * 0 + 32, 0.25)
+    attention.attend(1, torch.randn(2, 4, 16), KV(*cache, table, lengths * 0 + 32), 0.25)
     assert shapes == [(2, 1, 40)]
 
 

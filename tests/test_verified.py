@@ -13,6 +13,7 @@ from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
+from tidaldecode.ops import KV
 from tidaldecode.plans import shipped_plans
 
 SHAPE = ModelShape(num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=8)
@@ -39,9 +40,8 @@ def test_drafts_read_what_was_chosen_and_what_came_since(rule, accepted):
     queries = torch.randn(2, 3, passed, 4, 8).double()
     attention.begin_pass(past + passed, new, 50)
     for layer in range(2):
-        output = attention.verify(layer, queries[layer], keys[layer], values[layer], table, past + passed, new, 8**-0.5)
-        full = keys[layer], values[layer], table, past + passed, new, 8**-0.5
-        torch.testing.assert_close(output, ops.multi_query_attention(queries[layer], *full))
+        chunk = queries[layer], KV(keys[layer], values[layer], table, past + passed), new, 8**-0.5
+        torch.testing.assert_close(attention.verify(layer, *chunk), ops.multi_query_attention(*chunk))
     lengths = past + 1 + lengths_of(*accepted)
     for _ in range(3):
         lengths = lengths + 1
@@ -64,7 +64,7 @@ def test_drafts_read_what_was_chosen_and_what_came_since(rule, accepted):
                     chosen = sorted(reads[head * len(reads) // 4])
                     weights = (k_cache[b, chosen, head // 2] @ query[b, head] * 8**-0.5).softmax(0)
                     expected = weights @ v_cache[b, chosen, head // 2]
-                    output = attention.attend(layer, query, k_cache, v_cache, table, lengths, 8**-0.5)
+                    output = attention.attend(layer, query, KV(k_cache, v_cache, table, lengths), 8**-0.5)
                     torch.testing.assert_close(output[b, head], expected)
 
 

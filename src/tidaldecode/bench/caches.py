@@ -10,6 +10,7 @@ from torch import Tensor
 from tidaldecode.bench.hardware import check_memory, free_bytes
 from tidaldecode.bench.roofline import kv_bytes
 from tidaldecode.bench.timing import rotated_buffers
+from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape
 
 _MEND = "lower --contexts, --batch or --kv-heads"
@@ -103,6 +104,6 @@ class LayerCaches:
         """Factor of the scores."""
         return self.shape.head_dim**-0.5
 
-    def blocks(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A layer's `k_cache`, `v_cache` [B, T, Hkv, D] and `block_table`, as the operations take them."""
-        return self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2), self.block_table
+    def kv(self, layer: int) -> KV:
+        """A layer's cache as the operations take it: one block per sequence, [B, T, Hkv, D]."""
+        return KV(self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2), self.block_table, self.lengths)

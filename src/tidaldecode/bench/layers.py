@@ -14,6 +14,7 @@ from tidaldecode.bench.caches import LayerCaches
 from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Call
 from tidaldecode.bench.workload import Workload
+from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import Selection, tokens_of
 
 RULES: tuple[Selection, ...] = ("unified", "per_group", "per_head")
@@ -50,9 +51,9 @@ def _all(caches: LayerCaches) -> float:
     return caches.shape.kv_bytes(caches.shape.context)
 
 
-def _query(caches: LayerCaches, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    """A layer's query and cache, as the operations take them."""
-    return caches.queries[layer], *caches.blocks(layer), caches.lengths, caches.scale
+def _query(caches: LayerCaches, layer: int) -> tuple[Tensor, KV, float]:
+    """A layer's query, cache and factor of the scores, as the operations take them."""
+    return caches.queries[layer], caches.kv(layer), caches.scale
 
 
 def _sdpa(caches: LayerCaches, layer: int) -> Tensor:
@@ -78,15 +79,12 @@ def _selecting(caches: LayerCaches, rule: Selection, budgets: tuple[int | float,
     yield Workload(f"importance {rule}", None, _all(caches), _on_each(caches, attend))
     for budget in budgets:
         tokens = tokens_of(budget, shape.context)
-        counts, recents = torch.full_like(caches.lengths, tokens), torch.ones_like(caches.lengths)
+        choice = Choice.alike(caches.lengths, tokens)
         indices = caches.lengths.new_zeros(shape.batch, sets, min(tokens, shape.context))
-        chosen = (counts, recents, 0)
-        select = partial(ops.select_tokens, importance, caches.lengths, *chosen, indices)
+        select = partial(ops.select_tokens, importance, caches.lengths, choice, indices)
 
-        def attend_and_select(
-            layer: int, chosen: tuple[Tensor, Tensor, int] = chosen, indices: Tensor = indices
-        ) -> None:
-            ops.full_attention_with_selection(*_query(caches, layer), [rule], *chosen, shape.context, indices)
+        def attend_and_select(layer: int, choice: Choice = choice, indices: Tensor = indices) -> None:
+            ops.full_attention_with_selection(*_query(caches, layer), [rule], choice, shape.context, indices)
 
         yield Workload(f"selection {rule}", budget, importance.nbytes, [select] * len(caches))
         yield Workload(f"select {rule}", budget, _all(caches), _on_each(caches, attend_and_select))
@@ -100,8 +98,7 @@ def _sparse(caches: LayerCaches, rule: Selection, budget: int | float) -> Worklo
     counts = torch.full_like(caches.lengths, tokens)
 
     def attend(layer: int) -> Tensor:
-        query, cache = caches.queries[layer], caches.blocks(layer)
-        return ops.sparse_attention(query, *cache, indices, counts, None, caches.scale)
+        return ops.sparse_attention(caches.queries[layer], caches.kv(layer), indices, counts, None, caches.scale)
 
     rows = tokens * (model.group_size if rule == "per_head" else 1)  # of each KV head
     return Workload(f"sparse {rule}", budget, shape.kv_bytes(min(rows, shape.context)), _on_each(caches, attend))
@@ -119,7 +116,7 @@ def _multi_query(caches: LayerCaches, new_tokens: int) -> Workload:
     new_lengths = torch.full_like(caches.lengths, new_tokens)
 
     def attend(layer: int) -> Tensor:
-        return ops.multi_query_attention(queries, *caches.blocks(layer), caches.lengths, new_lengths, caches.scale)
+        return ops.multi_query_attention(queries, caches.kv(layer), new_lengths, caches.scale)
 
     return Workload(f"multi_query {new_tokens}", None, shape.kv_bytes(shape.context), _on_each(caches, attend))
 
@@ -130,7 +127,7 @@ def _write(caches: LayerCaches) -> Workload:
     new_lengths = torch.ones_like(caches.lengths)
 
     def write(layer: int) -> None:
-        ops.write_kv(new[0], new[1], *caches.blocks(layer), caches.lengths, new_lengths)
+        ops.write_kv(new[0], new[1], caches.kv(layer), new_lengths)
 
     return Workload("write_kv", None, new.nbytes, _on_each(caches, write))
 

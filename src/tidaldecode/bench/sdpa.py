@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, TidalPlan
 
 
@@ -39,16 +40,7 @@ class SdpaAttention(DecodeAttention):
         super().__init__(plan, shape)
         self.context = context
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """As `DecodeAttention.attend`, for a contiguous cache; `lengths` is not read."""
-        keys, values = (cache[:, : self.context].transpose(1, 2) for cache in (k_cache, v_cache))  # [B, Hkv, T, D]
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
+        """As `DecodeAttention.attend`, for a contiguous cache; its lengths are not read."""
+        keys, values = (cache[:, : self.context].transpose(1, 2) for cache in (kv.k, kv.v))  # [B, Hkv, T, D]
         return sdpa(query, keys, values, scale)

@@ -38,13 +38,12 @@ def _step(
     attention = step_attention(method, plan, shape.model(num_layers), budget, shape.context)
     attention.begin(caches.lengths, shape.context)
     for layer in range(num_layers):
-        k_cache, _, block_table = caches.blocks(layer % len(caches))
-        attention.prepare(layer, k_cache, block_table, caches.lengths)
+        attention.prepare(layer, caches.kv(layer % len(caches)))
 
     def step() -> None:
         for layer in range(num_layers):
             cache = layer % len(caches)
-            attention.attend(layer, caches.queries[cache], *caches.blocks(cache), caches.lengths, caches.scale)
+            attention.attend(layer, caches.queries[cache], caches.kv(cache), caches.scale)
 
     reads = (min(tokens, shape.context) for tokens in attention.tokens_read(shape.context).values())
     return Workload(name, budget, shape.kv_bytes(sum(reads)), [step] * _STEPS)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tidaldecode import ops
 from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf import TidalCache
+from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection
 
 _MOST_BYTES = 2**29  # of the index sets of all layers, which wait for the layers above
@@ -88,29 +89,19 @@ class ObservedAttention:
         self._chosen: dict[int, dict[Selection, Tensor]] = {}
         self._capacity = 0
 
-    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    def prepare(self, layer: int, kv: KV) -> None:
         """Nothing is kept beside the cache."""
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Forgets what the layers of the pass before chose."""
         self._chosen, self._capacity = {}, capacity
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
         dtype = torch.promote_types(query.dtype, torch.float32)
         scores = query.new_empty(len(query), self.shape.num_query_heads, self._capacity, dtype=dtype)
-        output = ops.full_attention_with_importance(
-            query, k_cache, v_cache, block_table, lengths, scale, ["per_head"], scores
-        )
+        output = ops.full_attention_with_importance(query, kv, scale, ["per_head"], scores)
+        lengths = kv.lengths
         past = torch.arange(self._capacity, device=lengths.device) >= lengths[:, None]
         probabilities = scores.masked_fill_(past[:, None], -torch.inf).softmax(-1)
         counts = lengths.clamp(max=self.token_budget)
@@ -126,8 +117,8 @@ class ObservedAttention:
         """The index sets that importances [n, sets, T] choose, [n, sets, k]."""
         steps, sets, _ = importance.shape
         indices = lengths.new_zeros(steps, sets, min(self.token_budget, self._capacity))
-        budgets, recents = torch.full_like(lengths, self.token_budget), torch.full_like(lengths, self.recent_tokens)
-        ops.select_tokens(importance, lengths, budgets, recents, self.sink_tokens, indices)
+        choice = Choice.alike(lengths, self.token_budget, self.recent_tokens, self.sink_tokens)
+        ops.select_tokens(importance, lengths, choice, indices)
         return indices
 
     def is_full(self, layer: int) -> bool:

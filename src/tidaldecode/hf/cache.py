@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.tidal import Attention, DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
 from tidaldecode.models.architecture import check_plan, model_shape, sliding_windows
+from tidaldecode.ops import KV
 from tidaldecode.plans.find import PlanLike, find_plan
 
 if TYPE_CHECKING:
@@ -116,10 +117,9 @@ class TidalCache(Cache):
         """Lets the attention look at the K of a prompt, once, before the first step behind it."""
         if self._prepared:
             return
-        sequences = self.sequences
         for index, layer in enumerate(self.layers):
             if isinstance(layer, TidalLayer):
-                self.attention.prepare(index, layer.blocks()[0], sequences.block_table, sequences.lengths)
+                self.attention.prepare(index, layer.kv())
         self._prepared = True
 
     def check_pass(self, batch: int, new_tokens: int, attention_mask: Tensor | None) -> None:
@@ -282,9 +282,8 @@ class TidalCache(Cache):
         Returns:
             [B, 1, Hq, D].
         """
-        k_cache, v_cache = self._write(layer, key, value)
-        table, lengths = self.sequences.block_table, self.sequences.lengths
-        return self.attention.attend(layer, query[:, :, 0], k_cache, v_cache, table, lengths, scale)[:, None]
+        kv = self._write(layer, key, value)
+        return self.attention.attend(layer, query[:, :, 0], kv, scale)[:, None]
 
     def attend_chunk(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Writes the K and V of a chunk in one layer and attends to everything, after `advance_chunk`.
@@ -298,23 +297,20 @@ class TidalCache(Cache):
         Returns:
             [B, N, Hq, D].
         """
-        return self._attend_to_all(layer, query.transpose(1, 2), *self._write(layer, key, value), scale)
+        return self._attend_to_all(layer, query.transpose(1, 2), self._write(layer, key, value), scale)
 
-    def _attend_to_all(self, layer: int, query: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+    def _attend_to_all(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Full attention of several new tokens, [B, N, Hq, D]; chooses what drafts read where they go by that."""
-        sequences = self.sequences
-        cache = k_cache, v_cache, sequences.block_table, sequences.lengths
+        new_lengths = self.sequences.new_lengths
         if isinstance(self.attention, VerifiedDrafts):
-            return self.attention.verify(layer, query, *cache, sequences.new_lengths, scale)
-        return ops.multi_query_attention(query, *cache, sequences.new_lengths, scale)
+            return self.attention.verify(layer, query, kv, new_lengths, scale)
+        return ops.multi_query_attention(query, kv, new_lengths, scale)
 
-    def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new K and V, [B, Hkv, N, D], in one layer; returns its blocks."""
-        sequences = self.sequences
-        blocks: tuple[Tensor, Tensor] = self.layers[layer].blocks()
-        new = key.transpose(1, 2), value.transpose(1, 2)
-        ops.write_kv(*new, *blocks, sequences.block_table, sequences.lengths, sequences.new_lengths)
-        return blocks
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> KV:
+        """Writes new K and V, [B, Hkv, N, D], in one layer; returns its cache."""
+        kv: KV = self.layers[layer].kv()
+        ops.write_kv(key.transpose(1, 2), value.transpose(1, 2), kv, self.sequences.new_lengths)
+        return kv
 
     def attended_everywhere(self) -> bool:
         """Whether every layer with a role attended through this cache in the latest forward pass."""
@@ -342,18 +338,16 @@ class TidalCache(Cache):
             raise InputError("the model changes K or V on their way from the cache: it can't work with tidaldecode")
         self._attended += 1
         sequences = self.sequences
-        k_cache, v_cache = cached.blocks()
+        kv: KV = cached.kv()
         if sequences.step_lengths is not None and not self.attention.is_full(layer):
             # each step is a sequence of its own to the operations, and all share the one block
             table = sequences.block_table.expand(len(sequences.step_lengths), 1)
-            self.attention.prepare(layer, k_cache, sequences.block_table, sequences.lengths)
-            return self.attention.attend(layer, query[0], k_cache, v_cache, table, sequences.step_lengths, scale)[None]
+            self.attention.prepare(layer, kv)
+            steps = replace(kv, block_table=table, lengths=sequences.step_lengths)
+            return self.attention.attend(layer, query[0], steps, scale)[None]
         if sequences.decoding:
-            output = self.attention.attend(
-                layer, query[:, 0], k_cache, v_cache, sequences.block_table, sequences.lengths, scale
-            )
-            return output[:, None]
-        return self._attend_to_all(layer, query, k_cache, v_cache, scale)
+            return self.attention.attend(layer, query[:, 0], kv, scale)[:, None]
+        return self._attend_to_all(layer, query, kv, scale)
 
     def use_plan(self, plan: PlanLike) -> None:
         """Lets the steps that follow go by another plan: after `crop`, one prompt serves several.

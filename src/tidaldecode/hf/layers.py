@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.hf.sequences import Sequences
+from tidaldecode.ops import KV
 
 
 class TidalLayer(CacheLayerMixin):
@@ -118,21 +119,15 @@ class TidalLayer(CacheLayerMixin):
         self.padded_length += key_states.shape[2]
         if self.padded_length != sequences.padded_length:
             raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
-        ops.write_kv(
-            key_states.transpose(1, 2),
-            value_states.transpose(1, 2),
-            *self.blocks(),
-            sequences.block_table,
-            sequences.lengths,
-            sequences.new_lengths,
-        )
+        ops.write_kv(key_states.transpose(1, 2), value_states.transpose(1, 2), self.kv(), sequences.new_lengths)
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
-    def blocks(self) -> tuple[Tensor, Tensor]:
+    def kv(self) -> KV:
         """K and V as the operations address them: one block per sequence, [B, capacity, Hkv, D]."""
         assert self.keys is not None and self.values is not None
-        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        sequences = self.sequences
+        return KV(self.keys.transpose(1, 2), self.values.transpose(1, 2), sequences.block_table, sequences.lengths)
 
     def reset(self) -> None:
         """Forgets all tokens."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tidaldecode import ops
 from tidaldecode.methods.tidal import share_read
+from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection
 
 
@@ -34,7 +35,7 @@ class OracleAttention:
         self._indices: Tensor | None = None
         self._capacity = 0
 
-    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    def prepare(self, layer: int, kv: KV) -> None:
         """Nothing is kept beside the cache."""
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
@@ -45,40 +46,19 @@ class OracleAttention:
             with torch.inference_mode(False):
                 self._indices = lengths.new_zeros(len(lengths), sets, min(self.token_budget, capacity))
                 self._counts = torch.zeros_like(lengths)
-                self._budgets = torch.full_like(lengths, self.token_budget)
-                self._recents = torch.ones_like(lengths)
+                self._choice = Choice.alike(lengths, self.token_budget)
             self._capacity = capacity
-        torch.minimum(self._budgets, lengths, out=self._counts)
+        torch.minimum(self._choice.budgets, lengths, out=self._counts)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
         if self.is_full(layer):
-            return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
+            return ops.full_attention(query, kv, scale)
         assert self._indices is not None
         ops.full_attention_with_selection(
-            query,
-            k_cache,
-            v_cache,
-            block_table,
-            lengths,
-            scale,
-            [self.selection],
-            self._budgets,
-            self._recents,
-            0,
-            self._capacity,
-            self._indices,
+            query, kv, scale, [self.selection], self._choice, self._capacity, self._indices
         )
-        return ops.sparse_attention(query, k_cache, v_cache, block_table, self._indices, self._counts, None, scale)
+        return ops.sparse_attention(query, kv, self._indices, self._counts, None, scale)
 
     def is_full(self, layer: int) -> bool:
         """Whether a layer is one of those that read everything."""

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.ops import KV
 
 
 def page_bounds(k_cache: Tensor, page_size: int) -> Tensor:
     """The smallest and the largest value of every channel of K in each page of each block.
 
     Args:
-        k_cache: [num_blocks, block_size, Hkv, D], see `tidaldecode.ops`; the contiguous cache, a block a sequence.
+        k_cache: [num_blocks, block_size, Hkv, D]; the contiguous cache, a block a sequence.
         page_size: tokens of a page.
 
     Returns:
@@ -28,9 +29,7 @@ def page_bounds(k_cache: Tensor, page_size: int) -> Tensor:
     return bounds
 
 
-def page_scores(
-    query: Tensor, k_cache: Tensor, block_table: Tensor, lengths: Tensor, bounds: Tensor, scores: Tensor, page_size: int
-) -> None:
+def page_scores(query: Tensor, kv: KV, bounds: Tensor, scores: Tensor, page_size: int) -> None:
     """Writes an upper bound of the scores in each page, and keeps the bounds of the newest page once it is full.
 
     With `m` and `M` the bounds of a page, `q · k <= Σ_d max(q_d m_d, q_d M_d)` for all its tokens; of the query heads
@@ -39,7 +38,7 @@ def page_scores(
 
     Args:
         query: [B, Hq, D].
-        k_cache, block_table, lengths: the cache; contiguous, the new token included.
+        kv: the cache; contiguous, the new token included.
         bounds: [num_blocks, Hkv, pages, 2, D], see `page_bounds`; that of the newest token's page is written if the
             token is the last of the page.
         scores: [B, Hkv, pages], float32, written up to the page of the newest token.
@@ -49,10 +48,10 @@ def page_scores(
         from tidaldecode.methods.pages_kernel import launch
 
         with torch.cuda.device(query.device):
-            return launch(query, k_cache, block_table, lengths, bounds, scores, page_size)
-    for b, length in enumerate(lengths.tolist()):
-        block, last = int(block_table[b, 0]), (length - 1) // page_size
-        rows = k_cache[block, last * page_size : length]  # [tokens, Hkv, D]
+            return launch(query, kv, bounds, scores, page_size)
+    for b, length in enumerate(kv.lengths.tolist()):
+        block, last = int(kv.block_table[b, 0]), (length - 1) // page_size
+        rows = kv.k[block, last * page_size : length]  # [tokens, Hkv, D]
         newest = torch.stack([rows.amin(0), rows.amax(0)], 1)[:, None]  # [Hkv, 1, 2, D]
         if length % page_size == 0:
             bounds[block, :, last] = newest[:, 0]

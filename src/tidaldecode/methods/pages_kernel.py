@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidaldecode.ops import KV
 from tidaldecode.ops.kernels import scratch
 
 
@@ -74,15 +75,7 @@ def _page_scores_kernel(
     tl.store(scores_row + page, score, mask=page < last)
 
 
-def launch(
-    query: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    bounds: Tensor,
-    scores: Tensor,
-    page_size: int,
-) -> None:
+def launch(query: Tensor, kv: KV, bounds: Tensor, scores: Tensor, page_size: int) -> None:
     """As `page_scores`."""
     batch, num_heads, dim = query.shape
     _, heads, pages, _, _ = bounds.shape
@@ -91,15 +84,15 @@ def launch(
     overlap = scratch.overlaps(query.device)
     _page_scores_kernel[triton.cdiv(pages, block_p), heads, batch](
         query,
-        k_cache,
-        block_table,
-        lengths,
+        kv.k,
+        kv.block_table,
+        kv.lengths,
         bounds,
         scores,
         pages,
         *query.stride()[:2],
-        *k_cache.stride()[:3],
-        block_table.stride(0),
+        *kv.k.stride()[:3],
+        kv.block_table.stride(0),
         HEADS=heads,
         GROUP=group,
         BLOCK_M=max(16, triton.next_power_of_2(group)),

@@ -16,6 +16,7 @@ from torch import Tensor
 from tidaldecode import ops
 from tidaldecode.methods.pages import page_bounds, page_scores
 from tidaldecode.methods.tidal import share_read
+from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape
 
 
@@ -39,12 +40,12 @@ class QuestAttention:
         self._bounds: dict[int, Tensor] = {}
         self._scores: Tensor | None = None
 
-    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    def prepare(self, layer: int, kv: KV) -> None:
         """Keeps the bounds of the pages of the cache."""
         if layer in self.full_layers:
             return
         with torch.inference_mode(False):
-            bounds, kept = page_bounds(k_cache, self.page_size), self._bounds.get(layer)
+            bounds, kept = page_bounds(kv.k, self.page_size), self._bounds.get(layer)
         if kept is not None and (kept.shape, kept.dtype, kept.device) == (bounds.shape, bounds.dtype, bounds.device):
             kept.copy_(bounds)  # a captured step reads them where they are
         else:
@@ -57,7 +58,7 @@ class QuestAttention:
             self._allocate(lengths, pages)
         torch.div(lengths + (self.page_size - 1), self.page_size, rounding_mode="floor", out=self._pages)
         # all pages that are read are full, but the last of the context, which is the last of every set
-        chosen = torch.minimum(self._pages, self._budgets)
+        chosen = torch.minimum(self._pages, self._choice.budgets)
         torch.sub(chosen * self.page_size, self._pages * self.page_size - lengths, out=self._counts)
 
     def _allocate(self, lengths: Tensor, pages: int) -> None:
@@ -66,36 +67,16 @@ class QuestAttention:
             self._scores = torch.zeros(len(lengths), heads, pages, device=lengths.device)
             self._indices = lengths.new_zeros(len(lengths), heads, min(self.page_budget, pages))
             self._pages, self._counts = torch.zeros_like(lengths), torch.zeros_like(lengths)
-            self._budgets = torch.full_like(lengths, self.page_budget)
-            self._recents = torch.ones_like(lengths)  # the page of the new token
+            self._choice = Choice.alike(lengths, self.page_budget)  # in pages, that of the new token among them
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
         if layer in self.full_layers:
-            return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
+            return ops.full_attention(query, kv, scale)
         assert self._scores is not None
-        page_scores(query, k_cache, block_table, lengths, self._bounds[layer], self._scores, self.page_size)
-        ops.select_tokens(self._scores, self._pages, self._budgets, self._recents, 0, self._indices)
-        return ops.sparse_attention(
-            query,
-            k_cache,
-            v_cache,
-            block_table,
-            self._indices,
-            self._counts,
-            None,
-            scale,
-            self.page_size,
-        )
+        page_scores(query, kv, self._bounds[layer], self._scores, self.page_size)
+        ops.select_tokens(self._scores, self._pages, self._choice, self._indices)
+        return ops.sparse_attention(query, kv, self._indices, self._counts, None, scale, self.page_size)
 
     def is_full(self, layer: int) -> bool:
         """Whether a layer is one of those that read everything."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape
 
 
@@ -27,7 +28,7 @@ class StreamingAttention:
         self.sink_tokens = min(sink_tokens, token_budget - 1)
         self._indices: Tensor | None = None
 
-    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    def prepare(self, layer: int, kv: KV) -> None:
         """Nothing is kept beside the cache."""
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
@@ -44,19 +45,10 @@ class StreamingAttention:
         self._indices[:, 0] = torch.where(self._entries < self.sink_tokens, self._entries, self._entries + skipped)
         torch.clamp(lengths, max=self.token_budget, out=self._counts)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
         assert self._indices is not None
-        return ops.sparse_attention(query, k_cache, v_cache, block_table, self._indices, self._counts, None, scale)
+        return ops.sparse_attention(query, kv, self._indices, self._counts, None, scale)
 
     def is_full(self, layer: int) -> bool:
         """No layer is."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
 
 
@@ -20,22 +21,13 @@ class Attention(Protocol):
     CUDA graph.
     """
 
-    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    def prepare(self, layer: int, kv: KV) -> None:
         """Looks at the prompt's K of a layer, before the first step behind it."""
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Starts a decode step."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer."""
         ...
 
@@ -59,17 +51,16 @@ class StepSets:
     Attributes:
         indices: [B, num_sets, width], int32; the table of index sets.
         counts: [B], int32; valid entries of each of a sequence's sets.
-        budgets, recents: [B], int32; tokens to choose, and the last ones that are always among them.
+        choice: tokens to choose.
     """
 
     indices: Tensor
     counts: Tensor
-    budgets: Tensor
-    recents: Tensor
+    choice: Choice
 
     def of(self, rows: int) -> StepSets:
         """The part for the first `rows` sequences."""
-        return StepSets(self.indices[:rows], self.counts[:rows], self.budgets[:rows], self.recents[:rows])
+        return StepSets(self.indices[:rows], self.counts[:rows], self.choice.of(slice(rows)))
 
 
 class DecodeAttention:
@@ -105,8 +96,7 @@ class DecodeAttention:
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
         self._capacity = 0
-        self._budgets: Tensor | None = None
-        self._recents: Tensor | None = None
+        self._choice: Choice | None = None
 
     def _map(self, sources: list[Source]) -> Tensor:
         """Rows of the table that the heads read, in the shortest form that `sparse_attention` takes."""
@@ -118,7 +108,7 @@ class DecodeAttention:
             return torch.tensor([group[0] for group in groups])
         return torch.tensor(rows)
 
-    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    def prepare(self, layer: int, kv: KV) -> None:
         """Nothing is kept beside the cache."""
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
@@ -143,38 +133,28 @@ class DecodeAttention:
         width = min(self.plan.budget_for(capacity), capacity)
         with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
             lengths = torch.zeros(rows, dtype=torch.int32, device=device)
-            return StepSets(lengths.new_zeros(rows, self.num_sets, width), lengths, *budgets_like(self.plan, lengths))
+            return StepSets(lengths.new_zeros(rows, self.num_sets, width), lengths, choice_like(self.plan, lengths))
 
     def _use(self, sets: StepSets, capacity: int) -> None:
         """Where this step's sets go."""
         if self.indices is None or self.indices.device != sets.indices.device:
             self.head_to_set = {layer: rows.to(sets.indices.device) for layer, rows in self.head_to_set.items()}
         self.indices, self.counts = sets.indices, sets.counts
-        self._budgets, self._recents = sets.budgets, sets.recents
-        self._capacity = capacity
+        self._choice, self._capacity = sets.choice, capacity
 
     def _count(self, lengths: Tensor) -> None:
         """How many tokens the sets of each sequence hold."""
-        assert self._budgets is not None and self._recents is not None and self.counts is not None
-        write_budgets(self.plan, lengths, self._budgets, self._recents)
-        torch.minimum(self._budgets, lengths, out=self.counts)
+        assert self._choice is not None and self.counts is not None
+        write_budgets(self.plan, lengths, self._choice)
+        torch.minimum(self._choice.budgets, lengths, out=self.counts)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer, after `begin`, with the layer's K and V already in the cache.
 
         Args:
             layer: index of the layer; layers are called in order.
             query: [B, Hq, D].
-            k_cache, v_cache, block_table, lengths: the layer's cache, see `tidaldecode.ops`.
+            kv: the layer's cache.
             scale: factor of the scores.
 
         Returns:
@@ -183,36 +163,16 @@ class DecodeAttention:
         if self.plan.roles[layer] == "sparse":
             assert self.indices is not None and self.counts is not None
             rows, sets = self._sets_of(layer)
-            return ops.sparse_attention(query, k_cache, v_cache, block_table, sets, self.counts, rows, scale)
+            return ops.sparse_attention(query, kv, sets, self.counts, rows, scale)
         if self.is_full(layer):
-            return ops.full_attention(query, k_cache, v_cache, block_table, lengths, scale)
-        return self._select(layer, query, k_cache, v_cache, block_table, lengths, scale)
+            return ops.full_attention(query, kv, scale)
+        return self._select(layer, query, kv, scale)
 
-    def _select(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Full attention that writes the layer's rows of the table."""
-        assert self._budgets is not None and self._recents is not None
+        assert self._choice is not None
         return ops.full_attention_with_selection(
-            query,
-            k_cache,
-            v_cache,
-            block_table,
-            lengths,
-            scale,
-            self.writes[layer],
-            self._budgets,
-            self._recents,
-            self.plan.sink_tokens,
-            self._capacity,
-            self._written_by(layer),
+            query, kv, scale, self.writes[layer], self._choice, self._capacity, self._written_by(layer)
         )
 
     def _written_by(self, layer: int) -> Tensor:
@@ -269,20 +229,20 @@ def share_read(reads: dict[int, float], context: int) -> float:
     return sum(reads.values()) / (context * len(reads))
 
 
-def budgets_like(plan: TidalPlan, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the budgets and recent tokens of sequences, [B], int32 each; filled where they go by no length."""
+def choice_like(plan: TidalPlan, lengths: Tensor) -> Choice:
+    """Room for what a plan chooses for sequences of these lengths, [B]; filled where it goes by no length."""
     budget = min(plan.budget_for(1), torch.iinfo(torch.int32).max)
-    return torch.full_like(lengths, budget), torch.full_like(lengths, plan.recent_for(budget))
+    return Choice.alike(lengths, budget, plan.recent_for(budget), plan.sink_tokens)
 
 
-def write_budgets(plan: TidalPlan, lengths: Tensor, budgets: Tensor, recents: Tensor) -> None:
-    """Writes `plan.budget_for` and `plan.recent_for` of every length, on the device, into what `budgets_like` made."""
+def write_budgets(plan: TidalPlan, lengths: Tensor, choice: Choice) -> None:
+    """Writes `plan.budget_for` and `plan.recent_for` of every length, on the device, into what `choice_like` made."""
     if isinstance(plan.token_budget, int):
         return
     exact = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
-    budgets.copy_(exact)
+    choice.budgets.copy_(exact)
     if isinstance(plan.recent_tokens, float):
-        recents.copy_((exact * plan.recent_tokens).floor().clamp(min=1))
+        choice.recents.copy_((exact * plan.recent_tokens).floor().clamp(min=1))
 
 
 def _as_slice(rows: list[int]) -> slice | None:

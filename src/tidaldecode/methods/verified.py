@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.methods.tidal import budgets_like, share_read, write_budgets
+from tidaldecode.methods.tidal import choice_like, share_read, write_budgets
+from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, TidalPlan
 
 
@@ -52,8 +53,8 @@ class VerifiedDrafts:
             self._allocate(lengths, capacity)
         assert self.indices is not None
         torch.sub(lengths, new_lengths, out=self._past)
-        write_budgets(self.plan, self._past, self._budgets, self._recents)
-        torch.minimum(self._budgets, self._past, out=self._chosen)
+        write_budgets(self.plan, self._past, self._choice)
+        torch.minimum(self._choice.budgets, self._past, out=self._chosen)
         following = torch.arange(self._newest, device=lengths.device, dtype=torch.int32)
         shape = *self.indices.shape[:3], self._newest
         entries, tokens = (start[:, None, None] + following for start in (self._chosen, self._past))
@@ -65,25 +66,15 @@ class VerifiedDrafts:
         with torch.inference_mode(False):  # as the cache: written by later passes, in whatever mode
             self.indices = lengths.new_zeros(self.shape.num_layers, len(lengths), sets, width)
             self.counts, self._past, self._chosen = (torch.zeros_like(lengths) for _ in range(3))
-            self._budgets, self._recents = budgets_like(self.plan, lengths)
+            self._choice = choice_like(self.plan, lengths)
         self._capacity = capacity
 
-    def verify(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        new_lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def verify(self, layer: int, query: Tensor, kv: KV, new_lengths: Tensor, scale: float) -> Tensor:
         """Full attention of a pass's tokens in one layer, after `begin_pass`, which chooses what drafts read there.
 
         Args:
             query: [B, N, Hq, D].
-            k_cache, v_cache, block_table, lengths: the layer's cache, see `tidaldecode.ops`.
+            kv: the layer's cache.
             new_lengths: [B], int32; the last so many rows of `query` are tokens.
             scale: factor of the scores.
 
@@ -91,15 +82,13 @@ class VerifiedDrafts:
             [B, N, Hq, D], dtype of `query`.
         """
         assert self.indices is not None
-        cache = k_cache, v_cache, block_table, lengths
-        choice = self.plan.selection, self._budgets, self._recents, self.plan.sink_tokens
         return ops.multi_query_attention_with_selection(
-            query, *cache, new_lengths, scale, *choice, self._capacity, self.indices[layer]
+            query, kv, new_lengths, scale, self.plan.selection, self._choice, self._capacity, self.indices[layer]
         )
 
     # ---- draft steps, as `Attention`
 
-    def prepare(self, layer: int, k_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    def prepare(self, layer: int, kv: KV) -> None:
         """Nothing is kept of a prompt."""
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
@@ -114,19 +103,10 @@ class VerifiedDrafts:
         # a sequence that ended, and was cut back to its end, may be shorter than what the pass looked at
         self.counts.add_(self._chosen).clamp_(min=0)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer, after `begin`; as `DecodeAttention.attend`."""
         assert self.indices is not None and self.counts is not None
-        return ops.sparse_attention(query, k_cache, v_cache, block_table, self.indices[layer], self.counts, None, scale)
+        return ops.sparse_attention(query, kv, self.indices[layer], self.counts, None, scale)
 
     def is_full(self, layer: int) -> bool:
         """Never."""

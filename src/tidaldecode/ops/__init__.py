@@ -1,12 +1,7 @@
 """The arithmetic of a decode step on tensors. Knows no model and no framework.
 
-Every operation sees the KV cache the same way, so that one set of kernels serves a contiguous cache (one block per
-sequence) and a paged one:
-
-    k_cache, v_cache   [num_blocks, block_size, Hkv, D]; any strides, rows of D contiguous
-    block_table        [B, max_blocks], integer; token `t` of sequence `b` lives in block
-                       `block_table[b, t // block_size]`, row `t % block_size`
-    lengths            [B], int32; tokens of each sequence in the cache, those of this step included
+Every operation sees the KV cache the same way, as `KV`, so that one set of kernels serves a contiguous cache (one block
+per sequence) and a paged one. How many tokens are chosen is a `Choice`.
 
 `B` sequences, `Hq` query heads, `Hkv` KV heads, `D` the head dim. Query head `h` reads KV head `h // (Hq // Hkv)`.
 
@@ -28,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode.ops import reference
+from tidaldecode.ops.values import KV, Choice
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -95,21 +91,21 @@ sparse_attention = _by_device(reference.sparse_attention)
 write_kv = _by_device(reference.write_kv)
 
 
-def select_tokens(
-    importance: Tensor, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int, indices: Tensor
-) -> None:
+def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: Tensor) -> None:
     """As `reference.select_tokens`, by the backend of the device."""
     if importance.is_cuda and _told_obstacle(importance.device, importance.dtype, 1) is None:
         from tidaldecode.ops import kernels
 
         with torch.cuda.device(importance.device):
-            kernels.select_tokens(importance, lengths, budgets, recents, sink_tokens, indices)
+            kernels.select_tokens(importance, lengths, choice, indices)
     else:
-        reference.select_tokens(importance, lengths, budgets, recents, sink_tokens, indices)
+        reference.select_tokens(importance, lengths, choice, indices)
 
 
 __all__ = [
+    "KV",
     "MOST_CHUNK_TOKENS",
+    "Choice",
     "full_attention",
     "full_attention_with_importance",
     "full_attention_with_selection",

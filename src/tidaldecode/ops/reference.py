@@ -8,45 +8,38 @@ float64 inputs). Shapes as in `tidaldecode.ops`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidaldecode.ops.values import KV, Choice
 from tidaldecode.plan import Selection
 
 
-def full_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
+def full_attention(query: Tensor, kv: KV, scale: float) -> Tensor:
     """Attention of one new token per sequence over its whole cache: `softmax(scale · q · Kᵀ) · V`.
 
     Args:
         query: [B, Hq, D], of the last token of each sequence, whose K and V are already in the cache.
-        k_cache, v_cache, block_table, lengths: the cache, see `tidaldecode.ops`.
+        kv: the cache.
         scale: factor of the scores, usually `D ** -0.5`.
 
     Returns:
         [B, Hq, D], dtype of `query`; zeros for a sequence of length 0.
     """
     output = torch.zeros_like(query)
-    for b, length in enumerate(lengths.tolist()):
-        keys = _rows(k_cache, block_table[b], length)
+    for b, length in enumerate(kv.lengths.tolist()):
+        keys = _rows(kv.k, kv.block_table[b], length)
         probabilities = _grouped_scores(query[b], keys, scale).softmax(-1)
-        output[b] = _weigh(probabilities, _rows(v_cache, block_table[b], length))
+        output[b] = _weigh(probabilities, _rows(kv.v, kv.block_table[b], length))
     return output
 
 
 def full_attention_with_importance(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    selections: Sequence[Selection],
-    importance: Tensor,
+    query: Tensor, kv: KV, scale: float, selections: Sequence[Selection], importance: Tensor
 ) -> Tensor:
     """Full attention that also returns how important each cached token is (DESIGN, "Selection, exactly").
 
@@ -55,7 +48,7 @@ def full_attention_with_importance(
     heads (`unified`).
 
     Args:
-        query, k_cache, v_cache, block_table, lengths, scale: as for `full_attention`.
+        query, kv, scale: as for `full_attention`.
         selections: the rules whose importances are wanted, in order.
         importance: [B, S, T], float32 or float64, written; T is at least the longest length, and S adds up the index
             sets of each rule: Hq, Hkv or 1. Entries past a sequence's length are undefined.
@@ -64,15 +57,15 @@ def full_attention_with_importance(
         [B, Hq, D], the output of `full_attention`.
     """
     output = torch.empty_like(query)
-    num_heads, num_kv_heads, dim = query.shape[1], k_cache.shape[2], query.shape[2]
-    for run, length in _runs(block_table, lengths, num_heads):
+    num_heads, num_kv_heads, dim = query.shape[1], kv.k.shape[2], query.shape[2]
+    for run, length in _runs(kv.block_table, kv.lengths, num_heads):
         grouped = query[run].view(-1, num_kv_heads, num_heads // num_kv_heads, dim).transpose(0, 1)  # [Hkv, n, G, D]
-        scores = _grouped_scores(grouped.reshape(-1, dim), _rows(k_cache, block_table[run.start], length), scale)
+        scores = _grouped_scores(grouped.reshape(-1, dim), _rows(kv.k, kv.block_table[run.start], length), scale)
         if len(grouped[0]) > 1:
-            past = torch.arange(length, device=lengths.device) >= lengths[run, None]  # [n, T]
+            past = torch.arange(length, device=query.device) >= kv.lengths[run, None]  # [n, T]
             scores.view(*grouped.shape[:3], length).masked_fill_(past[:, None], -torch.inf)
         probabilities = scores.softmax(-1)  # [Hkv, n · G, T]
-        outputs = _weigh(probabilities, _rows(v_cache, block_table[run.start], length))
+        outputs = _weigh(probabilities, _rows(kv.v, kv.block_table[run.start], length))
         output[run] = outputs.view(grouped.shape).transpose(0, 1).flatten(1, 2)
         split = (part.view(*grouped.shape[:3], length).transpose(0, 1) for part in (scores, probabilities))
         scores, probabilities = split  # [n, Hkv, G, T]
@@ -112,9 +105,7 @@ def _importance(rule: Selection, scores: Tensor, probabilities: Tensor) -> Tenso
     return groups if rule == "per_group" else groups.mean(1, keepdim=True)
 
 
-def select_tokens(
-    importance: Tensor, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int, indices: Tensor
-) -> None:
+def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: Tensor) -> None:
     """Writes the index sets that the importances choose: sinks, recent tokens, and the most important of the rest.
 
     A sequence no longer than its budget is chosen whole. The order within a set has no meaning.
@@ -122,42 +113,35 @@ def select_tokens(
     Args:
         importance: [B, S, T], from `full_attention_with_importance`.
         lengths: [B], int32.
-        budgets: [B], int32; tokens to choose, at least `sink_tokens + recents + 1`.
-        recents: [B], int32; last tokens that are always chosen.
-        sink_tokens: first tokens that are always chosen.
+        choice: how many tokens, and which of them in any case.
         indices: [B, S, K], int32, written; the first `min(budgets[b], lengths[b])` entries of each set are valid.
     """
-    per_sequence = zip(lengths.tolist(), budgets.tolist(), recents.tolist(), strict=True)
+    sinks = choice.sinks
+    per_sequence = zip(lengths.tolist(), choice.budgets.tolist(), choice.recents.tolist(), strict=True)
     for b, (length, budget, recent) in enumerate(per_sequence):
         if length <= budget:
             indices[b, :, :length] = torch.arange(length, device=indices.device)
             continue
-        middle = importance[b, :, sink_tokens : length - recent]
-        chosen = middle.topk(budget - sink_tokens - recent, sorted=False).indices + sink_tokens
-        indices[b, :, :sink_tokens] = torch.arange(sink_tokens, device=indices.device)
-        indices[b, :, sink_tokens : budget - recent] = chosen
+        middle = importance[b, :, sinks : length - recent]
+        indices[b, :, :sinks] = torch.arange(sinks, device=indices.device)
+        indices[b, :, sinks : budget - recent] = middle.topk(budget - sinks - recent, sorted=False).indices + sinks
         indices[b, :, budget - recent : budget] = torch.arange(length - recent, length, device=indices.device)
 
 
 def full_attention_with_selection(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
+    kv: KV,
     scale: float,
     selections: Sequence[Selection],
-    budgets: Tensor,
-    recents: Tensor,
-    sink_tokens: int,
+    choice: Choice,
     capacity: int,
     indices: Tensor,
 ) -> Tensor:
     """Full attention that chooses tokens: what a `select` layer does in one call.
 
     Args:
-        query, k_cache, v_cache, block_table, lengths, scale, selections: as for `full_attention_with_importance`.
-        budgets, recents, sink_tokens: as for `select_tokens`.
+        query, kv, scale, selections: as for `full_attention_with_importance`.
+        choice: as for `select_tokens`.
         capacity: the longest that a sequence can become; sizes what lies between attention and selection, so that
             nothing depends on the lengths.
         indices: [B, S, K], int32, written; S adds up the index sets of each rule, in order.
@@ -167,18 +151,14 @@ def full_attention_with_selection(
     """
     dtype = _accumulator(query.dtype)
     importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=dtype)
-    output = full_attention_with_importance(
-        query, k_cache, v_cache, block_table, lengths, scale, selections, importance
-    )
-    select_tokens(importance, lengths, budgets, recents, sink_tokens, indices)
+    output = full_attention_with_importance(query, kv, scale, selections, importance)
+    select_tokens(importance, kv.lengths, choice, indices)
     return output
 
 
 def sparse_attention(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
+    kv: KV,
     indices: Tensor,
     counts: Tensor,
     head_to_set: Tensor | None,
@@ -189,7 +169,7 @@ def sparse_attention(
 
     Args:
         query: [B, Hq, D].
-        k_cache, v_cache, block_table: the cache, see `tidaldecode.ops`.
+        kv: the cache; its lengths are not read.
         indices: [B, S, K], int32; the step's table of index sets.
         counts: [B], int32; tokens of each of the sequence's sets.
         head_to_set: [1], [Hkv] or [Hq], integer; the set that all heads, the heads of each KV head, or each query head
@@ -202,7 +182,7 @@ def sparse_attention(
     Returns:
         [B, Hq, D], dtype of `query`.
     """
-    num_heads, num_kv_heads = query.shape[1], k_cache.shape[2]
+    num_heads, num_kv_heads = query.shape[1], kv.k.shape[2]
     if head_to_set is None:
         head_to_set = torch.arange(indices.shape[1], device=indices.device)
     check_map(len(head_to_set), num_heads, num_kv_heads)
@@ -212,7 +192,7 @@ def sparse_attention(
         if page_size > 1:
             chosen = (chosen[..., None] * page_size + torch.arange(page_size, device=chosen.device)).flatten(1)
         chosen = chosen[:, :count]  # [1 | Hkv | Hq, count]
-        keys, values = _gather(k_cache, block_table[b], chosen), _gather(v_cache, block_table[b], chosen)
+        keys, values = _gather(kv.k, kv.block_table[b], chosen), _gather(kv.v, kv.block_table[b], chosen)
         output[b] = _weigh(_grouped_scores(query[b], keys, scale).softmax(-1), values)
     return output
 
@@ -223,15 +203,7 @@ def check_map(entries: int, num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(f"head_to_set has {entries} entries, not 1, {num_kv_heads} or {num_heads}")
 
 
-def multi_query_attention(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    new_lengths: Tensor,
-    scale: float,
-) -> Tensor:
+def multi_query_attention(query: Tensor, kv: KV, new_lengths: Tensor, scale: float) -> Tensor:
     """Attention of the last tokens of each sequence over its whole cache, causal among themselves.
 
     Serves prefill in chunks, cache correction and verification.
@@ -239,7 +211,7 @@ def multi_query_attention(
     Args:
         query: [B, N, Hq, D]; the last `new_lengths[b]` rows are the last tokens of sequence `b`, whose K and V are
             already in the cache; rows before them are left padding.
-        k_cache, v_cache, block_table, lengths: the cache, see `tidaldecode.ops`.
+        kv: the cache.
         new_lengths: [B], int32.
         scale: factor of the scores.
 
@@ -247,10 +219,10 @@ def multi_query_attention(
         [B, N, Hq, D], dtype of `query`; zeros in the padding.
     """
     output = torch.zeros_like(query)
-    for b, (length, new) in enumerate(zip(lengths.tolist(), new_lengths.tolist(), strict=True)):
+    for b, (length, new) in enumerate(zip(kv.lengths.tolist(), new_lengths.tolist(), strict=True)):
         if new == 0:
             continue
-        keys, values = (_rows(cache, block_table[b], length)[None] for cache in (k_cache, v_cache))  # [1, Hkv, T, D]
+        keys, values = (_rows(cache, kv.block_table[b], length)[None] for cache in (kv.k, kv.v))  # [1, Hkv, T, D]
         output[b, -new:] = scaled_dot_product_attention(
             query[b, -new:].transpose(0, 1)[None],
             keys,
@@ -264,16 +236,11 @@ def multi_query_attention(
 
 def multi_query_attention_with_selection(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
+    kv: KV,
     new_lengths: Tensor,
     scale: float,
     selection: Selection,
-    budgets: Tensor,
-    recents: Tensor,
-    sink_tokens: int,
+    choice: Choice,
     capacity: int,
     indices: Tensor,
 ) -> Tensor:
@@ -282,52 +249,43 @@ def multi_query_attention_with_selection(
     The importances are those of the chunk's first token. It alone is known to stay: those behind it were drafted.
 
     Args:
-        query, k_cache, v_cache, block_table, lengths, new_lengths, scale: as for `multi_query_attention`.
+        query, kv, new_lengths, scale: as for `multi_query_attention`.
         selection: the rule of the choice.
-        budgets, recents, sink_tokens: as for `select_tokens`, of the tokens before the chunk.
+        choice: as for `select_tokens`, of the tokens before the chunk.
         capacity: as for `full_attention_with_selection`.
         indices: [B, S, K], int32, written; S is Hq, Hkv or 1, by the rule. Of a sequence without new tokens undefined.
 
     Returns:
         [B, N, Hq, D], the output of `multi_query_attention`.
     """
-    past = lengths - new_lengths
+    past = kv.lengths - new_lengths
     rows = (query.shape[1] - new_lengths).clamp(max=query.shape[1] - 1).long()
     first = query[torch.arange(len(query), device=query.device), rows]  # [B, Hq, D]
     importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=_accumulator(query.dtype))
-    seen = torch.minimum(past + 1, lengths)
-    full_attention_with_importance(first, k_cache, v_cache, block_table, seen, scale, [selection], importance)
-    select_tokens(importance, past, budgets, recents, sink_tokens, indices)
-    return multi_query_attention(query, k_cache, v_cache, block_table, lengths, new_lengths, scale)
+    seen = replace(kv, lengths=torch.minimum(past + 1, kv.lengths))
+    full_attention_with_importance(first, seen, scale, [selection], importance)
+    select_tokens(importance, past, choice, indices)
+    return multi_query_attention(query, kv, new_lengths, scale)
 
 
-def write_kv(
-    key: Tensor,
-    value: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    new_lengths: Tensor,
-) -> None:
+def write_kv(key: Tensor, value: Tensor, kv: KV, new_lengths: Tensor) -> None:
     """Writes the K and V of new tokens behind those that the cache holds.
 
     Args:
         key, value: [B, N, Hkv, D]; the last `new_lengths[b]` rows are new tokens of sequence `b`, rows before them are
             left padding and are not written.
-        k_cache, v_cache, block_table: the cache, see `tidaldecode.ops`; written.
-        lengths: [B], int32; lengths with the new tokens.
+        kv: the cache, written; its lengths count the new tokens.
         new_lengths: [B], int32.
     """
-    block_size = k_cache.shape[1]
-    for b, (length, new) in enumerate(zip(lengths.tolist(), new_lengths.tolist(), strict=True)):
+    block_size = kv.k.shape[1]
+    for b, (length, new) in enumerate(zip(kv.lengths.tolist(), new_lengths.tolist(), strict=True)):
         start = length - new
         while start < length:
-            block, row = int(block_table[b, start // block_size]), start % block_size
+            block, row = int(kv.block_table[b, start // block_size]), start % block_size
             count = min(block_size - row, length - start)
             source = slice(key.shape[1] - (length - start), key.shape[1] - (length - start) + count)
-            k_cache[block, row : row + count] = key[b, source]
-            v_cache[block, row : row + count] = value[b, source]
+            kv.k[block, row : row + count] = key[b, source]
+            kv.v[block, row : row + count] = value[b, source]
             start += count
 
 

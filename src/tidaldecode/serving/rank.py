@@ -10,6 +10,7 @@ from torch import Tensor
 from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.methods.tidal import DecodeAttention, StepSets
+from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, TidalPlan
 from tidaldecode.serving.read_counts import ReadCounts
 
@@ -160,46 +161,23 @@ class RankAttention(DecodeAttention):
         self._use(sets, capacity)
         self._count(lengths)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """As `DecodeAttention.attend`, some sequences at a time where they are very many."""
         if len(query) <= _ROWS or self.plan.roles[layer] == "select":
-            return super().attend(layer, query, k_cache, v_cache, block_table, lengths, scale)
+            return super().attend(layer, query, kv, scale)
         assert self.indices is not None and self.counts is not None
         whole, outputs = (self.indices, self.counts), []
         for start in range(0, len(query), _ROWS):
             part = slice(start, start + _ROWS)
             self.indices, self.counts = whole[0][part], whole[1][part]
-            outputs.append(
-                super().attend(layer, query[part], k_cache, v_cache, block_table[part], lengths[part], scale)
-            )
+            outputs.append(super().attend(layer, query[part], kv.of(part), scale))
         self.indices, self.counts = whole
         return torch.cat(outputs)
 
-    def _select(
-        self,
-        layer: int,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         at_once = self._at_once(layer, query)
         parts = [slice(start, start + at_once) for start in range(0, len(query), at_once)]
-        outputs = [
-            self._select_some(layer, part, query[part], k_cache, v_cache, block_table[part], lengths[part], scale)
-            for part in parts
-        ]
+        outputs = [self._select_some(layer, part, query[part], kv.of(part), scale) for part in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if layer in self._exchanges:
             self._exchange(layer)
@@ -217,34 +195,23 @@ class RankAttention(DecodeAttention):
         """Whether the ranks' importances must be there before a select layer can choose."""
         return self.group.world_size > 1 and (len(self.writes[layer]) > 1 or "unified" in self.writes[layer])
 
-    def _select_some(
-        self,
-        layer: int,
-        part: slice,
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        scale: float,
-    ) -> Tensor:
-        assert self._budgets is not None and self._recents is not None and self.indices is not None
-        cache = (k_cache, v_cache, block_table, lengths, scale, self.writes[layer])
-        choice = (self._budgets[part], self._recents[part], self.plan.sink_tokens)
+    def _select_some(self, layer: int, part: slice, query: Tensor, kv: KV, scale: float) -> Tensor:
+        assert self._choice is not None and self.indices is not None
+        choice, rules = self._choice.of(part), self.writes[layer]
         mine = self._mine(layer)
         if not self._adds_up(layer):
             table = self._written_by(layer)[part] if self.group.world_size == 1 else self.indices[part, mine[0]]
-            return ops.full_attention_with_selection(query, *cache, *choice, self._capacity, table)
+            return ops.full_attention_with_selection(query, kv, scale, rules, choice, self._capacity, table)
         width = sum(rows.stop - rows.start for rows in mine)
         dtype = torch.promote_types(query.dtype, torch.float32)
         importance = query.new_empty(len(query), width, self._capacity, dtype=dtype)
-        output = ops.full_attention_with_importance(query, *cache, importance)
+        output = ops.full_attention_with_importance(query, kv, scale, rules, importance)
         start = 0
-        for rule, rows in zip(self.writes[layer], mine, strict=True):
+        for rule, rows in zip(rules, mine, strict=True):
             of_rule = importance[:, start : start + rows.stop - rows.start]
             if rule == "unified":
                 of_rule = self.group.all_reduce(of_rule.contiguous())
-            ops.select_tokens(of_rule, lengths, *choice, self.indices[part, rows])
+            ops.select_tokens(of_rule, kv.lengths, choice, self.indices[part, rows])
             start += rows.stop - rows.start
         return output
 

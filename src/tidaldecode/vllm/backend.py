@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from tidaldecode.models.architecture import check_architecture, model_shape
 from tidaldecode.serving.batch import Step
+from tidaldecode.ops import KV
 from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import RankAttention
 from tidaldecode.serving.settings import Settings
@@ -147,10 +148,8 @@ class TidalDecodeImpl(_Impl):
         if step.prompts is not None:
             part = slice(step.prompts.first_token, None)
             super().forward(layer, query[part], key[part], value[part], kv_cache, step.prompts.metadata, output[part])
-        k_cache, v_cache = cache_views(kv_cache)
-        output[step.tokens] = self.attention.attend(
-            self.layer, query[step.tokens], k_cache, v_cache, step.block_table, step.lengths, self.scale
-        )
+        kv = KV(*cache_views(kv_cache), step.block_table, step.lengths)
+        output[step.tokens] = self.attention.attend(self.layer, query[step.tokens], kv, self.scale)
         return output
 
     def _reserve(self, device: torch.device) -> None:

@@ -5,7 +5,7 @@ bfloat16, float16 and float32 (in full precision) with head dims up to 256; sums
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -16,8 +16,9 @@ from tidaldecode.ops.kernels import scratch
 from tidaldecode.ops.kernels.importance import write_importance
 from tidaldecode.ops.kernels.scores import Scores
 from tidaldecode.ops.kernels.select import Choosing, select_tokens
-from tidaldecode.ops.kernels.split_kv import Tiling, attend
+from tidaldecode.ops.kernels.split_kv import Sets, Tiling, attend
 from tidaldecode.ops.kernels.write import write_kv
+from tidaldecode.ops.values import KV, Choice
 from tidaldecode.plan import Selection
 
 __all__ = [
@@ -34,11 +35,16 @@ __all__ = [
 _OTHER_SHARED_BYTES = 16 * 1024  # queries, and what threads exchange
 
 
-def _tiling(query: Tensor, tokens: int, warps: int, stages: int, programs: int) -> Tiling:
-    """A tiling, cut down where rows are long or shared memory is small: it must hold the K and V of all stages."""
+def _tiling(query: Tensor) -> Tiling:
+    """How attention of [B, N, Hq, D] queries is cut: as is fastest, less where rows are long or shared memory is small.
+
+    It must hold the K and V of all stages.
+    """
+    chunk = query.ndim == 4
+    tokens, warps, stages, programs = (128, 4, 3, 1) if chunk else (64, 2, 3, 2)
     row_bytes = 2 * triton.next_power_of_2(query.shape[-1]) * query.element_size()
     room = scratch.shared_memory(query.device) // programs - _OTHER_SHARED_BYTES
-    if query.ndim == 4 and query.shape[1] > 1:  # up to 64 rows of queries, half as long as K and V together
+    if chunk and query.shape[1] > 1:  # up to 64 rows of queries, half as long as K and V together
         room -= 32 * row_bytes
     while tokens > 16 and stages * tokens * row_bytes > room:
         tokens //= 2
@@ -47,32 +53,38 @@ def _tiling(query: Tensor, tokens: int, warps: int, stages: int, programs: int) 
     return Tiling(tokens, warps, stages, programs)
 
 
-def full_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+def _attend_in_rounds(
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    tiling: Tiling,
+    scores: Scores,
+    read: Callable[[int], None],
+    new_lengths: Tensor | None = None,
 ) -> Tensor:
+    """Attention of [B, N, Hq, D] queries that leaves scores; `read` is called with each round once they are there."""
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for turn in range(scores.rounds.number):
+        attend(query, kv, scale, tiling=tiling, new_lengths=new_lengths, scores=scores, turn=turn, output=output)
+        read(turn)
+    return output
+
+
+def full_attention(query: Tensor, kv: KV, scale: float) -> Tensor:
     """As `reference.full_attention`."""
-    tiling = _tiling(query, 64, 2, 3, 2)
-    return attend(query[:, None], k_cache, v_cache, block_table, lengths, scale, tiling=tiling)[:, 0]
+    return attend(query[:, None], kv, scale, tiling=_tiling(query))[:, 0]
 
 
 def full_attention_with_importance(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    selections: Sequence[Selection],
-    importance: Tensor,
+    query: Tensor, kv: KV, scale: float, selections: Sequence[Selection], importance: Tensor
 ) -> Tensor:
     """As `reference.full_attention_with_importance`."""
-    rows = _sets_by_rule(importance, selections, query.shape[1], k_cache.shape[2])
-    tiling = _tiling(query, 64, 2, 3, 2)
+    rows = _sets_by_rule(importance, selections, query.shape[1], kv.k.shape[2])
+    tiling = _tiling(query)
     scores = Scores.room(
         query,
-        k_cache.shape[2],
-        lengths,
-        torch.zeros_like(lengths),
+        kv,
+        torch.zeros_like(kv.lengths),
         importance.shape[2],
         tile=tiling.tokens,
         sets=1,
@@ -80,36 +92,20 @@ def full_attention_with_importance(
         more_bytes=0,
         coded="per_head" not in rows,  # whose importances are the scores
     )
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for turn in range(scores.rounds.number):
-        attend(
-            query[:, None],
-            k_cache,
-            v_cache,
-            block_table,
-            lengths,
-            scale,
-            tiling=tiling,
-            scores=scores,
-            turn=turn,
-            output=output[:, None],
-        )
+
+    def write(turn: int) -> None:
         for rule, sets in rows.items():
             write_importance(scores, turn, sets, as_scores=rule == "per_head")
-    return output
+
+    return _attend_in_rounds(query[:, None], kv, scale, tiling, scores, write)[:, 0]
 
 
 def full_attention_with_selection(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
+    kv: KV,
     scale: float,
     selections: Sequence[Selection],
-    budgets: Tensor,
-    recents: Tensor,
-    sink_tokens: int,
+    choice: Choice,
     capacity: int,
     indices: Tensor,
 ) -> Tensor:
@@ -118,25 +114,12 @@ def full_attention_with_selection(
     A head's own set goes by its probabilities: the order of its scores, down to where they underflow to zero. With
     16-bit queries, scores that differ by less than 1/1024 of an octave count as equal.
     """
-    tables = _sets_by_rule(indices, selections, query.shape[1], k_cache.shape[2])
-    tiling = _tiling(query, 64, 2, 3, 2)
-    choosing = Choosing(query, k_cache.shape[2], lengths, budgets, capacity, tiling.tokens, list(tables.values()))
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for turn in range(choosing.scores.rounds.number):
-        attend(
-            query[:, None],
-            k_cache,
-            v_cache,
-            block_table,
-            lengths,
-            scale,
-            tiling=tiling,
-            scores=choosing.scores,
-            turn=turn,
-            output=output[:, None],
-        )
-        choosing.choose(turn, lengths, budgets, recents, sink_tokens)
-    return output
+    tables = _sets_by_rule(indices, selections, query.shape[1], kv.k.shape[2])
+    tiling = _tiling(query)
+    choosing = Choosing(query, kv, choice, capacity, tiling.tokens, list(tables.values()))
+    return _attend_in_rounds(
+        query[:, None], kv, scale, tiling, choosing.scores, lambda turn: choosing.choose(turn, kv.lengths)
+    )[:, 0]
 
 
 def _sets_by_rule(
@@ -149,9 +132,7 @@ def _sets_by_rule(
 
 def sparse_attention(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
+    kv: KV,
     indices: Tensor,
     counts: Tensor,
     head_to_set: Tensor | None,
@@ -160,50 +141,25 @@ def sparse_attention(
 ) -> Tensor:
     """As `reference.sparse_attention`."""
     entries = indices.shape[1] if head_to_set is None else len(head_to_set)
-    reference.check_map(entries, query.shape[1], k_cache.shape[2])
-    tiling = _tiling(query, 64, 2, 3, 2)
-    return attend(
-        query[:, None],
-        k_cache,
-        v_cache,
-        block_table,
-        counts,
-        scale,
-        tiling=tiling,
-        indices=indices,
-        head_to_set=head_to_set,
-        page_size=page_size,
-    )[:, 0]
+    reference.check_map(entries, query.shape[1], kv.k.shape[2])
+    sets = Sets(indices, counts, head_to_set, page_size)
+    return attend(query[:, None], kv, scale, tiling=_tiling(query), sets=sets)[:, 0]
 
 
-def multi_query_attention(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    new_lengths: Tensor,
-    scale: float,
-) -> Tensor:
+def multi_query_attention(query: Tensor, kv: KV, new_lengths: Tensor, scale: float) -> Tensor:
     """As `reference.multi_query_attention`; longer chunks than verification's go the way of prefill, through SDPA."""
     if query.shape[1] > MOST_CHUNK_TOKENS:
-        return reference.multi_query_attention(query, k_cache, v_cache, block_table, lengths, new_lengths, scale)
-    tiling = _tiling(query, 128, 4, 3, 1)
-    return attend(query, k_cache, v_cache, block_table, lengths, scale, tiling=tiling, new_lengths=new_lengths)
+        return reference.multi_query_attention(query, kv, new_lengths, scale)
+    return attend(query, kv, scale, tiling=_tiling(query), new_lengths=new_lengths)
 
 
 def multi_query_attention_with_selection(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
+    kv: KV,
     new_lengths: Tensor,
     scale: float,
     selection: Selection,
-    budgets: Tensor,
-    recents: Tensor,
-    sink_tokens: int,
+    choice: Choice,
     capacity: int,
     indices: Tensor,
 ) -> Tensor:
@@ -211,26 +167,14 @@ def multi_query_attention_with_selection(
 
     A head's own set goes by its probabilities, as in `full_attention_with_selection`.
     """
-    chunk = query, k_cache, v_cache, block_table, lengths, new_lengths, scale
-    choice = budgets, recents, sink_tokens
     if query.shape[1] > MOST_CHUNK_TOKENS:
-        return reference.multi_query_attention_with_selection(*chunk, selection, *choice, capacity, indices)
-    tiling = _tiling(query, 128, 4, 3, 1)
-    choosing = Choosing(query, k_cache.shape[2], lengths, budgets, capacity, tiling.tokens, [indices])
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for turn in range(choosing.scores.rounds.number):
-        attend(
-            query,
-            k_cache,
-            v_cache,
-            block_table,
-            lengths,
-            scale,
-            tiling=tiling,
-            new_lengths=new_lengths,
-            scores=choosing.scores,
-            turn=turn,
-            output=output,
+        return reference.multi_query_attention_with_selection(
+            query, kv, new_lengths, scale, selection, choice, capacity, indices
         )
-        choosing.choose(turn, lengths - new_lengths, *choice)
-    return output
+    tiling = _tiling(query)
+    choosing = Choosing(query, kv, choice, capacity, tiling.tokens, [indices])
+
+    def choose(turn: int) -> None:
+        choosing.choose(turn, kv.lengths - new_lengths)
+
+    return _attend_in_rounds(query, kv, scale, tiling, choosing.scores, choose, new_lengths)

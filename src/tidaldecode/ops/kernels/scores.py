@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels.chunks import Rounds, rounds_for
+from tidaldecode.ops.values import KV
 
 CODE_STEPS = 1024
 """Steps of a code in an octave (a factor of two of the probability)."""
@@ -57,8 +58,7 @@ class Scores:
     def room(
         cls,
         query: Tensor,
-        num_kv_heads: int,
-        lengths: Tensor,
+        kv: KV,
         budgets: Tensor,
         capacity: int,
         *,
@@ -72,8 +72,8 @@ class Scores:
 
         Args:
             query: [B, ..., Hq, D].
-            num_kv_heads: Hkv.
-            lengths, budgets: as the attributes.
+            kv: the cache, whose lengths cut the sequences into chunks.
+            budgets: as the attribute.
             capacity: the longest that a sequence can become.
             tile: tokens that attention reads at once; a divisor of a chunk.
             sets: index sets of a sequence that are worked on at once.
@@ -82,7 +82,7 @@ class Scores:
             coded: whether to keep codes; only for 16-bit queries.
         """
         coded = coded and query.dtype != torch.float32
-        batch, heads = len(query), query.shape[-2]
+        batch, heads, num_kv_heads = len(query), query.shape[-2], kv.k.shape[2]
         rounds = rounds_for(batch, capacity, sets, heads * (2 if coded else 4) + more_bytes)
         tiles = rounds.chunks, num_kv_heads, rounds.tokens // tile, heads // num_kv_heads
         return cls(
@@ -90,7 +90,7 @@ class Scores:
             query.new_empty(tiles, dtype=torch.float32),
             query.new_empty(batch, heads, dtype=torch.float32),
             query.new_empty(batch, counts, dtype=torch.int32),
-            lengths,
+            kv.lengths,
             budgets,
             rounds,
         )

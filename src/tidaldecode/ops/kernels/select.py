@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.checks import check_float32, check_rows
 from tidaldecode.ops.kernels.chunks import Rounds, chunks_in_round, rounds_for, sequence_of
 from tidaldecode.ops.kernels.scores import Scores, mean_probabilities
+from tidaldecode.ops.values import KV, Choice, check_float32, check_rows
 
 _IMPORTANCE_BINS, _SCORE_BINS = 256, 64  # counters of an index set; counting costs as much as there are bins
 _HELD = 8192  # importances that one program can hold
@@ -410,21 +410,19 @@ def _count_reaching(keys, count, threshold):
     return reached
 
 
-def select_tokens(
-    importance: Tensor, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int, indices: Tensor
-) -> None:
+def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: Tensor) -> None:
     """As `reference.select_tokens`, for float32 importances; among equal importances the earlier token is chosen."""
     check_float32(importance=importance)
-    check_rows(importance=importance, lengths=lengths, budgets=budgets, recents=recents, indices=indices)
+    check_rows(importance=importance, lengths=lengths, indices=indices)
     batch, sets, capacity = importance.shape
     if capacity <= _HELD:
         held = max(128, triton.next_power_of_2(capacity))
         _choose_held_kernel[sets, batch](
             importance,
             lengths,
-            budgets,
-            recents,
-            sink_tokens,
+            choice.budgets,
+            choice.recents,
+            choice.sinks,
             indices,
             capacity,
             *importance.stride()[:2],
@@ -439,7 +437,7 @@ def select_tokens(
     lists = _Lists.room(indices, rounds, _IMPORTANCE_BINS, kept=False)
     totals = torch.zeros(batch, sets * _IMPORTANCE_BINS, dtype=torch.int32, device=indices.device)
     for turn in range(rounds.number):
-        _count_and_choose(importance, rounds, turn, lengths, budgets, recents, sink_tokens, totals, lists, indices)
+        _count_and_choose(importance, rounds, turn, lengths, choice, totals, lists, indices)
 
 
 @dataclass(frozen=True)
@@ -478,9 +476,8 @@ class Choosing:
 
     Args:
         query: [B, ..., Hq, D].
-        num_kv_heads: Hkv.
-        lengths: [B], int32; tokens in the cache.
-        budgets: [B], int32.
+        kv: the cache.
+        choice: how many tokens, and which of them in any case.
         capacity: the longest that a sequence can become.
         tile: tokens that attention reads at once.
         tables: for each rule, the index sets that it writes, [B, S, K], int32; S is 1, Hkv or Hq.
@@ -492,21 +489,19 @@ class Choosing:
     def __init__(
         self,
         query: Tensor,
-        num_kv_heads: int,
-        lengths: Tensor,
-        budgets: Tensor,
+        kv: KV,
+        choice: Choice,
         capacity: int,
         tile: int,
         tables: list[Tensor],
     ) -> None:
         sets = [table.shape[1] for table in tables]
         heads = query.shape[-2]
-        self._tables = tables
+        self._choice, self._tables = choice, tables
         self.scores = Scores.room(
             query,
-            num_kv_heads,
-            lengths,
-            budgets,
+            kv,
+            choice.budgets,
             capacity,
             tile=tile,
             sets=max(sets),
@@ -521,20 +516,18 @@ class Choosing:
             _Lists.room(table, rounds, _SCORE_BINS, heads // table.shape[1] > _FEW_HEADS.value) for table in tables
         ]
 
-    def choose(self, turn: int, lengths: Tensor, budgets: Tensor, recents: Tensor, sink_tokens: int) -> None:
+    def choose(self, turn: int, lengths: Tensor) -> None:
         """Writes the index sets of one round.
 
         Args:
             turn: the round.
-            lengths, budgets, recents, sink_tokens: as for `select_tokens`; no length exceeds the cache's.
+            lengths: [B], int32; tokens to choose from, no more than the cache's.
         """
         start = 0
         for table, lists in zip(self._tables, self._lists, strict=True):
             counts = self.scores.counts[:, start : start + table.shape[1] * _SCORE_BINS]
             start += counts.shape[1]
-            _count_and_choose(
-                self.scores, self.scores.rounds, turn, lengths, budgets, recents, sink_tokens, counts, lists, table
-            )
+            _count_and_choose(self.scores, self.scores.rounds, turn, lengths, self._choice, counts, lists, table)
 
 
 def _count_and_choose(
@@ -542,9 +535,7 @@ def _count_and_choose(
     rounds: Rounds,
     turn: int,
     lengths: Tensor,
-    budgets: Tensor,
-    recents: Tensor,
-    sink_tokens: int,
+    choice: Choice,
     totals: Tensor,
     lists: _Lists,
     indices: Tensor,
@@ -559,7 +550,7 @@ def _count_and_choose(
     else:
         values, cached, strides = (source,) * 3, lengths, (source.stride(0), source.stride(1))
         heads, group, tile, coded = 0, 1, rounds.tokens, False
-    which = cached, lengths, budgets, recents, sink_tokens
+    which = cached, lengths, choice.budgets, choice.recents, choice.sinks
     bins = lists.reaching.shape[2]
     shared = {
         "BINS": bins,

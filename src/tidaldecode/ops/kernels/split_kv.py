@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.checks import check_rows
 from tidaldecode.ops.kernels.scores import CODE_STEPS, Scores
+from tidaldecode.ops.values import KV, check_rows
 
 _ROUNDS = 4
+_WIDE = 2**31  # elements of a block from which on an offset within it takes 64 bits
 _STEPS = tl.constexpr(CODE_STEPS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -351,19 +352,27 @@ class Tiling:
     programs: int
 
 
+@dataclass(frozen=True)
+class Sets:
+    """The tokens, or pages of them, that sparse attention reads; attributes as the arguments of `sparse_attention`."""
+
+    indices: Tensor
+    counts: Tensor
+    head_to_set: Tensor | None
+    page_size: int
+
+    def __post_init__(self) -> None:
+        check_rows(indices=self.indices, counts=self.counts, head_to_set=self.head_to_set)
+
+
 def attend(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
+    kv: KV,
     scale: float,
     *,
     tiling: Tiling,
     new_lengths: Tensor | None = None,
-    indices: Tensor | None = None,
-    head_to_set: Tensor | None = None,
-    page_size: int = 1,
+    sets: Sets | None = None,
     scores: Scores | None = None,
     turn: int = 0,
     output: Tensor | None = None,
@@ -372,10 +381,11 @@ def attend(
 
     Args:
         query: [B, N, Hq, D].
-        lengths: [B], int32; tokens to read.
+        kv: the cache; all of it is read if there are no `sets`.
+        scale: factor of the scores.
         tiling: how the work is cut.
         new_lengths: [B], int32; with N > 1, how many of the N are real.
-        indices, head_to_set, page_size: as for `sparse_attention`.
+        sets: what sparse attention reads.
         scores: written, of the sequences of one round: those of each one's first new token.
         turn: the round; without `scores` there is one.
         output: [B, N, Hq, D], contiguous; written for the sequences of the round, instead of a new one.
@@ -383,10 +393,12 @@ def attend(
     Returns:
         [B, N, Hq, D], dtype of `query`.
     """
-    check_rows(query=query, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lengths=lengths)
-    check_rows(new_lengths=new_lengths, indices=indices, head_to_set=head_to_set)
+    check_rows(query=query, new_lengths=new_lengths)
+    lengths, indices, head_to_set, page_size = kv.lengths, None, None, 1
+    if sets is not None:
+        lengths, indices, head_to_set, page_size = sets.counts, sets.indices, sets.head_to_set, sets.page_size
     batch, queries, num_heads, dim = query.shape
-    num_kv_heads = k_cache.shape[2]
+    _, block_size, num_kv_heads, _ = kv.k.shape
     maps = 0 if indices is None else indices.shape[1] if head_to_set is None else len(head_to_set)
     heads = num_heads if maps == num_heads else num_kv_heads
     group = num_heads // heads
@@ -396,7 +408,7 @@ def attend(
     block_d = max(16, triton.next_power_of_2(dim))
     # several sequences never fill the last round of programs: many short rounds waste less of it than one
     programs = scratch.multiprocessors(query.device) * tiling.programs * (1 if batch == 1 else _ROUNDS)
-    longest = k_cache.shape[1] * block_table.shape[1] if indices is None else indices.shape[2] * page_size
+    longest = block_size * kv.block_table.shape[1] if indices is None else indices.shape[2] * page_size
     split_target = max(1, min(programs // (heads * row_tiles), batch * triton.cdiv(longest, tiling.tokens)))
     slots = split_target + batch - 1
     merge_m = triton.next_power_of_2(min(rows, block_m))
@@ -414,9 +426,9 @@ def attend(
         budgets = scores.budgets
     _attend_kernel[heads * row_tiles, slots](
         query,
-        k_cache,
-        v_cache,
-        block_table,
+        kv.k,
+        kv.v,
+        kv.block_table,
         lengths,
         none if new_lengths is None else new_lengths,
         none if indices is None else indices,
@@ -433,9 +445,9 @@ def attend(
         batch,
         split_target,
         *query.stride()[:3],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        block_table.stride(0),
+        *kv.k.stride()[:3],
+        *kv.v.stride()[:3],
+        kv.block_table.stride(0),
         *output.stride()[:3],
         *index_strides,
         QUERIES=queries,
@@ -453,9 +465,9 @@ def attend(
         BATCH=scratch.padded(batch),
         PAGE=page_size,
         SPARSE=indices is not None,
-        BLOCK=0 if block_table.shape[1] == 1 else k_cache.shape[1],
-        SAME_ROWS=k_cache.stride()[:2] == v_cache.stride()[:2],
-        WIDE=k_cache.shape[1] * max(k_cache.stride(1), v_cache.stride(1)) >= 2**31,
+        BLOCK=0 if kv.block_table.shape[1] == 1 else block_size,
+        SAME_ROWS=kv.k.stride()[:2] == kv.v.stride()[:2],
+        WIDE=block_size * max(kv.k.stride(1), kv.v.stride(1)) >= _WIDE,
         CHUNK=0 if scores is None else scores.rounds.tokens,
         CODED=scores is not None and scores.coded,
         COUNTS=0 if scores is None else scores.counts.shape[1],

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.checks import check_rows
+from tidaldecode.ops.values import KV, check_rows
 
 
 @triton.jit
@@ -59,33 +59,25 @@ def _write_kernel(
     tl.store(v_cache + block * v_block + row * v_row + heads * v_head + dims, v, mask=real)
 
 
-def write_kv(
-    key: Tensor,
-    value: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    new_lengths: Tensor,
-) -> None:
+def write_kv(key: Tensor, value: Tensor, kv: KV, new_lengths: Tensor) -> None:
     """As `reference.write_kv`."""
-    check_rows(key=key, value=value, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lengths=lengths)
+    check_rows(key=key, value=value, new_lengths=new_lengths)
     batch, queries, heads, dim = key.shape
     _write_kernel[queries, batch](
         key,
         value,
-        k_cache,
-        v_cache,
-        block_table,
-        lengths,
+        kv.k,
+        kv.v,
+        kv.block_table,
+        kv.lengths,
         new_lengths,
         queries,
-        k_cache.shape[1],
+        kv.k.shape[1],
         *key.stride()[:3],
         *value.stride()[:3],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        block_table.stride(0),
+        *kv.k.stride()[:3],
+        *kv.v.stride()[:3],
+        kv.block_table.stride(0),
         HEADS=heads,
         BLOCK_H=triton.next_power_of_2(heads),
         DIM=dim,
