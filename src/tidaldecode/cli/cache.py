@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
-from tidaldecode.cli import options
+from tidaldecode.cli.command import command
+from tidaldecode.cli.output import Json, print_json
 from tidaldecode.errors import InputError
+from tidaldecode.models.cache import cache_folder, cached_models, delete_model, delete_unfinished
+from tidaldecode.options import Option
 
 
+@command
 def cache(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="These alone. Default: all.")] = None,
-    clear: Annotated[
-        bool, typer.Option("--clear", help="Delete them; the next start makes anew what it needs.")
-    ] = False,
-    json_output: options.Json = False,
+    names: Annotated[
+        list[str] | None, Option("These alone. Default: all.", metavar="[NAME]...", positional=True)
+    ] = None,
+    clear: Annotated[bool, Option("Delete them; the next start makes anew what it needs.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Lists the models that lie in the cache folder, or deletes them: the demo model, and GGUF files as safetensors.
 
     The folder is TIDALDECODE_CACHE, or the user's cache folder.
     """
-    from tidaldecode.models.cache import cache_folder, cached_models, delete_model, delete_unfinished
-
     models = cached_models()
     if unknown := set(names or ()) - {model.name for model in models}:
         there = ", ".join(model.name for model in models) or "no model"
@@ -42,6 +42,5 @@ def cache(
         origin = f", from {model.made_from}" if model.made_from else ""
         console.print(Text(f"{model.num_bytes / 1e6:>10,.0f} MB  {model.name}{origin}"), soft_wrap=True)
     console.print(f"{sum(model.num_bytes for model in chosen) / 1e6:>10,.0f} MB  in all")
-    if json_output:
-        rows = [{"name": model.name, "bytes": model.num_bytes, "made_from": model.made_from} for model in chosen]
-        print(json.dumps({"folder": str(cache_folder()), "cleared": clear, "models": rows}))
+    rows = [{"name": model.name, "bytes": model.num_bytes, "made_from": model.made_from} for model in chosen]
+    print_json(json_output, {"folder": str(cache_folder()), "cleared": clear, "models": rows})
