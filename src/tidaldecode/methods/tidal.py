@@ -58,9 +58,9 @@ class StepSets:
     counts: Tensor
     choice: Choice
 
-    def of(self, rows: int) -> StepSets:
-        """The part for the first `rows` sequences."""
-        return StepSets(self.indices[:rows], self.counts[:rows], self.choice.of(slice(rows)))
+    def of(self, rows: slice) -> StepSets:
+        """The part for some of the sequences."""
+        return StepSets(self.indices[rows], self.counts[rows], self.choice.of(rows))
 
 
 class DecodeAttention:
@@ -85,7 +85,7 @@ class DecodeAttention:
         self.shape = shape
         self.heads = range(shape.num_query_heads) if heads is None else heads
         sparse = [layer for layer, role in enumerate(plan.roles) if role == "sparse"]
-        sources = {layer: _sources(plan, shape, layer) for layer in sparse}
+        sources = {layer: sources_of(plan, shape, layer) for layer in sparse}
         self.writes = _writes(sources)
         self._first_row = _first_rows(self.writes, shape)
         self._sets = {layer: sum(map(shape.num_sets, rules)) for layer, rules in self.writes.items()}
@@ -251,7 +251,7 @@ def _as_slice(rows: list[int]) -> slice | None:
     return part if rows == list(range(part.start, part.stop)) else None
 
 
-def _sources(plan: TidalPlan, shape: ModelShape, layer: int) -> list[Source]:
+def sources_of(plan: TidalPlan, shape: ModelShape, layer: int) -> list[Source]:
     """The set that each query head of a sparse layer reads: the plan's, or the nearest select layer's own head."""
     if plan.sources is not None and layer in plan.sources:
         return list(plan.sources[layer])

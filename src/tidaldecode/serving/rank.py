@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tidaldecode import ops
 from tidaldecode.errors import InputError
-from tidaldecode.methods.tidal import DecodeAttention, StepSets
+from tidaldecode.methods.tidal import DecodeAttention, StepSets, sources_of
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, TidalPlan
 from tidaldecode.serving.read_counts import ReadCounts
@@ -72,28 +72,33 @@ class RankAttention(DecodeAttention):
         self.group = group
         self._longest = capacity
         self._room: StepSets | None = None
-        self.read_counts = ReadCounts(self, told=group.rank_in_group == 0)
+        self.read_counts = ReadCounts(self, told=rank == 0)
         self.most_rows = 0
         self.captures_own = self.wants_own = False
-        self._exchanges = {layer for layer in self.writes if self._read_elsewhere(layer)}
+        self._mine = {layer: self._rows_of_rank(layer) for layer in self.writes}
+        self._exchanges = self._read_elsewhere()
 
-    def _read_elsewhere(self, layer: int) -> bool:
-        """Whether a head of any rank reads a set that a select layer chose for a head of another."""
-        whole = DecodeAttention(self.plan, self.shape)
-        mine = len(self.heads)
-        for rows in whole.head_to_set.values():
-            by_head = rows.repeat_interleave(self.shape.num_query_heads // len(rows)).tolist()
-            for head, row in enumerate(by_head):
-                for rule in self.writes[layer]:
-                    sets = self.shape.num_sets(rule)
-                    place = row - self._first_row[layer, rule]
-                    if (
-                        rule != "unified"
-                        and 0 <= place < sets
-                        and head // mine != place * self.group.world_size // sets
-                    ):
-                        return True
-        return False
+    def _rows_of_rank(self, layer: int) -> list[slice]:
+        """For each rule of a select layer, the rows of the table that this rank writes."""
+        rows = []
+        for rule in self.writes[layer]:
+            first, sets = self._first_row[layer, rule], self.shape.num_sets(rule)
+            per_rank = 1 if rule == "unified" else sets // self.group.world_size
+            start = first if rule == "unified" else first + self.group.rank_in_group * per_rank
+            rows.append(slice(start, start + per_rank))
+        return rows
+
+    def _read_elsewhere(self) -> set[int]:
+        """Select layers of whose sets a head of any rank reads one that another rank chose."""
+        size, heads = self.group.world_size, self.shape.num_query_heads
+        return {
+            source.layer
+            for layer, role in enumerate(self.plan.roles)
+            if role == "sparse"
+            for head, source in enumerate(sources_of(self.plan, self.shape, layer))
+            if source.selection != "unified"
+            and head * size // heads != source.head * size // self.shape.num_sets(source.selection)
+        }
 
     @property
     def first_layer(self) -> int:
@@ -154,7 +159,7 @@ class RankAttention(DecodeAttention):
         assert self._room is not None
         rows, capacity = len(lengths), self._longest if capacity is None else capacity
         if rows <= len(self._room.counts):
-            sets = self._room.of(rows)
+            sets = self._room.of(slice(rows))
         else:
             self.indices = self.counts = None  # those of such a step before
             sets = self._allocate(rows, capacity, lengths.device)
@@ -163,30 +168,31 @@ class RankAttention(DecodeAttention):
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """As `DecodeAttention.attend`, some sequences at a time where they are very many."""
-        if len(query) <= _ROWS or self.plan.roles[layer] == "select":
-            return super().attend(layer, query, kv, scale)
-        assert self.indices is not None and self.counts is not None
-        whole, outputs = (self.indices, self.counts), []
-        for start in range(0, len(query), _ROWS):
-            part = slice(start, start + _ROWS)
-            self.indices, self.counts = whole[0][part], whole[1][part]
-            outputs.append(super().attend(layer, query[part], kv.of(part), scale))
-        self.indices, self.counts = whole
-        return torch.cat(outputs)
-
-    def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         at_once = self._at_once(layer, query)
-        parts = [slice(start, start + at_once) for start in range(0, len(query), at_once)]
-        outputs = [self._select_some(layer, part, query[part], kv.of(part), scale) for part in parts]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if len(query) <= at_once:
+            output = super().attend(layer, query, kv, scale)
+        else:
+            output = self._in_turns(at_once, layer, query, kv, scale)
         if layer in self._exchanges:
             self._exchange(layer)
         return output
 
+    def _in_turns(self, at_once: int, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
+        assert self.indices is not None and self.counts is not None and self._choice is not None
+        whole, outputs = StepSets(self.indices, self.counts, self._choice), []
+        for start in range(0, len(query), at_once):
+            part = slice(start, start + at_once)
+            self._use(whole.of(part), self._capacity)
+            outputs.append(super().attend(layer, query[part], kv.of(part), scale))
+        self._use(whole, self._capacity)
+        return torch.cat(outputs)
+
     def _at_once(self, layer: int, query: Tensor) -> int:
-        """Sequences that a select layer attends to at a time; kernels let them take turns by themselves."""
-        if self._adds_up(layer):
-            each = sum(part.stop - part.start for part in self._mine(layer)) * self._capacity * 4
+        """Sequences that a layer attends to at a time; kernels of a select layer let them take turns by themselves."""
+        if layer not in self.writes:
+            each = 0
+        elif self._adds_up(layer):
+            each = sum(rows.stop - rows.start for rows in self._mine[layer]) * self._capacity * 4
         else:
             each = 0 if ops.has_kernel(query) else len(self.heads) * self._capacity * 4
         return max(1, min(_ROWS, _SCORE_BYTES // max(each, 1)))
@@ -195,40 +201,30 @@ class RankAttention(DecodeAttention):
         """Whether the ranks' importances must be there before a select layer can choose."""
         return self.group.world_size > 1 and (len(self.writes[layer]) > 1 or "unified" in self.writes[layer])
 
-    def _select_some(self, layer: int, part: slice, query: Tensor, kv: KV, scale: float) -> Tensor:
-        assert self._choice is not None and self.indices is not None
-        choice, rules = self._choice.of(part), self.writes[layer]
-        mine = self._mine(layer)
+    def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         if not self._adds_up(layer):
-            table = self._written_by(layer)[part] if self.group.world_size == 1 else self.indices[part, mine[0]]
-            return ops.full_attention_with_selection(query, kv, scale, rules, choice, self._capacity, table)
-        width = sum(rows.stop - rows.start for rows in mine)
+            return super()._select(layer, query, kv, scale)
+        assert self._choice is not None and self.indices is not None
+        rules, mine = self.writes[layer], self._mine[layer]
+        widths = [rows.stop - rows.start for rows in mine]
         dtype = torch.promote_types(query.dtype, torch.float32)
-        importance = query.new_empty(len(query), width, self._capacity, dtype=dtype)
+        importance = query.new_empty(len(query), sum(widths), self._capacity, dtype=dtype)
         output = ops.full_attention_with_importance(query, kv, scale, rules, importance)
-        start = 0
-        for rule, rows in zip(rules, mine, strict=True):
-            of_rule = importance[:, start : start + rows.stop - rows.start]
+        for rule, rows, of_rule in zip(rules, mine, torch.split(importance, widths, 1), strict=True):
             if rule == "unified":
                 of_rule = self.group.all_reduce(of_rule.contiguous())
-            ops.select_tokens(of_rule, kv.lengths, choice, self.indices[part, rows])
-            start += rows.stop - rows.start
+            ops.select_tokens(of_rule, kv.lengths, self._choice, self.indices[:, rows])
         return output
 
-    def _mine(self, layer: int) -> list[slice]:
-        """For each rule of a select layer, the rows of the table that this rank writes."""
-        rows = []
-        for rule in self.writes[layer]:
-            first, sets = self._first_row[layer, rule], self.shape.num_sets(rule)
-            per_rank = 1 if rule == "unified" else sets // self.group.world_size
-            start = first if rule == "unified" else first + self.group.rank_in_group * per_rank
-            rows.append(slice(start, start + per_rank))
-        return rows
+    def _written_by(self, layer: int) -> Tensor:
+        """Of the rows of the table that a select layer writes those of this rank, [B, S, width]."""
+        assert self.indices is not None
+        return self.indices[:, self._mine[layer][0].start : self._mine[layer][-1].stop]
 
     def _exchange(self, layer: int) -> None:
         """Brings the sets that the other ranks chose."""
         assert self.indices is not None
-        for rule, rows in zip(self.writes[layer], self._mine(layer), strict=True):
+        for rule, rows in zip(self.writes[layer], self._mine[layer], strict=True):
             if rule != "unified":
                 first = self._first_row[layer, rule]
                 mine = self.indices[:, rows].contiguous().view(torch.float32)  # vLLM gathers no integers on a CPU
