@@ -41,6 +41,8 @@ class Option:
     positional: bool = False
 
 
+PlanName = Annotated[str, Option("A plan file, 'auto', 'paper', or the name of a shipped plan.", metavar="NAME|FILE")]
+TrustRemoteCode = Annotated[bool, Option("Run code that comes with the model.")]
 Seed = Annotated[int, Option("Seed of everything random.", min=0, max=2**63 - 1)]
 
 

@@ -10,7 +10,7 @@ from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.errors import InputError
 from tidaldecode.methods.names import METHODS, TIMED_METHODS
 from tidaldecode.models import ModelFiles, find_model
-from tidaldecode.options import Option, Seed, budgets, integers, names_of
+from tidaldecode.options import Option, PlanName, Seed, TrustRemoteCode, budgets, integers, names_of
 from tidaldecode.plan import TidalPlan
 
 WARM_UP, REPEATS = 5, 2
@@ -61,9 +61,7 @@ class DecodeSettings:
     methods: Annotated[tuple[str, ...], Option("What to compare.", metavar="M,...", parse=names_of(*TIMED_METHODS))] = (
         TIMED_METHODS
     )
-    plan: Annotated[
-        str, Option("A plan file, 'auto', 'paper', or the name of a shipped plan.", metavar="NAME|FILE")
-    ] = "paper"
+    plan: PlanName = "paper"
     batch: _Batch = 1
     steps: Annotated[int, Option("Decode steps of each of two repeats.", min=1)] = 50
     seed: Seed = 0
@@ -90,7 +88,7 @@ class SourceOptions:
 
     config: Annotated[str | None, Option("A public model's shape, with random weights. Default: llama-3-8b.")] = None
     model: Annotated[str | None, Option("A model with its weights instead.", metavar="NAME|PATH")] = None
-    trust_remote_code: Annotated[bool, Option("Run code that comes with the model.")] = False
+    trust_remote_code: TrustRemoteCode = False
 
     def __post_init__(self) -> None:
         if self.model is None:

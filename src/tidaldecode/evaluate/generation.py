@@ -98,19 +98,12 @@ def generate_measured(
     cache = TidalCache(model.config, plan, prompt.shape[1] + new_tokens + spare)
     torch.manual_seed(settings.sampling.seed)
     streamer = _TimedStreamer(tokenizer, on_text)
-    output = model.generate(
-        prompt.to(model.device),
-        attention_mask=torch.ones_like(prompt, device=model.device),
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        streamer=streamer,
-        lossless=passes.lossless,
-        correction_interval=passes.correction_interval,
-        **settings.sampling.options(),
-    )
-    new = output[0, prompt.shape[1] :].tolist()
-    ms = streamer.ms(passes, cache.rounds, _compilations(model))
-    return _generation(tokenizer, cache, prompt.shape[1], new, ms, passes), cache
+    options = settings.sampling.options() | {
+        "lossless": passes.lossless,
+        "correction_interval": passes.correction_interval,
+    }
+    output = _generate(model, prompt, cache, new_tokens, streamer, options)
+    return _generation(model, streamer, cache, prompt.shape[1], output, passes), cache
 
 
 def compare_with_full(
@@ -140,35 +133,44 @@ def compare_with_full(
     else:
         cache, first = TidalCache(model.config, full, context + max_new_tokens), []
     start = torch.cat([prompt, torch.tensor([first], dtype=prompt.dtype)], dim=1) if first else prompt
-    output = model.generate(
-        start.to(model.device),
-        attention_mask=torch.ones_like(start, device=model.device),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens - len(first),
-        streamer=streamer,
-        **Sampling().options(),
-    )
-    return _generation(
-        tokenizer, cache, context, output[0, context:].tolist(), streamer.step_ms(_compilations(model)), Passes()
-    )
+    output = _generate(model, start, cache, max_new_tokens - len(first), streamer, Sampling().options())
+    return _generation(model, streamer, cache, context, output, Passes())
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
     """Index of the first token in which two generations differ, `None` if they are the same."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return index
-    return None if len(one) == len(other) else min(len(one), len(other))
+    pairs = itertools.zip_longest(one, other)
+    return next((index for index, (here, there) in enumerate(pairs) if here != there), None)
+
+
+def _generate(
+    model: PreTrainedModel,
+    start: Tensor,
+    cache: TidalCache,
+    new_tokens: int,
+    streamer: _TimedStreamer,
+    options: dict[str, Any],
+) -> list[int]:
+    output = model.generate(
+        start.to(model.device),
+        attention_mask=torch.ones_like(start, device=model.device),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        streamer=streamer,
+        **options,
+    )
+    return output[0].tolist()
 
 
 def _generation(
-    tokenizer: Tokenizer,
+    model: PreTrainedModel,
+    streamer: _TimedStreamer,
     cache: TidalCache,
     context: int,
-    new: list[int],
-    step_ms: float | None,
+    output: list[int],
     passes: Passes,
 ) -> Generation:
+    new = output[context:]
     assert cache.get_seq_length() == context + max(0, len(new) - 1), "the figures are of another cache"
     rounds = passes.lossless is not None
     attention = (cache.for_drafts(1) if rounds else cache).attention  # one that rounds went through, if there were any
@@ -182,10 +184,10 @@ def _generation(
     return Generation(
         context_tokens=context,
         token_ids=new,
-        text=tokenizer.decode(new, skip_special_tokens=True),
+        text=streamer.tokenizer.decode(new, skip_special_tokens=True),
         tokens_read={layer: sum(read[layer] for read in reads) / tokens for layer in reads[0]},
         kv_read_fraction=sum(fractions) / tokens,
-        decode_ms_per_token=step_ms,
+        decode_ms_per_token=streamer.ms(passes, cache.rounds, compiled=int(model.device.type == "cuda")),
         accepted_per_round=cache.rounds.accepted_per_round if rounds and cache.rounds else None,
     )
 
@@ -202,11 +204,6 @@ def _read_at(passes: Passes, context: int, new_tokens: int, rounds: Rounds | Non
         yield context + step, False
         if passes.correction_interval is not None and step % passes.correction_interval == 0:
             yield context + step, True
-
-
-def _compilations(model: PreTrainedModel) -> int:
-    """Decode steps in front that are compiled and captured as well: one on a GPU."""
-    return int(model.device.type == "cuda")
 
 
 class _TimedStreamer(TextStreamer):
@@ -233,26 +230,16 @@ class _TimedStreamer(TextStreamer):
             rounds: of lossless decoding.
             compiled: 1 where the first pass of each kind is compiled and captured, else 0.
         """
-        if passes.correction_interval is not None:
-            return self.mean_ms(compiled * passes.correction_interval)
         if passes.lossless is not None and rounds is not None:
-            return self.rounds_ms(rounds, compiled)
-        return self.step_ms(compiled)
-
-    def step_ms(self, left_out: int) -> float | None:
-        """Median milliseconds between one token and the next, the first `left_out` intervals left out."""
-        times = self._times[left_out:]
+            return self._rounds_ms(rounds, compiled)
+        times = self._times[compiled * (passes.correction_interval or 1) :]
         if len(times) < 2:
             return None
-        pairs = itertools.pairwise(times)
-        return statistics.median(later - earlier for earlier, later in pairs) * 1000
+        if passes.correction_interval is not None:
+            return (times[-1] - times[0]) / (len(times) - 1) * 1000
+        return statistics.median(later - earlier for earlier, later in itertools.pairwise(times)) * 1000
 
-    def mean_ms(self, left_out: int) -> float | None:
-        """Mean milliseconds of a token where some come together, the first `left_out` intervals left out."""
-        times = self._times[left_out:]
-        return None if len(times) < 2 else (times[-1] - times[0]) / (len(times) - 1) * 1000
-
-    def rounds_ms(self, rounds: Rounds, compiled: int) -> float | None:
+    def _rounds_ms(self, rounds: Rounds, compiled: int) -> float | None:
         """Mean milliseconds of a token of rounds, the first `compiled` of each number of drafted tokens left out."""
         seen: Counter[int] = Counter()
         seconds, tokens, last = 0.0, 0, 0

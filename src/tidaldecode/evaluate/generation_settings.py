@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tidaldecode.errors import InputError
-from tidaldecode.options import Option, Seed
+from tidaldecode.options import Option, PlanName, Seed
 from tidaldecode.options import budget as one_budget
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ class GenerationSettings:
     method: Annotated[Literal["tidal", "full"], Option("By the plan, or full attention in every layer.")] = "tidal"
     compare: Annotated[bool, Option("Decode with full attention too, and show both times.")] = False
     passes: Passes = Passes()
-    plan: Annotated[
-        str, Option("A plan file, 'auto', 'paper', or the name of a shipped plan.", metavar="NAME|FILE")
-    ] = "auto"
+    plan: PlanName = "auto"
     budget: Annotated[
         int | float | None,
         Option("Tokens a sparse layer reads, or a fraction of the context.", metavar="K", parse=one_budget),

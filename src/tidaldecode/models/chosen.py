@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tidaldecode.errors import InputError
 from tidaldecode.models.files import ModelFiles
 from tidaldecode.models.find import find_model
-from tidaldecode.options import Option
+from tidaldecode.options import Option, TrustRemoteCode
 
 if TYPE_CHECKING:  # they take seconds to import, and a wrong name is told without them
     import torch
@@ -70,7 +70,7 @@ class ModelOptions:
         "smollm2-135m"
     )
     where: DeviceOptions = DeviceOptions()
-    trust_remote_code: Annotated[bool, Option("Run code that comes with the model.")] = False
+    trust_remote_code: TrustRemoteCode = False
 
     def find(self) -> ChosenModel:
         """The model, not loaded yet; imports PyTorch.
