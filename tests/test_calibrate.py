@@ -14,11 +14,13 @@ from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
 from tidaldecode.calibrate.assignment import Assignment
+from tidaldecode.calibrate.attention_weights import ChosenSets
 from tidaldecode.calibrate.calibration import calibrate
-from tidaldecode.calibrate.lost_mass import LostMass, measure_lost_mass
-from tidaldecode.calibrate.prompts import Loss, mean_loss, read_prompts
+from tidaldecode.calibrate.loss import Loss, mean_loss
+from tidaldecode.calibrate.lost_mass import measure_lost_mass
 from tidaldecode.calibrate.search import Layers, Search
 from tidaldecode.calibrate.settings import CalibrationSettings, Probes, check_apart
+from tidaldecode.calibrate.stretches import Stretch, with_probes
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models.architecture import check_plan, model_shape
@@ -47,9 +49,11 @@ def settings(**changes):
     return CalibrationSettings(**{**small, **wanted, **changes})
 
 
-def prompts_of(model, starts=(3, 300), probes=PROBES):
-    generator = torch.Generator().manual_seed(5)
-    return read_prompts(model, text(), starts, CONTEXT, DECODE, probes, generator)
+def stretches_of(model, starts=(3, 300), probes=PROBES, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    windows = [text().window(start, CONTEXT - probes.steps) for start in starts]
+    windows = [with_probes(window, DECODE, probes, generator) for window in windows]
+    return [Stretch.read(model, window, DECODE, probes.steps) for window in windows]
 
 
 PLAN = TidalPlan(
@@ -58,16 +62,16 @@ PLAN = TidalPlan(
 )  # fmt: skip
 
 
-# ---- prompts and their loss
+# ---- stretches of a text and their loss
 
 
-def test_a_prompt_holds_the_text_and_says_parts_of_itself_again(tiny):
+def test_a_stretch_holds_the_text_and_says_parts_of_itself_again(tiny):
     model = apply(tiny(), "full")
-    for prompt, start in zip(prompts_of(model), (3, 300), strict=True):
-        assert prompt.cache.get_seq_length() == FIRST - 1
+    for stretch, start in zip(stretches_of(model), (3, 300), strict=True):
+        assert stretch.cache.get_seq_length() == FIRST - 1
         window = text().tokens[start : start + CONTEXT].tolist()
-        steps = prompt.steps[0].tolist()
-        assert len(steps) == DECODE + PROBES.steps + 1 and prompt.text_steps == DECODE
+        steps = stretch.tokens[0].tolist()
+        assert len(steps) == DECODE + PROBES.steps + 1 and stretch.text_steps == DECODE
         assert steps[: DECODE + 1] == window[FIRST - 1 : FIRST + DECODE]
         read = window[: FIRST - 1]
         places = []
@@ -80,9 +84,9 @@ def test_a_prompt_holds_the_text_and_says_parts_of_itself_again(tiny):
 
 def test_the_loss_is_that_of_real_steps(tiny):
     model = apply(tiny().double(), "full")
-    prompts = prompts_of(model)
+    stretches = stretches_of(model)
     divergences, gaps = [], []
-    for prompt in prompts:
+    for stretch in stretches:
         log_probs = []
         for plan in (find_plan("full", model.config), PLAN):
             cache = TidalCache(model.config, plan, CONTEXT)
@@ -90,34 +94,34 @@ def test_the_loss_is_that_of_real_steps(tiny):
             ids = text().tokens[start : start + FIRST - 1][None].long()
             model(ids, past_key_values=cache)
             steps = [
-                model(prompt.steps[:, step : step + 1], past_key_values=cache).logits[0, -1]
-                for step in range(prompt.steps.shape[1] - 1)
+                model(stretch.tokens[:, step : step + 1], past_key_values=cache).logits[0, -1]
+                for step in range(stretch.steps)
             ]
             log_probs.append(torch.stack(steps).log_softmax(1))
         full, plan = log_probs
         divergences += (full.exp() * (full - plan)).sum(1).tolist()
-        tokens = prompt.steps[0, 1 : DECODE + 1, None]
+        tokens = stretch.tokens[0, 1 : DECODE + 1, None]
         gaps += (full - plan)[:DECODE].gather(1, tokens)[:, 0].tolist()
     steps = DECODE + PROBES.steps
     of_text = divergences[:DECODE] + divergences[steps : steps + DECODE]
     expected = Loss(*(sum(values) / len(values) for values in (divergences, of_text, gaps)))
-    found = mean_loss(model, prompts, DecodeAttention(PLAN, model_shape(model.config)))
+    found = mean_loss(stretches, DecodeAttention(PLAN, model_shape(model.config)))
     assert found.divergence == pytest.approx(expected.divergence, abs=1e-5) and found.divergence > 0.01
     assert found.text_divergence == pytest.approx(expected.text_divergence, abs=1e-5)
     assert found.gap == pytest.approx(expected.gap, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_prompt_serves_one_plan_after_another(tiny, family):
+def test_a_stretch_serves_one_plan_after_another(tiny, family):
     model = apply(tiny(family), "full")
-    prompts = prompts_of(model)
+    stretches = stretches_of(model)
     shape = model_shape(model.config)
     full = DecodeAttention(find_plan("full", model.config), shape)
     paper = DecodeAttention(find_plan("paper", model.config).with_budget(BUDGET), shape)
-    first = mean_loss(model, prompts, paper)
-    nothing = mean_loss(model, prompts, full)
+    first = mean_loss(stretches, paper)
+    nothing = mean_loss(stretches, full)
     assert (nothing.divergence, nothing.text_divergence, nothing.gap) == pytest.approx((0, 0, 0), abs=1e-6)
-    assert mean_loss(model, prompts, paper) == first and first.divergence > 1e-3
+    assert mean_loss(stretches, paper) == first and first.divergence > 1e-3
 
 
 # ---- lost mass
@@ -126,14 +130,14 @@ def test_a_prompt_serves_one_plan_after_another(tiny, family):
 @pytest.mark.parametrize(("family", "sinks", "recent"), [("llama", 0, 1), ("qwen2", 2, 4), ("gemma3_text", 1, 3)])
 def test_lost_mass_equals_the_formula_on_dense_attention(tiny, family, sinks, recent):
     model = apply(tiny(family).double(), "full")
-    prompts = prompts_of(model, probes=Probes(0, 6))
-    found = measure_lost_mass(model, prompts, RULES, BUDGET, sinks, recent)
+    sets = ChosenSets(RULES, BUDGET, sinks, recent)
+    found = measure_lost_mass(stretches_of(model, probes=Probes(0, 6)), sets)
     shape = model_shape(model.config)
     dense = tiny(family).double()
     dense.set_attn_implementation("eager")
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * shape.num_layers
     layers = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
-    expected = torch.full_like(found.values, torch.inf)
+    expected = torch.full_like(found, torch.inf)
     steps = range(CONTEXT - DECODE - 1, CONTEXT - 1)
     for j, i in ((j, i) for j in layers for i in layers if i < j):
         expected[j, i] = 0
@@ -142,35 +146,35 @@ def test_lost_mass_equals_the_formula_on_dense_attention(tiny, family, sinks, re
         weights = dense(ids, use_cache=False, output_attentions=True).attentions
         for (j, i), step in itertools.product([(j, i) for j in layers for i in layers if i < j], steps):
             forced = [*range(sinks), *range(step + 1 - recent, step + 1)]
-            for number, (rule, head) in enumerate(found.sets):
+            for number, (rule, head) in enumerate(sets.of(shape)):
                 size = shape.num_query_heads // shape.num_sets(rule)
                 mean = weights[i][0, head * size : (head + 1) * size, step, : step + 1].mean(0)
                 others = [token for token in mean.argsort(descending=True).tolist() if token not in forced]
                 chosen = forced + others[: BUDGET - len(forced)]
                 lost = 1 - weights[j][0, :, step, chosen].sum(1)
                 expected[j, i, number] += lost / (2 * DECODE)
-    torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-5)
-    assert found.values[found.values.isfinite()].mean() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert found[found.isfinite()].mean() > 0.1
 
 
 # ---- from lost mass to a plan
 
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=4, num_kv_heads=2, head_dim=8)
+SETS = ChosenSets(("unified", "per_head"), 8).of(SHAPE)
 
 
-def lost_mass(seed=0, shape=SHAPE):
+def lost_mass(seed=0):
     """Random lost mass of two rules; infinite where no layer below can choose."""
-    sets = (("unified", 0), *(("per_head", head) for head in range(shape.num_query_heads)))
-    values = torch.rand(6, 6, len(sets), 4, generator=torch.Generator().manual_seed(seed))
+    values = torch.rand(6, 6, len(SETS), 4, generator=torch.Generator().manual_seed(seed))
     values[torch.ones(6, 6).triu().bool()] = torch.inf
-    return LostMass(sets, values)
+    return values
 
 
 @pytest.mark.parametrize("per_query_head", [False, True])
 def test_each_reader_gets_the_set_that_loses_least(per_query_head):
     lost = lost_mass()
-    assignment = Assignment.of(SHAPE, range(6), lost, per_query_head)
+    assignment = Assignment.of(SHAPE, range(6), lost, SETS, per_query_head)
     reading, select = frozenset({0, 1, 3}), frozenset({1, 3})
     plan = TidalPlan(
         model=SHAPE, roles=assignment.roles(reading, select), selection="unified", token_budget=8,
@@ -181,7 +185,7 @@ def test_each_reader_gets_the_set_that_loses_least(per_query_head):
     for layer, sources in plan.sources.items():
         for heads in [(0,), (1,), (2,), (3,)] if per_query_head else [(0, 1), (2, 3)]:
             costs = {
-                (below, lost.sets[number]): sum(lost.values[layer, below, number, head].item() for head in heads)
+                (below, SETS[number]): sum(lost[layer, below, number, head].item() for head in heads)
                 for below in select
                 if below < layer
                 for number in range(5)
@@ -193,14 +197,14 @@ def test_each_reader_gets_the_set_that_loses_least(per_query_head):
 
 
 def test_a_layer_without_a_source_can_not_be_sparse():
-    assignment = Assignment.of(SHAPE, range(6), lost_mass(), False)
+    assignment = Assignment.of(SHAPE, range(6), lost_mass(), SETS, False)
     assert math.isinf(assignment.predicted(frozenset({1, 3}), frozenset({1, 3})))
     assert math.isfinite(assignment.predicted(frozenset({0, 3}), frozenset({0, 3})))
     assert assignment.predicted(frozenset(range(6)), frozenset()) == 0
 
 
 def test_the_layers_that_are_missed_least_do_not_select():
-    assignment = Assignment.of(SHAPE, range(6), lost_mass(), False)
+    assignment = Assignment.of(SHAPE, range(6), lost_mass(), SETS, False)
     reading = frozenset({0, 1, 2, 4})
     read = {source.layer for heads in assignment.sources(reading, reading).values() for source in heads}
     assert assignment.select_layers(reading, 4) == read
@@ -217,7 +221,7 @@ def test_the_layers_that_are_missed_least_do_not_select():
 
 def search_of(seed, weights, shape=None, full_layers=0):
     """A search whose true loss is lost mass times weights that it does not know."""
-    assignment = Assignment.of(SHAPE, range(6), lost_mass(seed), False)
+    assignment = Assignment.of(SHAPE, range(6), lost_mass(seed), SETS, False)
 
     def measure(layers):
         return float((assignment.losses(layers.reading, layers.select) * weights).sum())
@@ -273,13 +277,9 @@ def test_other_families(tiny, family, tmp_path):
     assert [role for role in plan.roles if role is not None].count("sparse") == plan.roles.count("sparse") > 0
     assert found.tried > 10 and not found.stopped
     assert found.chosen.heldout_gap is not None and found.chosen.heldout_error > 0
-    prompts = read_prompts(
-        model, text(), settings().starts(text()), CONTEXT, DECODE, PROBES, torch.Generator().manual_seed(0)
-    )
-    shape = model_shape(model.config)
-    assert mean_loss(model, prompts, DecodeAttention(plan, shape)).divergence == pytest.approx(
-        found.chosen.loss.divergence, rel=1e-4
-    )
+    stretches = stretches_of(model, settings().starts(text()), seed=0)
+    loss = mean_loss(stretches, DecodeAttention(plan, model_shape(model.config)))
+    assert loss.divergence == pytest.approx(found.chosen.loss.divergence, rel=1e-4)
 
 
 def test_the_seed_decides(tiny):
@@ -430,7 +430,8 @@ def test_windows_are_apart_and_follow_the_seed():
 
 def test_wrong_settings(tiny):
     for changes, message in (
-        ({"max_gap": 0.1, "select_layers": 2}, "one of them"),
+        ({"max_gap": 0.1, "select_layers": 2}, "give --select-layers or --max-gap, not both"),
+        ({"max_gap": 0.1, "full_layers": 0}, "give --full-layers or --max-gap, not both"),
         ({"max_gap": -1.0}, "must be positive"),
         ({"budgets": (16, 32)}, "several budgets need a largest gap"),
         ({"budgets": (1,)}, "budget 1 is too small: 4 sinks, half of it recent tokens and a chosen one make 9"),

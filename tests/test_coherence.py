@@ -11,10 +11,11 @@ import torch
 from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, apply
-from tidaldecode.calibrate import observed as module
-from tidaldecode.calibrate.coherence import Coherence, coherence, recall_of_steps
-from tidaldecode.calibrate.coherence_settings import CoherenceSettings
-from tidaldecode.calibrate.observed import ObservedAttention, ObservedLayer
+from tidaldecode.calibrate import attention_weights
+from tidaldecode.calibrate.attention_weights import AttentionWithWeights, ChosenSets, LayerWeights
+from tidaldecode.calibrate.coherence import Coherence, coherence, measure_recall
+from tidaldecode.calibrate.settings import CoherenceSettings
+from tidaldecode.calibrate.stretches import Stretch
 from tidaldecode.evaluate import scoring
 from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.models.architecture import model_shape
@@ -26,6 +27,7 @@ from tidaldecode.texts.windows import Windows
 RULES = ("unified", "per_group", "per_head")
 PROMPT, STEPS, BUDGET = 45, 11, 8
 IDS = torch.randint(2, 260, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
+WINDOW = torch.cat([IDS, IDS[:, :1]], 1)  # the last token is only predicted
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def read(model, capacity=PROMPT + STEPS):
 def measure(model, budget=BUDGET, sink_tokens=0, rules=RULES):
     """Recall on the steps behind the prompt."""
     apply(model, "full")
-    return recall_of_steps(model, read(model), IDS[:, PROMPT:], rules, budget, sink_tokens)
+    return measure_recall(Stretch.read(model, WINDOW, STEPS), ChosenSets(rules, budget, sink_tokens))
 
 
 def dense_recall(model, rule, budget=BUDGET, sink_tokens=0):
@@ -120,12 +122,12 @@ def test_layers_that_attend_alike_cover_each_other(double):
 @pytest.mark.parametrize("bound", ["scores", "sets"])
 def test_how_many_steps_go_in_one_pass_does_not_matter(double, monkeypatch, bound, count):
     expected, passes = measure(double()), []
-    begin = ObservedAttention.begin
-    monkeypatch.setattr(ObservedAttention, "begin", lambda *args: passes.append(len(args[1])) or begin(*args))
+    begin = AttentionWithWeights.begin
+    monkeypatch.setattr(AttentionWithWeights, "begin", lambda *args: passes.append(len(args[1])) or begin(*args))
     if bound == "scores":
         monkeypatch.setattr(scoring, "steps_at_once", lambda model, capacity: count)
     else:  # 9 sets of 8 tokens in each layer
-        monkeypatch.setattr(module, "_MOST_BYTES", count * 4 * LAYERS * 9 * BUDGET)
+        monkeypatch.setattr(attention_weights, "_MOST_BYTES", count * 4 * LAYERS * 9 * BUDGET)
     found = measure(double())
     assert passes == [count] * (STEPS // count) + [STEPS % count] * (STEPS % count > 0)
     for rule in RULES:
@@ -147,27 +149,27 @@ def test_rules_alone_are_those_together(double):
         assert torch.equal(alone[rule].nan_to_num(), together[rule].nan_to_num())
 
 
-def test_what_is_observed(double):
+def test_what_is_shown(double):
     """Full attention's logits; each layer's probabilities, and the sets of it and all layers below, step by step."""
     model = apply(double("gemma3_text"), "full")
     (expected,) = step_logits(model, read(model), IDS[:, PROMPT:])
     seen = []
 
-    def observe(observed):
-        assert list(observed.chosen) == [*seen, observed.layer]
-        seen.append(observed.layer)
+    def show(shown):
+        assert list(shown.chosen) == [*seen, shown.layer]
+        seen.append(shown.layer)
         lengths = torch.arange(PROMPT + 1, PROMPT + STEPS + 1)
-        assert torch.equal(observed.probabilities.count_nonzero(-1), lengths[:, None].expand(-1, 4))
-        torch.testing.assert_close(observed.probabilities.sum(-1), torch.ones(STEPS, 4).double())
-        assert [observed.averaged(sets).shape[1] for sets in (1, 2, 4)] == [1, 2, 4]
-        for rule, sets in observed.chosen[observed.layer].items():
+        assert torch.equal(shown.weights.count_nonzero(-1), lengths[:, None].expand(-1, 4))
+        torch.testing.assert_close(shown.weights.sum(-1), torch.ones(STEPS, 4).double())
+        assert [shown.averaged(sets).shape[1] for sets in (1, 2, 4)] == [1, 2, 4]
+        for rule, sets in shown.chosen[shown.layer].items():
             assert sets.shape == (STEPS, {"per_head": 4, "per_group": 2, "unified": 1}[rule], BUDGET)
-            mass = observed.mass(observed.averaged(sets.shape[1]), sets)
-            best = observed.averaged(sets.shape[1]).topk(BUDGET).values.sum(-1)
+            mass = shown.mass(shown.averaged(sets.shape[1]), sets)
+            best = shown.averaged(sets.shape[1]).topk(BUDGET).values.sum(-1)
             assert (mass <= best + 1e-12).all() and (mass > best / 2).all()
 
     cache = read(model, capacity=PROMPT + STEPS + 7)
-    cache.attention = ObservedAttention(model_shape(model.config), RULES, BUDGET, 0, observe)
+    cache.attention = AttentionWithWeights(model_shape(model.config), ChosenSets(RULES, BUDGET), show)
     (logits,) = step_logits(model, cache, IDS[:, PROMPT:])
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     assert seen == [1, 2, 4, 5, 7, 8, 9]
@@ -175,10 +177,12 @@ def test_what_is_observed(double):
 
 
 def test_mass_is_of_the_valid_entries():
-    probabilities = torch.tensor([[[0.1, 0.2, 0.3, 0.4]] * 2, [[0.5, 0.5, 0.0, 0.0]] * 2])
-    observed = ObservedLayer(0, probabilities, {}, counts=torch.tensor([3, 2], dtype=torch.int32))
+    weights = torch.tensor([[[0.1, 0.2, 0.3, 0.4]] * 2, [[0.5, 0.5, 0.0, 0.0]] * 2])
+    shown = LayerWeights(0, weights, {}, counts=torch.tensor([3, 2], dtype=torch.int32))
     indices = torch.tensor([[[3, 1, 2], [0, 1, 2]], [[1, 0, 0], [0, 1, 1]]], dtype=torch.int32)
-    torch.testing.assert_close(observed.mass(probabilities, indices), torch.tensor([[0.9, 0.6], [1.0, 1.0]]))
+    torch.testing.assert_close(shown.mass(weights, indices), torch.tensor([[0.9, 0.6], [1.0, 1.0]]))
+    each_by_each = shown.mass(weights[:, :, None], indices[:, None])  # [n, head, set]
+    torch.testing.assert_close(each_by_each[0], torch.tensor([[0.9, 0.6], [0.9, 0.6]]))
 
 
 # ---- a text
@@ -194,10 +198,8 @@ def test_windows_of_a_text(double):
     found = coherence(model, TEXT, CoherenceSettings(WINDOWS, RULES, BUDGET), lambda *what: progress.append(what))
     assert [done for done, _, _ in progress] == [0, 1, 2, 3] and {total for _, total, _ in progress} == {3}
     for window, start in enumerate((2, 22, 42)):
-        tokens = TEXT.tokens[None, start : start + PROMPT + STEPS].long()
-        cache = TidalCache(model.config, find_plan("full", model.config), 60)
-        model(tokens[:, : PROMPT - 1], past_key_values=cache)
-        alone = recall_of_steps(model, cache, tokens[:, PROMPT - 1 :], RULES, BUDGET)
+        tokens = TEXT.tokens[None, start : start + PROMPT + STEPS + 1].long()
+        alone = measure_recall(Stretch.read(model, tokens, STEPS + 1), ChosenSets(RULES, BUDGET))
         for rule in RULES:
             torch.testing.assert_close(found.recalls[rule][window], alone[rule], rtol=0, atol=1e-12, equal_nan=True)
     matrix = found.matrices["per_head"]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tidaldecode.calibrate.lost_mass import LostMass, best_sets
-from tidaldecode.plan import ModelShape, Role, Source
+from tidaldecode.plan import ModelShape, Role, Selection, Source
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,29 @@ class Assignment:
     layers: tuple[int, ...]
     lost: Tensor
     best: Tensor
-    sets: tuple[tuple[str, int], ...]
+    sets: tuple[tuple[Selection, int], ...]
     weights: Tensor
 
     @classmethod
-    def of(cls, shape: ModelShape, layers: Sequence[int], lost: LostMass, per_query_head: bool) -> Assignment:
-        """The assignment by measured lost mass, all layers weighing the same."""
-        values, best = best_sets(lost, shape, per_query_head)
-        return cls(shape, tuple(layers), values.double(), best, lost.sets, torch.ones(shape.num_layers).double())
+    def of(
+        cls,
+        shape: ModelShape,
+        layers: Sequence[int],
+        lost: Tensor,
+        sets: tuple[tuple[Selection, int], ...],
+        per_query_head: bool,
+    ) -> Assignment:
+        """The assignment by measured lost mass, all layers weighing the same.
+
+        Args:
+            lost: see `measure_lost_mass`; masses of the query heads that read one set are added up.
+            per_query_head: whether each query head reads a set of its own, or the query heads of a KV head read one, so
+                that each row of K and V is read once for all of them.
+        """
+        readers = 1 if per_query_head else shape.group_size
+        least = lost.view(*lost.shape[:3], -1, readers).sum(4).min(2)  # of [L, L, S, R]
+        weights = torch.ones(shape.num_layers).double()
+        return cls(shape, tuple(layers), least.values.double(), least.indices, sets, weights)
 
     def losses(self, reading: frozenset[int], select: frozenset[int]) -> Tensor:
         """The mass that each layer loses under a plan, [L]: zero where it reads everything, infinite without a source.
@@ -102,7 +116,7 @@ class Assignment:
         per_reader = self.shape.num_query_heads // self.lost.shape[2]
         return {
             layer: tuple(
-                Source(layer=below, selection=self.sets[place][0], head=self.sets[place][1])  # type: ignore[arg-type]
+                Source(layer=below, selection=self.sets[place][0], head=self.sets[place][1])
                 for below, place in readers
                 for _ in range(per_reader)
             )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tidaldecode.errors import InputError
 from tidaldecode.models.architecture import check_architecture, sliding_windows
-from tidaldecode.plan import Selection, recent_among
+from tidaldecode.options import Option, Seed, budget, integers, names_of
+from tidaldecode.plan import Selection, recent_among, tokens_of
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
 
@@ -22,6 +23,10 @@ SINK_TOKENS = (4, 0, 16)
 RECENT_TOKENS = (0.25, 0.125, 0.5, 1)
 """Recent tokens that are tried: shares of the budget, and the new token alone."""
 
+_SELECT_LAYERS, _FULL_LAYERS = 5, 2
+_BUDGETS, _GAP_BUDGETS = (256,), (64, 128, 256, 512, 1024)
+_RULES: tuple[Selection, ...] = ("unified", "per_group", "per_head")
+_COHERENCE_WINDOWS = Windows(context=4096, decode=64, windows=4)
 _RUN = 128  # tokens in a row by which two texts are told to overlap: more than a licence's header shares
 
 
@@ -49,14 +54,13 @@ class CalibrationSettings:
 
     Attributes:
         select_layers: how many layers may choose; the best plans with fewer are found on the way.
-        full_layers: how many layers beside them read everything; `max_gap` leaves it open.
+        full_layers: how many layers beside them read everything.
         max_gap: instead of numbers of layers, the largest divergence from full attention on the text, in nats per token
             (`Loss.text_divergence`); the cheapest plan within it is looked for.
         budgets: tokens that a sparse layer reads; several only with `max_gap`, the search goes by the middle one.
-        context: tokens of a window.
         decode: decode steps of a window that predict the text's own tokens.
-        windows: of the text that the plan is chosen on.
-        heldout_windows, heldout_decode: of the text that it is checked on; at most a quarter of a window is decoded.
+        heldout_windows, heldout_decode: of the text that the plan is checked on; at most a quarter of a window is
+            decoded.
         selections: the rules by which layers may choose.
         per_query_head: whether each query head reads a set of its own, at the price of more rows, instead of one for
             the query heads of a KV head.
@@ -68,27 +72,52 @@ class CalibrationSettings:
         InputError: the settings contradict each other, or leave nothing to calibrate.
     """
 
-    select_layers: int | None = None
-    full_layers: int = 2
-    max_gap: float | None = None
-    budgets: tuple[int, ...] = (256,)
-    context: int = 8192
-    decode: int = 192
-    windows: int = 4
-    heldout_windows: int = 8
+    budgets: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            f"Tokens that a sparse layer reads; with --max-gap also several, K,... Default: {_BUDGETS[0]}, with "
+            f"--max-gap {','.join(map(str, _GAP_BUDGETS))}.",
+            name="--budget",
+            metavar="K",
+            parse=integers,
+        ),
+    ] = None
+    select_layers: Annotated[
+        int | None, Option(f"Layers that choose. Default: {_SELECT_LAYERS}.", metavar="N", min=1)
+    ] = None
+    full_layers: Annotated[
+        int | None, Option(f"Layers beside them that read everything. Default: {_FULL_LAYERS}.", metavar="N", min=0)
+    ] = None
+    max_gap: Annotated[
+        float | None, Option("Find the cheapest plan that loses so little, instead of N layers.", metavar="NATS")
+    ] = None
+    selections: Annotated[
+        tuple[Selection, ...],
+        Option(
+            "Rules of choice: of unified, per_group, per_head.",
+            name="--selection",
+            metavar="S,...",
+            parse=names_of(*_RULES),
+        ),
+    ] = ("unified", "per_group")
+    per_query_head: Annotated[bool, Option("A set for each query head, which reads more rows.")] = False
+    context: Annotated[int, Option("Tokens of a window.", min=1)] = 8192
+    decode: Annotated[int, Option("Last tokens of a window, decoded.", min=1)] = 192
+    windows: Annotated[int, Option("Windows that the plan is chosen on.", min=1)] = 4
+    heldout_windows: Annotated[int, Option("Windows that it is checked on.", min=1)] = 8
     heldout_decode: int = 384
-    selections: tuple[Selection, ...] = ("unified", "per_group")
-    per_query_head: bool = False
-    probes: Probes = field(default_factory=Probes)
+    probes: Probes = Probes()
     tries: int = 12
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if (self.select_layers is None) == (self.max_gap is None):
-            raise InputError("give a number of select layers or a largest gap: one of them")
+        for option, number in (("--select-layers", self.select_layers), ("--full-layers", self.full_layers)):
+            if self.max_gap is not None and number is not None:
+                raise InputError(f"give {option} or --max-gap, not both: the gap decides how many layers it takes")
         if self.max_gap is not None and not 0 < self.max_gap < float("inf"):
             raise InputError(f"a largest gap of {self.max_gap} nats must be positive")
-        if self.max_gap is None and len(self.budgets) > 1:
+        budgets = self.token_budgets
+        if self.max_gap is None and len(budgets) > 1:
             raise InputError("several budgets need a largest gap: a number of select layers takes one")
         if self.first_step <= 2 * self.probes.steps:
             raise InputError(
@@ -96,16 +125,39 @@ class CalibrationSettings:
                 f"{self.probes.steps} of the probes: lower the decode steps"
             )
         least = next(budget for budget in itertools.count(1) if budget > SINK_TOKENS[0] + _most_recent(budget))
-        if min(self.budgets) < least:
+        if min(budgets) < least:
             raise InputError(
-                f"budget {min(self.budgets)} is too small: {SINK_TOKENS[0]} sinks, half of it recent tokens and a "
+                f"budget {min(budgets)} is too small: {SINK_TOKENS[0]} sinks, half of it recent tokens and a "
                 f"chosen one make {least}"
             )
-        if max(self.budgets) >= self.first_step:
+        if max(budgets) >= self.first_step:
             raise InputError(
-                f"budget {max(self.budgets)} leaves nothing to calibrate: the first decode step of a window has a "
+                f"budget {max(budgets)} leaves nothing to calibrate: the first decode step of a window has a "
                 f"context of {self.first_step} tokens, and all of it would be read"
             )
+
+    @property
+    def token_budgets(self) -> tuple[int, ...]:
+        """The budgets that are given, or the default's."""
+        return self.budgets or (_BUDGETS if self.max_gap is None else _GAP_BUDGETS)
+
+    @property
+    def most_select(self) -> int:
+        """How many layers may choose; of no meaning where a gap decides."""
+        return self.select_layers or _SELECT_LAYERS
+
+    @property
+    def most_full(self) -> int:
+        """How many layers beside them read everything; none has to where a gap decides."""
+        given = 0 if self.max_gap is not None else _FULL_LAYERS
+        return given if self.full_layers is None else self.full_layers
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What was left to defaults, as results name it."""
+        select = self.most_select if self.max_gap is None else None
+        full = _FULL_LAYERS if self.full_layers is None else self.full_layers
+        return {"select_layers": select, "full_layers": full, "budgets": self.token_budgets}
 
     @property
     def first_step(self) -> int:
@@ -120,7 +172,7 @@ class CalibrationSettings:
     @property
     def budget(self) -> int:
         """The budget that the search goes by."""
-        return sorted(self.budgets)[len(self.budgets) // 2]
+        return sorted(self.token_budgets)[len(self.token_budgets) // 2]
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuses a model that can't be calibrated so.
@@ -132,8 +184,7 @@ class CalibrationSettings:
         check_architecture(config)
         Windows(self.context, self.decode, 1).check(config)
         layers = sum(window is None for window in sliding_windows(config))
-        select = self.select_layers or 1
-        full = 0 if self.select_layers is None else self.full_layers
+        full, select = self.most_full, self.most_select if self.max_gap is None else 1
         if full + select >= layers:
             raise InputError(
                 f"{full} full and {select} select layers leave no sparse one among the {layers} layers of the model "
@@ -176,6 +227,62 @@ class CalibrationSettings:
                 f"give more text, or lower the {option} or the context"
             )
         return there - needed
+
+
+@dataclass(frozen=True)
+class CoherenceSettings:
+    """What is chosen, and at which decode steps of a text.
+
+    Attributes:
+        windows: the decode steps; the prompts before them are read with full attention.
+        budget: of a choice, sinks and the new token included.
+
+    Raises:
+        InputError: the budget leaves nothing to choose.
+    """
+
+    windows: Windows = _COHERENCE_WINDOWS
+    selections: Annotated[
+        tuple[Selection, ...],
+        Option(
+            "Whose scores choose: of unified, per_group, per_head.",
+            name="--selection",
+            metavar="S,...",
+            parse=names_of(*_RULES),
+        ),
+    ] = _RULES
+    budget: Annotated[
+        int | float, Option("Tokens that a layer chooses, or a fraction of the context.", metavar="K", parse=budget)
+    ] = 256
+    sink_tokens: Annotated[int, Option("First tokens that every choice holds.", metavar="N", min=0)] = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.sink_tokens + 2:
+            raise InputError(
+                f"budget {self.tokens} leaves nothing to choose: {self.sink_tokens} sinks, the new token and a chosen "
+                f"one make {self.sink_tokens + 2}"
+            )
+        shortest = self.windows.context - self.windows.decode
+        if self.tokens >= shortest:
+            raise InputError(
+                f"budget {self.tokens} leaves nothing to choose: the first decode step of a window has a context of "
+                f"{shortest} tokens"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a choice."""
+        return tokens_of(self.budget, self.windows.context)
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses a model that can't be measured.
+
+        Raises:
+            InputError: its architecture is not supported, or the context is beyond its positions.
+        """
+        check_architecture(config)
+        self.windows.check(config)
 
 
 def _most_recent(budget: int) -> int:

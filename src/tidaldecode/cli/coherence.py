@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Words
 
-from tidaldecode.calibrate.coherence_settings import CoherenceSettings
+from tidaldecode.calibrate.settings import CoherenceSettings
 from tidaldecode.cli.command import command
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Folder, Json, print_json, results_file
@@ -18,7 +18,7 @@ from tidaldecode.models.chosen import ModelOptions
 from tidaldecode.texts.text import TextSource
 
 if TYPE_CHECKING:
-    from tidaldecode.calibrate.coherence import CoherenceReport
+    from tidaldecode.calibrate.written import CoherenceReport
 
 
 @command
@@ -35,7 +35,7 @@ def coherence(
     outline_of(model.model).check_context(settings.windows.context)
     console = Console(stderr=True)
     with progress(console) as on_progress:  # PyTorch and Transformers take seconds to import
-        from tidaldecode.calibrate.coherence import report_coherence
+        from tidaldecode.calibrate.run import report_coherence
 
         report = report_coherence(model, text, settings, results, on_progress)
     _draw(report)

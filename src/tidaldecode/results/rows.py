@@ -144,9 +144,13 @@ def budgets_of(rows: Iterable[MethodRow]) -> list[int | float]:
 
 
 def save_results(results: dict[str, Any], path: Path) -> None:
-    """Writes results as JSON, a line for each row; an existing file stays whole until the new one is complete."""
-    rows = ",\n".join(f"    {json.dumps(row)}" for row in results["rows"])
-    fields = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in results.items() if key != "rows"]
-    text = "{\n" + ",\n".join([*fields, f'  "rows": [\n{rows}\n  ]']) + "\n}\n"
+    """Writes results as JSON, a line for each field and each row; an existing file stays whole until all is written."""
+    fields = ",\n".join(f"  {json.dumps(key)}: {_lines(value)}" for key, value in results.items())
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text("{\n" + fields + "\n}\n", encoding="utf-8")
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], dict):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"

@@ -1,0 +1,158 @@
+"""What is written of a calibration and of coherence: the plan, which remembers how it was found, and the results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tidaldecode.calibrate.calibration import Found
+from tidaldecode.calibrate.coherence import Coherence
+from tidaldecode.calibrate.points import Point
+from tidaldecode.calibrate.settings import CalibrationSettings, CoherenceSettings
+from tidaldecode.plan import Calibration, TidalPlan
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """A calibration, and what it was made on.
+
+    Attributes:
+        environment: command, versions, device.
+        text, heldout_text: names of the texts.
+        seconds: without loading.
+        figure: the frontier of cost and loss, a PNG file, if it is drawn.
+    """
+
+    environment: dict[str, Any]
+    model: str
+    dtype: str
+    text: str
+    heldout_text: str
+    settings: CalibrationSettings
+    seconds: float
+    found: Found
+    figure: str | None = None
+
+    @property
+    def plan(self) -> TidalPlan:
+        """The plan that was asked for, with how it was found and what it loses."""
+        return self._plan(self.found.chosen)
+
+    @property
+    def sets_per_kv_head(self) -> float:
+        """Sets of tokens that the query heads of one KV head read in a sparse layer; each costs a budget."""
+        assert self.plan.model is not None
+        return self.plan.sets_per_kv_head(self.plan.model)
+
+    def _plan(self, point: Point) -> TidalPlan:
+        settings, checked = self.settings, point.heldout_gap is not None
+        numbers: dict[str, Any] = {
+            name: None if value is None else round(value, 5) for name, value in _numbers(point).items()
+        }
+        calibration = Calibration(
+            text=self.text,
+            heldout_text=self.heldout_text if checked else None,
+            context=settings.context,
+            windows=settings.windows,
+            decode=settings.decode,
+            heldout_windows=settings.heldout_windows if checked else None,
+            heldout_decode=settings.heldout_steps if checked else None,
+            seed=settings.seed,
+            dtype=self.dtype,
+            device=self.environment["device"],
+            versions=self.environment["versions"],
+            **numbers,
+        )
+        assert point.plan.model is not None
+        shape = point.plan.model.model_copy(update={"name": self.model})
+        return point.plan.model_copy(
+            update={"origin": "found by tidaldecode calibrate", "model": shape, "calibration": calibration}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one object; `frontier` holds the best plans, the cheapest first."""
+        settings, found = self.settings, self.found
+        return {
+            **self.environment,
+            "model": self.model,
+            "dtype": self.dtype,
+            "text": self.text,
+            "heldout_text": self.heldout_text,
+            **asdict(settings),
+            **settings.resolved,
+            "seconds": self.seconds,
+            "tried": found.tried,
+            "stopped": found.stopped,
+            **_numbers(found.chosen),
+            "sets_per_kv_head": self.sets_per_kv_head,
+            "plan": json.loads(self.plan.to_json()),
+            "frontier": [
+                {
+                    "full_layers": point.plan.roles.count("full"),
+                    "select_layers": point.plan.roles.count("select"),
+                    "token_budget": point.plan.token_budget,
+                    **_numbers(point),
+                    "plan": json.loads(self._plan(point).to_json()),
+                }
+                for point in found.frontier
+            ],
+            "figure": self.figure,
+        }
+
+
+def _numbers(point: Point) -> dict[str, Any]:
+    """What a plan loses and reads, as plan files and results name it."""
+    return {
+        "loss": point.loss.divergence,
+        "text_divergence": point.loss.text_divergence,
+        "calibration_gap": point.loss.gap,
+        "heldout_gap": point.heldout_gap,
+        "heldout_error": point.heldout_error,
+        "kv_read_fraction": point.kv_read_fraction,
+    }
+
+
+@dataclass(frozen=True)
+class CoherenceReport:
+    """Coherence, and what it was measured on.
+
+    Attributes:
+        environment: command, versions, device.
+        text: name of the text.
+        seconds: without loading.
+        figure: heatmaps of recall, a PNG file, if it is drawn.
+        distance_figure: recall over the distance between layers, likewise.
+    """
+
+    environment: dict[str, Any]
+    model: str
+    dtype: str
+    text: str
+    settings: CoherenceSettings
+    seconds: float
+    coherence: Coherence
+    figure: str | None = None
+    distance_figure: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one flat object; `recall` and `distance` are those of the first rule."""
+        settings = asdict(self.settings)
+        matrices, distances = self.coherence.matrices, self.coherence.distances
+        first = self.settings.selections[0]
+        return {
+            **self.environment,
+            "model": self.model,
+            "dtype": self.dtype,
+            "text": self.text,
+            **settings.pop("windows"),
+            **settings,
+            "budget": self.settings.tokens,
+            "seconds": self.seconds,
+            "recall": matrices[first],
+            "recalls": matrices,
+            "distance": distances[first],
+            "distances": distances,
+            "figure": self.figure,
+            "distance_figure": self.distance_figure,
+        }
