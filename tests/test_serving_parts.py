@@ -181,13 +181,15 @@ def test_memory_that_is_left_goes_by_vllms_share(monkeypatch):
 
 
 def test_layers_that_our_kernels_do_not_have_are_refused():
-    check_layer("auto", "decoder", {"ALiBi": None})
-    with pytest.raises(InputError, match="fp8"):
-        check_layer("fp8", "decoder", {})
-    with pytest.raises(InputError, match="encoder_only"):
-        check_layer("auto", "encoder_only", {})
-    with pytest.raises(InputError, match="with ALiBi"):
-        check_layer("auto", "decoder", {"ALiBi": [0.5]})
+    layer = {"kv_cache_dtype": "auto", "attn_type": "decoder", "alibi_slopes": None}
+    check_layer(layer)
+    for change, words in (
+        ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"attn_type": "encoder_only"}, "encoder_only"),
+        ({"alibi_slopes": [0.5]}, "with ALiBi"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_layer(layer | change)
 
 
 def test_a_gpu_without_kernels_is_refused(monkeypatch):

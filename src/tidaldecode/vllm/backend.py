@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from inspect import signature
 from typing import Any
 
 import torch
@@ -83,32 +84,11 @@ class TidalDecodeImpl(_Impl):
         layer: index of the layer; set by the builder.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-        **others: Any,
-    ) -> None:
-        features = {
-            "ALiBi": alibi_slopes,
-            "soft-capped scores": logits_soft_cap,
-            "sinks": sinks,
-            "the KV cache of another layer": kv_sharing_target_layer_name,
-        }
-        check_layer(kv_cache_dtype, attn_type, features)
-        check_kernels(torch.get_default_device(), torch.get_default_dtype(), head_size)
-        super().__init__(
-            num_heads, head_size, scale, num_kv_heads, None, sliding_window, kv_cache_dtype, None, attn_type, **others
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = signature(super().__init__).bind(*args, **kwargs).arguments
+        check_layer(given)
+        check_kernels(torch.get_default_device(), torch.get_default_dtype(), given["head_size"])
+        super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         self.attention = _attention_of(config)
         scheduler = config.scheduler_config

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from tidaldecode.errors import InputError
 
 _CACHE_DTYPES = ("auto", "bfloat16", "float16")
+_FEATURES = {
+    "alibi_slopes": "ALiBi",
+    "logits_soft_cap": "soft-capped scores",
+    "sinks": "sinks",
+    "kv_sharing_target_layer_name": "the KV cache of another layer",
+}
+"""What our kernels don't have, by the names of vLLM's arguments."""
 
 
 def check_engine(config: Any) -> None:
@@ -40,16 +48,16 @@ def check_engine(config: Any) -> None:
             raise InputError(f"tidaldecode can't work with {obstacle}")
 
 
-def check_layer(kv_cache_dtype: str, attn_type: str, features: dict[str, Any]) -> None:
+def check_layer(given: Mapping[str, Any]) -> None:
     """Refuses an attention layer.
 
     Args:
-        kv_cache_dtype, attn_type: as vLLM passes them to a backend.
-        features: what else it passes, by name; none may be set.
+        given: what vLLM passes to a backend, by name.
 
     Raises:
         InputError: a quantized KV cache, attention of an encoder, or a feature that our kernels don't have.
     """
+    kv_cache_dtype, attn_type = given["kv_cache_dtype"], given.get("attn_type", "decoder")
     if kv_cache_dtype not in _CACHE_DTYPES:
         raise InputError(
             f"tidaldecode has no kernels for a KV cache of {kv_cache_dtype}: start with --kv-cache-dtype auto, or "
@@ -57,8 +65,8 @@ def check_layer(kv_cache_dtype: str, attn_type: str, features: dict[str, Any]) -
         )
     if attn_type != "decoder":
         raise InputError(f"tidaldecode can't work with attention of type {str(attn_type).lower()}")
-    for feature, value in features.items():
-        if value is not None:
+    for name, feature in _FEATURES.items():
+        if given.get(name) is not None:
             raise InputError(f"tidaldecode can't work with attention with {feature}")
 
 
