@@ -30,7 +30,7 @@ from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_ste
 from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models.architecture import check_architecture, model_shape
-from tidaldecode.models.device import check_dtype
+from tidaldecode.models.chosen import check_dtype
 from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 

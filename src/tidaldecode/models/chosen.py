@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # they take seconds to import, and a wrong name is told witho
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_BFLOAT16 = (8, 0)  # compute capability from which on GPUs have it
+
 
 @dataclass(frozen=True)
 class DeviceOptions:
@@ -33,10 +35,8 @@ class DeviceOptions:
         """
         import torch
 
-        from tidaldecode.models.device import default_device
-
         if self.device is None:
-            return default_device()
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
         except RuntimeError:
@@ -48,16 +48,19 @@ class DeviceOptions:
         return device
 
     def find_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype; `auto` depends on the device.
+        """The dtype; `auto` is bfloat16 on a GPU, float16 on one too old for it, and on a CPU float32, its fastest.
 
         Raises:
             InputError: the GPU does not have it.
         """
         import torch
 
-        from tidaldecode.models.device import check_dtype, default_dtype
-
-        dtype = default_dtype(device) if self.dtype == "auto" else getattr(torch, self.dtype)
+        if self.dtype != "auto":
+            dtype: torch.dtype = getattr(torch, self.dtype)
+        elif device.type != "cuda":
+            dtype = torch.float32
+        else:
+            dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BFLOAT16 else torch.float16
         check_dtype(device, dtype)
         return dtype
 
@@ -108,3 +111,19 @@ class ChosenModel:
     def load(self) -> PreTrainedModel:
         """The model with its weights, see `ModelFiles.model`."""
         return self.files.model(self.device, self.dtype)
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses bfloat16 on a GPU that does not have it.
+
+    Raises:
+        InputError: the compute capability is below 8.0.
+    """
+    import torch
+
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _BFLOAT16:
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        raise InputError(f"{name} has compute capability {major}.{minor}, and bfloat16 needs 8.0: give --dtype float16")
