@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,11 +23,14 @@ from pydantic import (
 )
 
 from tidaldecode.errors import InputError
+from tidaldecode.rules import RULES, UNIFIED, known
 from tidaldecode.text_file import read_text
 from tidaldecode.whole_file import whole_file
 
 Role = Literal["full", "select", "sparse"]
-Selection = Literal["per_head", "per_group", "unified"]
+Selection = Annotated[str, AfterValidator(known)]
+"""The name of one of `tidaldecode.rules.RULES`."""
+
 Drafting = Literal["plan", "verification"]
 
 PAPER_RESELECT_LAYERS = {
@@ -49,7 +53,7 @@ def published_reselect_layer(model: str | None) -> int | None:
     return next((layer for family, layer in PAPER_RESELECT_LAYERS.items() if plain_name(family) in name), None)
 
 
-_SOURCE = re.compile(r"(\d+):(?:(unified)|(per_group|per_head):(\d+))")
+_SOURCE = re.compile(r"(\d+):(\w+)(?::(\d+))?")
 
 
 class Source(BaseModel):
@@ -70,14 +74,15 @@ class Source(BaseModel):
         if not isinstance(value, str):
             return value
         match = _SOURCE.fullmatch(value)
-        if match is None:
-            raise ValueError(f"{value!r} is no source: write LAYER:unified, LAYER:per_group:H or LAYER:per_head:H")
-        layer, unified, selection, head = match.groups()
-        return {"layer": int(layer), "selection": unified or selection, "head": int(head or 0)}
+        layer, rule, head = match.groups() if match else (None, "", None)
+        if rule not in RULES or (head is None) != (rule == UNIFIED.name):
+            *others, last = (f"LAYER:{rule}" + ":H" * (rule != UNIFIED.name) for rule in RULES)
+            raise ValueError(f"{value!r} is no source: write {', '.join(others)} or {last}")
+        return {"layer": layer, "selection": rule, "head": head or 0}
 
     @model_serializer
     def _to_text(self) -> str:
-        return f"{self.layer}:unified" if self.selection == "unified" else f"{self.layer}:{self.selection}:{self.head}"
+        return f"{self.layer}:{self.selection}" + f":{self.head}" * (self.selection != UNIFIED.name)
 
 
 class ModelShape(BaseModel):
@@ -104,7 +109,11 @@ class ModelShape(BaseModel):
 
     def num_sets(self, selection: Selection) -> int:
         """Index sets that one `select` layer of the model chooses under a rule."""
-        return {"per_head": self.num_query_heads, "per_group": self.num_kv_heads, "unified": 1}[selection]
+        return RULES[selection].num_sets(self.num_query_heads, self.num_kv_heads)
+
+    def sets_per_kv_head(self, selection: Selection) -> float:
+        """Of these, how many the query heads of one KV head read, each its own by its place."""
+        return max(1.0, self.num_sets(selection) / self.num_kv_heads)
 
     def describe(self) -> str:
         """The shape in words, for messages."""
@@ -168,8 +177,8 @@ class TidalPlan(BaseModel):
         sink_tokens: first tokens of the context that are always read.
         recent_tokens: last tokens that are always read, the new token among them (so at least 1); a float is a
             share of the budget, in [0, 0.99].
-        selection: whose scores choose: each query head its own set (`per_head`), the query heads of a KV head
-            together (`per_group`), or all query heads together (`unified`).
+        selection: whose scores choose, one of `tidaldecode.rules`: each query head its own set (`per_head`), the query
+            heads of a KV head together (`per_group`), or all query heads together (`unified`).
         sources: for each sparse layer, and for each of its query heads, the set that it reads. Layers left out read
             the set of the same head of the nearest `select` layer below.
         drafting: how lossless decoding drafts. `plan`: by the roles, as all other decoding. `verification`: every layer
@@ -268,7 +277,7 @@ class TidalPlan(BaseModel):
 
     def _sets_per_kv_head(self, layer: int, shape: ModelShape) -> float:
         if self.sources is None or layer not in self.sources:
-            return float(shape.group_size if self.selection == "per_head" else 1)
+            return shape.sets_per_kv_head(self.selection)
         sources, size = self.sources[layer], shape.group_size
         groups = [set(sources[start : start + size]) for start in range(0, len(sources), size)]
         return sum(map(len, groups)) / len(groups)

@@ -16,8 +16,8 @@ from tidaldecode.bench.timing import Call
 from tidaldecode.bench.workload import Workload
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import Selection, tokens_of
+from tidaldecode.rules import RULES
 
-RULES: tuple[Selection, ...] = ("unified", "per_group", "per_head")
 NEW_TOKENS = (8, 32)
 """Tokens of a chunk that verifies or corrects."""
 
@@ -100,7 +100,7 @@ def _sparse(caches: LayerCaches, rule: Selection, budget: int | float) -> Worklo
     def attend(layer: int) -> Tensor:
         return ops.sparse_attention(caches.queries[layer], caches.kv(layer), indices, counts, None, caches.scale)
 
-    rows = tokens * (model.group_size if rule == "per_head" else 1)  # of each KV head
+    rows = tokens * model.sets_per_kv_head(rule)
     return Workload(f"sparse {rule}", budget, shape.kv_bytes(min(rows, shape.context)), _on_each(caches, attend))
 
 

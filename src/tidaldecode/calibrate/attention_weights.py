@@ -14,6 +14,7 @@ from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models.architecture import model_shape
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
+from tidaldecode.rules import PER_HEAD, RULES
 
 _MOST_BYTES = 2**29  # of the index sets of all layers, which wait for the layers above
 
@@ -103,13 +104,13 @@ class AttentionWithWeights(DecodeAttention):
         """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
         dtype = torch.promote_types(query.dtype, torch.float32)
         scores = query.new_empty(len(query), self.shape.num_query_heads, self._capacity, dtype=dtype)
-        output = ops.full_attention_with_importance(query, kv, scale, ["per_head"], scores)
+        output = ops.full_attention_with_importance(query, kv, scale, [PER_HEAD.name], scores)
         lengths = kv.lengths
         past = torch.arange(self._capacity, device=lengths.device) >= lengths[:, None]
         weights = scores.masked_fill_(past[:, None], -torch.inf).softmax(-1)
         shown = LayerWeights(layer, weights, self._chosen, lengths.clamp(max=self.chosen_sets.token_budget))
         self._chosen[layer] = {
-            rule: self._choose(scores if rule == "per_head" else shown.averaged(self.shape.num_sets(rule)), lengths)
+            rule: self._choose(scores if RULES[rule].by_scores else shown.averaged(self.shape.num_sets(rule)), lengths)
             for rule in self.chosen_sets.selections
         }
         self._show(shown)

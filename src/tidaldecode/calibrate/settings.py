@@ -11,6 +11,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.models.architecture import check_architecture, sliding_windows
 from tidaldecode.options import Option, Seed, budget, integers, names_of
 from tidaldecode.plan import Selection, recent_among, tokens_of
+from tidaldecode.rules import RULES
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
 
@@ -25,7 +26,6 @@ RECENT_TOKENS = (0.25, 0.125, 0.5, 1)
 
 _SELECT_LAYERS, _FULL_LAYERS = 5, 2
 _BUDGETS, _GAP_BUDGETS = (256,), (64, 128, 256, 512, 1024)
-_RULES: tuple[Selection, ...] = ("unified", "per_group", "per_head")
 _COHERENCE_WINDOWS = Windows(context=4096, decode=64, windows=4)
 _RUN = 128  # tokens in a row by which two texts are told to overlap: more than a licence's header shares
 
@@ -94,10 +94,10 @@ class CalibrationSettings:
     selections: Annotated[
         tuple[Selection, ...],
         Option(
-            "Rules of choice: of unified, per_group, per_head.",
+            f"Rules of choice: of {', '.join(RULES)}.",
             name="--selection",
             metavar="S,...",
-            parse=names_of(*_RULES),
+            parse=names_of(*RULES),
         ),
     ] = ("unified", "per_group")
     per_query_head: Annotated[bool, Option("A set for each query head, which reads more rows.")] = False
@@ -245,12 +245,12 @@ class CoherenceSettings:
     selections: Annotated[
         tuple[Selection, ...],
         Option(
-            "Whose scores choose: of unified, per_group, per_head.",
+            f"Whose scores choose: of {', '.join(RULES)}.",
             name="--selection",
             metavar="S,...",
-            parse=names_of(*_RULES),
+            parse=names_of(*RULES),
         ),
-    ] = _RULES
+    ] = tuple(RULES)
     budget: Annotated[
         int | float, Option("Tokens that a layer chooses, or a fraction of the context.", metavar="K", parse=budget)
     ] = 256

@@ -90,7 +90,7 @@ def make_methods(
             names,
             () if budgets is None else options.parse_budgets(budgets, "--budget"),
             [_named(find_plan(plan, config), plan) for plan in _items(plans)] if "tidal" in names else [],
-            options.parse_names("--selection", selections, ("per_head", "unified")),  # type: ignore[arg-type]
+            options.parse_names("--selection", selections, ("per_head", "unified")),
             page_size,
             full_layers,
         )

@@ -133,7 +133,7 @@ class Method:
         """Sets of tokens, each of the budget, that the query heads of one KV head read in a sparse layer."""
         if self.plan is not None:
             return self.plan.sets_per_kv_head(shape)
-        return float(shape.group_size if (self.name, self.selection) == ("oracle", "per_head") else 1)
+        return shape.sets_per_kv_head(self.selection) if self.name == "oracle" else 1.0
 
     def _check_tokens(self, tokens: int) -> None:
         if tokens >= self.least_tokens:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.methods.tidal import share_read
+from tidaldecode.methods.tidal import map_of_heads, share_read
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection
 
@@ -46,6 +46,7 @@ class OracleAttention:
             with torch.inference_mode(False):
                 self._indices = lengths.new_zeros(len(lengths), sets, min(self.token_budget, capacity))
                 self._counts = torch.zeros_like(lengths)
+                self._map = map_of_heads(self.shape, self.selection, lengths.device)
                 self._choice = Choice.alike(lengths, self.token_budget)
             self._capacity = capacity
         torch.minimum(self._choice.budgets, lengths, out=self._counts)
@@ -58,7 +59,7 @@ class OracleAttention:
         ops.full_attention_with_selection(
             query, kv, scale, [self.selection], self._choice, self._capacity, self._indices
         )
-        return ops.sparse_attention(query, kv, self._indices, self._counts, None, scale)
+        return ops.sparse_attention(query, kv, self._indices, self._counts, self._map, scale)
 
     def is_full(self, layer: int) -> bool:
         """Whether a layer is one of those that read everything."""
@@ -69,7 +70,7 @@ class OracleAttention:
 
         Query heads of one KV head that choose for themselves read their tokens one by one, and are counted so.
         """
-        sets = self.shape.group_size if self.selection == "per_head" else 1
+        sets = self.shape.sets_per_kv_head(self.selection)
         reads = self.token_budget * sets if self.token_budget < context else context
         return {layer: context if self.is_full(layer) else reads for layer in range(self.shape.num_layers)}
 

@@ -229,6 +229,14 @@ def share_read(reads: dict[int, float], context: int) -> float:
     return sum(reads.values()) / (context * len(reads))
 
 
+def map_of_heads(shape: ModelShape, selection: str, device: torch.device) -> Tensor | None:
+    """The map from query heads to all the sets of one rule; `None` where `sparse_attention` needs none."""
+    heads, sets = shape.num_query_heads, shape.num_sets(selection)
+    if sets in (1, shape.num_kv_heads, heads):
+        return None
+    return torch.arange(heads, device=device) * sets // heads
+
+
 def choice_like(plan: TidalPlan, lengths: Tensor) -> Choice:
     """Room for what a plan chooses for sequences of these lengths, [B]; filled where it goes by no length."""
     budget = min(plan.budget_for(1), torch.iinfo(torch.int32).max)
@@ -256,10 +264,8 @@ def sources_of(plan: TidalPlan, shape: ModelShape, layer: int) -> list[Source]:
     if plan.sources is not None and layer in plan.sources:
         return list(plan.sources[layer])
     nearest = max(below for below in range(layer) if plan.roles[below] == "select")
-    divisor = {"per_head": 1, "per_group": shape.group_size, "unified": shape.num_query_heads}[plan.selection]
-    return [
-        Source(layer=nearest, selection=plan.selection, head=head // divisor) for head in range(shape.num_query_heads)
-    ]
+    heads, sets = shape.num_query_heads, shape.num_sets(plan.selection)
+    return [Source(layer=nearest, selection=plan.selection, head=head * sets // heads) for head in range(heads)]
 
 
 def _writes(sources: dict[int, list[Source]]) -> dict[int, list[Selection]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.methods.tidal import choice_like, share_read, write_budgets
+from tidaldecode.methods.tidal import choice_like, map_of_heads, share_read, write_budgets
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, TidalPlan
 
@@ -66,6 +66,7 @@ class VerifiedDrafts:
         with torch.inference_mode(False):  # as the cache: written by later passes, in whatever mode
             self.indices = lengths.new_zeros(self.shape.num_layers, len(lengths), sets, width)
             self.counts, self._past, self._chosen = (torch.zeros_like(lengths) for _ in range(3))
+            self._map = map_of_heads(self.shape, self.plan.selection, lengths.device)
             self._choice = choice_like(self.plan, lengths)
         self._capacity = capacity
 
@@ -106,7 +107,7 @@ class VerifiedDrafts:
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Attention of the new tokens in one layer, after `begin`; as `DecodeAttention.attend`."""
         assert self.indices is not None and self.counts is not None
-        return ops.sparse_attention(query, kv, self.indices[layer], self.counts, None, scale)
+        return ops.sparse_attention(query, kv, self.indices[layer], self.counts, self._map, scale)
 
     def is_full(self, layer: int) -> bool:
         """Never."""
@@ -118,8 +119,7 @@ class VerifiedDrafts:
         Query heads of one KV head that choose for themselves read their sets one by one, and are counted so.
         """
         count = self.plan.budget_for(context) + self._newest
-        copies = self.shape.num_sets(self.plan.selection) / self.shape.num_kv_heads
-        read = float(context) if count >= context else count * max(1.0, copies)
+        read = float(context) if count >= context else count * self.shape.sets_per_kv_head(self.plan.selection)
         return {layer: read for layer, role in enumerate(self.plan.roles) if role is not None}
 
     def kv_read_fraction(self, context: int) -> float:

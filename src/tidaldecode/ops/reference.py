@@ -16,7 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from tidaldecode.ops.values import KV, Choice
-from tidaldecode.plan import Selection
+from tidaldecode.rules import RULES
 
 
 def full_attention(query: Tensor, kv: KV, scale: float) -> Tensor:
@@ -39,19 +39,15 @@ def full_attention(query: Tensor, kv: KV, scale: float) -> Tensor:
 
 
 def full_attention_with_importance(
-    query: Tensor, kv: KV, scale: float, selections: Sequence[Selection], importance: Tensor
+    query: Tensor, kv: KV, scale: float, selections: Sequence[str], importance: Tensor
 ) -> Tensor:
-    """Full attention that also returns how important each cached token is (DESIGN, "Selection, exactly").
-
-    With `s[h, t]` the scaled scores and `p[h] = softmax(s[h])`, the importance of token `t` is `s[h, t]` for each
-    query head (`per_head`), the mean of `p[h, t]` over the query heads of a KV head (`per_group`), or over all query
-    heads (`unified`).
+    """Full attention that also returns how important each cached token is, by one or more of `tidaldecode.rules`.
 
     Args:
         query, kv, scale: as for `full_attention`.
-        selections: the rules whose importances are wanted, in order.
+        selections: names of the rules whose importances are wanted, in order.
         importance: [B, S, T], float32 or float64, written; T is at least the longest length, and S adds up the index
-            sets of each rule: Hq, Hkv or 1. Entries past a sequence's length are undefined.
+            sets of each rule. Entries past a sequence's length are undefined.
 
     Returns:
         [B, Hq, D], the output of `full_attention`.
@@ -69,7 +65,9 @@ def full_attention_with_importance(
         output[run] = outputs.view(grouped.shape).transpose(0, 1).flatten(1, 2)
         split = (part.view(*grouped.shape[:3], length).transpose(0, 1) for part in (scores, probabilities))
         scores, probabilities = split  # [n, Hkv, G, T]
-        importance[run, :, :length] = torch.cat([_importance(rule, scores, probabilities) for rule in selections], 1)
+        importance[run, :, :length] = torch.cat(
+            [RULES[rule].importance(scores, probabilities) for rule in selections], 1
+        )
     return output
 
 
@@ -95,14 +93,6 @@ def _runs(block_table: Tensor, lengths: Tensor, num_heads: int) -> Iterator[tupl
             stop += 1
         yield slice(start, stop), longest
         start = stop
-
-
-def _importance(rule: Selection, scores: Tensor, probabilities: Tensor) -> Tensor:
-    """Importance of each token under one rule, from scores and probabilities [n, Hkv, G, T]: [n, Hq | Hkv | 1, T]."""
-    if rule == "per_head":
-        return scores.flatten(1, 2)
-    groups = probabilities.mean(2)
-    return groups if rule == "per_group" else groups.mean(1, keepdim=True)
 
 
 def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: Tensor) -> None:
@@ -132,7 +122,7 @@ def full_attention_with_selection(
     query: Tensor,
     kv: KV,
     scale: float,
-    selections: Sequence[Selection],
+    selections: Sequence[str],
     choice: Choice,
     capacity: int,
     indices: Tensor,
@@ -239,7 +229,7 @@ def multi_query_attention_with_selection(
     kv: KV,
     new_lengths: Tensor,
     scale: float,
-    selection: Selection,
+    selection: str,
     choice: Choice,
     capacity: int,
     indices: Tensor,
@@ -250,10 +240,10 @@ def multi_query_attention_with_selection(
 
     Args:
         query, kv, new_lengths, scale: as for `multi_query_attention`.
-        selection: the rule of the choice.
+        selection: name of the rule of the choice.
         choice: as for `select_tokens`, of the tokens before the chunk.
         capacity: as for `full_attention_with_selection`.
-        indices: [B, S, K], int32, written; S is Hq, Hkv or 1, by the rule. Of a sequence without new tokens undefined.
+        indices: [B, S, K], int32, written; S by the rule. Of a sequence without new tokens undefined.
 
     Returns:
         [B, N, Hq, D], the output of `multi_query_attention`.

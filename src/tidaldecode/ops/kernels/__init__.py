@@ -19,7 +19,7 @@ from tidaldecode.ops.kernels.select import Choosing, select_tokens
 from tidaldecode.ops.kernels.split_kv import Sets, Tiling, attend
 from tidaldecode.ops.kernels.write import write_kv
 from tidaldecode.ops.values import KV, Choice
-from tidaldecode.plan import Selection
+from tidaldecode.rules import RULES
 
 __all__ = [
     "full_attention",
@@ -76,7 +76,7 @@ def full_attention(query: Tensor, kv: KV, scale: float) -> Tensor:
 
 
 def full_attention_with_importance(
-    query: Tensor, kv: KV, scale: float, selections: Sequence[Selection], importance: Tensor
+    query: Tensor, kv: KV, scale: float, selections: Sequence[str], importance: Tensor
 ) -> Tensor:
     """As `reference.full_attention_with_importance`."""
     rows = _sets_by_rule(importance, selections, query.shape[1], kv.k.shape[2])
@@ -90,12 +90,12 @@ def full_attention_with_importance(
         sets=1,
         counts=0,
         more_bytes=0,
-        coded="per_head" not in rows,  # whose importances are the scores
+        coded=not any(RULES[rule].by_scores for rule in rows),
     )
 
     def write(turn: int) -> None:
         for rule, sets in rows.items():
-            write_importance(scores, turn, sets, as_scores=rule == "per_head")
+            write_importance(scores, turn, sets, as_scores=RULES[rule].by_scores)
 
     return _attend_in_rounds(query[:, None], kv, scale, tiling, scores, write)[:, 0]
 
@@ -104,7 +104,7 @@ def full_attention_with_selection(
     query: Tensor,
     kv: KV,
     scale: float,
-    selections: Sequence[Selection],
+    selections: Sequence[str],
     choice: Choice,
     capacity: int,
     indices: Tensor,
@@ -122,11 +122,9 @@ def full_attention_with_selection(
     )[:, 0]
 
 
-def _sets_by_rule(
-    rows: Tensor, selections: Sequence[Selection], num_heads: int, num_kv_heads: int
-) -> dict[Selection, Tensor]:
+def _sets_by_rule(rows: Tensor, selections: Sequence[str], num_heads: int, num_kv_heads: int) -> dict[str, Tensor]:
     """The rows of each rule among those of several, [B, S, ...]: views."""
-    sizes = [{"per_head": num_heads, "per_group": num_kv_heads, "unified": 1}[rule] for rule in selections]
+    sizes = [RULES[rule].num_sets(num_heads, num_kv_heads) for rule in selections]
     return dict(zip(selections, rows.split(sizes, 1), strict=True))
 
 
@@ -158,7 +156,7 @@ def multi_query_attention_with_selection(
     kv: KV,
     new_lengths: Tensor,
     scale: float,
-    selection: Selection,
+    selection: str,
     choice: Choice,
     capacity: int,
     indices: Tensor,
