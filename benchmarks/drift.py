@@ -23,7 +23,7 @@ import torch
 import tidaldecode
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.second_pass.correction import Correction
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts

@@ -29,8 +29,7 @@ from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
 from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import check_architecture, model_shape
-from tidaldecode.models.chosen import check_dtype
+from tidaldecode.models import check_architecture, check_dtype, model_shape
 from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 

@@ -24,7 +24,7 @@ from tidaldecode.evaluate.lm_eval_tasks import (
     results_by_method,
 )
 from tidaldecode.methods.method import Method
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.results.cells import Cells, read_cells
 
 pytest.importorskip("lm_eval")  # the tests of everything else run without it
@@ -413,7 +413,7 @@ def test_eval_lm_eval(run, command, tmp_path):
     ],
 )
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch, folder):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))
     write_task(folder, "greedy", QA.replace("task: qa", "task: greedy"), tokens=512)
     write_task(folder, "beams", QA.replace("task: qa", "task: beams").replace("do_sample", "num_beams: 2, do_sample"))
@@ -428,7 +428,7 @@ def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
     options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
     status, before, err = run(*command, *options)
     assert status == 0, err
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     status, after, err = run(*command, *options)
     assert status == 0, err
     assert json.loads(after)["rows"] == json.loads(before)["rows"]

@@ -18,7 +18,7 @@ from tidaldecode import InputError, TidalCache, TidalPlan, apply
 from tidaldecode.evaluate import perplexity as module
 from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.methods.method import METHOD_KEY, Method, check_methods, check_plan_names, every_method
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.results.cells import Cells, read_cells
 from tidaldecode.texts.text import Text, text_parts
 from tidaldecode.texts.windows import Windows
@@ -285,7 +285,7 @@ def test_eval_ppl(run, command, tmp_path):
     ],
 )
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, *options), *words)
 
 
@@ -305,7 +305,7 @@ def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
     options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
     status, before, err = run(*command, *options)
     assert status == 0, err
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     status, after, err = run(*command, *options)
     assert status == 0, err
     assert json.loads(after)["rows"] == json.loads(before)["rows"]

@@ -12,7 +12,7 @@ from tidaldecode.evaluate.scoring import score_tokens, step_logits, steps_at_onc
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.oracle import OracleAttention
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.ops import KV
 
 PROMPT, STEPS = 45, 22  # the steps cross the borders of pages of 4, 8 and 16

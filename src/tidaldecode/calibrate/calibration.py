@@ -21,7 +21,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import model_shape, sliding_windows
+from tidaldecode.models import model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan, recent_among
 from tidaldecode.results.cells import Cells
 from tidaldecode.texts.text import Text

@@ -17,7 +17,7 @@ from tidaldecode.evaluate.scoring import not_finite, step_logits
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.cache import Mark
 from tidaldecode.methods.tidal import Attention, DecodeAttention
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.plans.find import find_plan
 from tidaldecode.texts.windows import read_prompt
 

@@ -17,7 +17,7 @@ from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Json, figure_file, output_file, print_json
 from tidaldecode.cli.progress import progress
 from tidaldecode.errors import InputError
-from tidaldecode.models.chosen import DeviceOptions
+from tidaldecode.models import DeviceOptions
 from tidaldecode.options import Option
 from tidaldecode.plans import read_plan
 from tidaldecode.whole_file import is_stream

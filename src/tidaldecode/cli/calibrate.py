@@ -17,7 +17,7 @@ from tidaldecode.cli.output import Json, output_file, print_json, results_file
 from tidaldecode.cli.progress import progress
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
-from tidaldecode.models.chosen import ModelOptions
+from tidaldecode.models import ModelOptions
 from tidaldecode.options import Option
 from tidaldecode.texts.text import TextSource
 from tidaldecode.whole_file import is_stream

@@ -14,7 +14,7 @@ from tidaldecode.cli.command import command
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Folder, Json, print_json, results_file
 from tidaldecode.cli.progress import progress
-from tidaldecode.models.chosen import ModelOptions
+from tidaldecode.models import ModelOptions
 from tidaldecode.texts.text import TextSource
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from rich.text import Text as Words
 from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
@@ -73,7 +73,7 @@ def correction(
         from tidaldecode.hf import apply
         from tidaldecode.hf.second_pass.correction import check_second_pass
         from tidaldecode.methods.method import check_methods
-        from tidaldecode.models.architecture import model_shape
+        from tidaldecode.models import model_shape
         from tidaldecode.plans.find import find_plan
         from tidaldecode.report.correction_plots import plot_correction
         from tidaldecode.results.cells import Cells

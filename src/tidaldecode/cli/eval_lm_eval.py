@@ -19,7 +19,7 @@ from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.lm_eval_there import check_lm_eval
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.report.labels import budget_label
 from tidaldecode.results.tasks import lm_eval_summary
 
@@ -85,7 +85,7 @@ def lm_eval(
         )
         from tidaldecode.hf import apply
         from tidaldecode.methods.method import check_methods
-        from tidaldecode.models.architecture import model_shape
+        from tidaldecode.models import model_shape
         from tidaldecode.results.cells import Cells
         from tidaldecode.results.environment import environment
 

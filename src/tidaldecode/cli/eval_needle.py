@@ -16,7 +16,7 @@ from rich.text import Text as Words
 from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
@@ -73,7 +73,7 @@ def needle(
         )
         from tidaldecode.hf import apply
         from tidaldecode.methods.method import check_methods
-        from tidaldecode.models.architecture import model_shape
+        from tidaldecode.models import model_shape
         from tidaldecode.report.evaluation_plots import plot_needle_heatmaps
         from tidaldecode.results.cells import Cells
         from tidaldecode.results.environment import environment

@@ -15,7 +15,7 @@ from rich.text import Text as Words
 from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.report.drawing import check_matplotlib
 from tidaldecode.report.labels import budget_label
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
@@ -79,7 +79,7 @@ def ppl(
         )
         from tidaldecode.hf import apply
         from tidaldecode.methods.method import check_methods
-        from tidaldecode.models.architecture import model_shape
+        from tidaldecode.models import model_shape
         from tidaldecode.report.evaluation_plots import plot_budget_sweep, plot_perplexity_over_position
         from tidaldecode.results.cells import Cells
         from tidaldecode.results.environment import environment

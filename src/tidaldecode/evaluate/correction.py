@@ -16,7 +16,7 @@ from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.second_pass.correction import check_second_pass
 from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.cells import Cells

@@ -18,7 +18,7 @@ from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import Attention
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 

@@ -16,7 +16,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
 from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names, with_full
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.cells import Cells
 from tidaldecode.results.needles import NeedleSummary, needle_summary

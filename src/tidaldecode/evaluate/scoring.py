@@ -21,7 +21,7 @@ from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.forward import PREFILL_CHUNK
 from tidaldecode.hf.second_pass.correction import Correction
 from tidaldecode.hf.second_pass.full_pass import full_pass
-from tidaldecode.models.architecture import model_shape, rope_varies
+from tidaldecode.models import model_shape, rope_varies
 
 _MOST_BYTES = {"cuda": 2**29}  # of the scores that tokens are chosen by, and of the logits
 _MOST_BYTES_ELSEWHERE = 2**27

@@ -14,7 +14,7 @@ from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.own_config import give_back_config, take_own_config, unless_changed
 from tidaldecode.hf.planned import REPLACED, plain_class, planned_class
 from tidaldecode.hf.weights import forget_weights
-from tidaldecode.models.architecture import check_architecture, check_plan
+from tidaldecode.models import check_architecture, check_plan
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import PlanLike, find_plan
 

@@ -19,7 +19,7 @@ from tidaldecode.hf.layers import TidalLayer, WindowLayer
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.tidal import Attention, DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
-from tidaldecode.models.architecture import check_plan, model_shape, sliding_windows
+from tidaldecode.models import check_plan, model_shape, sliding_windows
 from tidaldecode.ops import KV
 from tidaldecode.plans.find import PlanLike, find_plan
 

@@ -16,7 +16,7 @@ from tidaldecode.hf.applied import plain_forward, plain_method
 from tidaldecode.hf.attention_function import NAME
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import CapturedStep, captured_step
-from tidaldecode.models.architecture import rope_varies
+from tidaldecode.models import rope_varies
 
 PREFILL_CHUNK = 1024
 """Most tokens of a prompt that go through the model at once: activations stop growing with the prompt."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.second_pass.full_pass import full_pass
-from tidaldecode.models.architecture import rope_varies, sliding_windows
+from tidaldecode.models import rope_varies, sliding_windows
 
 
 class Correction:
