@@ -22,7 +22,7 @@ import torch
 
 import tidaldecode
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.hf.second_pass import Correction
 from tidaldecode.models import find_model
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment

@@ -19,7 +19,7 @@ from tidaldecode import InputError, TidalCache
 from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
-from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.hf.second_pass import Correction
 from tidaldecode.methods.oracle import OracleAttention
 from tidaldecode.methods.quest import QuestAttention
 from tidaldecode.methods.streaming import StreamingAttention

@@ -199,7 +199,7 @@ class _Engine:
             over_floor=round(timing.ms / floor_ms, 4),
             speedup_vs_full=None,
             kv_read_fraction=round(attention.kv_read_fraction(context), 6),
-            captured=self.cache.step is not None,
+            captured=self.cache.session.step is not None,
         )
 
     def _time(self, context: int) -> Timing:

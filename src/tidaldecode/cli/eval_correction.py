@@ -71,7 +71,7 @@ def correction(
 
         from tidaldecode.evaluate.correction import CELL_KEY, CorrectionReport, cell_identity, study, variants
         from tidaldecode.hf import apply
-        from tidaldecode.hf.second_pass.correction import check_second_pass
+        from tidaldecode.hf.second_pass import check_second_pass
         from tidaldecode.methods.method import check_methods
         from tidaldecode.models import model_shape
         from tidaldecode.plans.find import find_plan

@@ -121,7 +121,7 @@ class CheckedPrompt:
 
         from tidaldecode.evaluate.generation import compare_with_full, first_difference, generate_measured
         from tidaldecode.hf import apply
-        from tidaldecode.hf.second_pass.correction import check_second_pass
+        from tidaldecode.hf.second_pass import check_second_pass
         from tidaldecode.results.environment import environment
 
         chosen, tokenizer = self.chosen, self.tokenizer

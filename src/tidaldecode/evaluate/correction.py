@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tidaldecode.evaluate.generation import first_difference
 from tidaldecode.evaluate.scoring import score_tokens
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.second_pass.correction import check_second_pass
+from tidaldecode.hf.second_pass import check_second_pass
 from tidaldecode.methods.method import METHOD_KEY, Method, check_plan_names
 from tidaldecode.models import model_shape
 from tidaldecode.plan import TidalPlan
