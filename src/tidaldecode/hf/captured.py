@@ -182,9 +182,9 @@ class CapturedPass:
         finally:  # also when the user stops the compilation
             torch.cuda.current_stream(lengths.device).wait_stream(stream)
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of the cache captures a pass of its own."""
-        return _no_pass, ()
+        return type(None), ()
 
     def serves(self, model: PreTrainedModel, sequences: Sequences) -> bool:
         """Whether this is the pass of a model as it is now, with the weights and the cache that the graph reads."""
@@ -208,10 +208,6 @@ class CapturedPass:
             self._position_ids.copy_(position_ids)
             self._graph.replay()
         return self._logits
-
-
-def _no_pass() -> None:
-    return None
 
 
 def capture(

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.second_pass.correction import full_pass
-from tidaldecode.hf.second_pass.processors import PaddingBehindEnds, check_processors
+from tidaldecode.hf.second_pass.processors import check_processors, may_mind
 from tidaldecode.hf.second_pass.speculation import DraftLength, accept_greedy, accept_sampled
 from tidaldecode.hf.second_pass.tokens import Output, TokenBuffer
 from tidaldecode.hf.sequences import PREFILL_CHUNK
@@ -88,8 +88,9 @@ class _Speculation:
         self.cache.rounds = self._rounds = Rounds()
         self._most = config.max_length
         padding, room = config._pad_token_tensor, self._most - input_ids.shape[1] + length.longest + 1
-        self.tokens = TokenBuffer(input_ids, room, padding)
-        self._ends = PaddingBehindEnds(ends, padding, processors, len(input_ids), input_ids.device)
+        self.tokens = TokenBuffer(input_ids, room, padding, ends if processors else None)
+        # where all sequences end Transformers would ask no more: a rule of allowed tokens may know none behind an end
+        self._may_mind, self._all_ended = may_mind(processors), False
         self._first_logits = _read_prompt(model, self.cache, input_ids, config, model_kwargs)
         lengths, width = self.cache.sequences.lengths, input_ids.shape[1]
         # a token in column c of `tokens` lies in row c + origin of the cache, at position c + origin + offset
@@ -104,13 +105,12 @@ class _Speculation:
         try:
             first = self._choose(self.tokens.scores(self.processors, 0, self._first_logits))[0]
             del self._first_logits
-            nothing = first.new_zeros(len(first), 0)
-            self.tokens.write(0, self._ends.accepted(nothing, nothing.sum(1), first))
+            self.tokens.write(0, first)
             self.tokens.extend([1] * len(first))
             output.hand_out()
             while not output.done:
                 self._align()
-                self._round(output.closed)
+                self._round()
                 output.hand_out()
             if cache_is_kept:
                 self._level(output.sequences)
@@ -120,14 +120,13 @@ class _Speculation:
             raise
         return output.sequences.clone()
 
-    def _round(self, closed: list[bool]) -> None:
+    def _round(self) -> None:
         tokens = self.tokens
-        left = [0 if end else self._most - count for count, end in zip(tokens.counts, closed, strict=True)]
-        self._ends.begin(closed)
+        left = [0 if end else self._most - count for count, end in zip(tokens.counts, tokens.closed, strict=True)]
         drafted, draft = self._draft(min(int(self.length), max(left) - 1) if self._may_draft else 0)
         accepted, behind = self._verify(drafted, draft)
         self._may_draft = True
-        tokens.write(accepted, self._ends.accepted(drafted, accepted, behind))
+        tokens.write(accepted, behind)
         numbers = accepted.tolist()
         new = [min(number + 1, room) for number, room in zip(numbers, left, strict=True)]
         tokens.extend(new)
@@ -140,8 +139,8 @@ class _Speculation:
 
         Fewer where every sequence ends before, if somebody might mind being asked what follows an end.
         """
-        drafted, draft = 0, None
-        while drafted < drafts and not self._ends.everywhere:
+        drafted, draft, self._all_ended = 0, None, False
+        while drafted < drafts and not self._all_ended:
             logits = self.model(
                 input_ids=self._device(self.tokens.window(drafted - 1, 1)),
                 position_ids=self._positions(1),
@@ -150,10 +149,11 @@ class _Speculation:
                 logits_to_keep=1,
             ).logits[:, -1]
             token, distribution = self._choose(self.tokens.scores(self.processors, drafted, logits))
-            self.tokens.write(drafted, self._ends.drafted(token))
+            self.tokens.write(drafted, token)
             if self.samples:
                 draft = _placed(distribution, draft, drafted, drafts)
             drafted += 1
+            self._all_ended = self._may_mind and self.tokens.all_ended(drafted)
         return self.tokens.window(0, drafted), None if draft is None else draft[:, :drafted]
 
     def _verify(self, drafted: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class _Speculation:
         ids = self._device(self.tokens.window(-1, tokens))
         comes_again = drafts == int(self.length) or tokens in cache.session.graphs
         logits = full_pass(self.model, cache, ids, self._positions(tokens), capture=comes_again)
-        last = LogitsProcessorList() if self._ends.everywhere else self.processors
+        last = LogitsProcessorList() if self._all_ended else self.processors
         rows = (
             self.tokens.scores(self.processors if step < drafts else last, step, logits[:, step])
             for step in range(drafts + 1)

@@ -11,26 +11,42 @@ from transformers.generation.streamers import BaseStreamer
 class TokenBuffer:
     """Prompts and new tokens of a batch, each sequence as far as it has come, with room for drafted tokens behind.
 
+    Behind an end of sequence only padding is written, as in Transformers' own loop. Nobody sees that but the logits
+    processors: they must not find there what Transformers would never show them.
+
     Args:
         prompt: [B, W], int64; left-padded.
         room: most tokens that can be written behind the prompt.
         padding: [], int64; what logits processors find behind a sequence that is shorter than others; 0 if left out.
+        eos: [E], int64; the tokens that end a sequence; `None` if none does, or nobody looks.
 
     Attributes:
         ids: [B, W + room], int64; of sequence `b` the first `counts[b]` are valid.
         counts: tokens of each sequence, prompt and padding included.
         ends: `counts` on the device, [B], int64.
+        closed: for each sequence, whether it goes on no more.
     """
 
-    def __init__(self, prompt: Tensor, room: int, padding: Tensor | None = None) -> None:
+    def __init__(self, prompt: Tensor, room: int, padding: Tensor | None = None, eos: Tensor | None = None) -> None:
         self._padding = prompt.new_zeros(()) if padding is None else padding.to(prompt.device)
+        self._eos = None if padding is None or eos is None else eos.to(prompt.device)
+        self._width = prompt.shape[1]
         self.ids = torch.nn.functional.pad(prompt, (0, room))
-        self.cut([prompt.shape[1]] * len(prompt))
+        self.cut([self._width] * len(prompt))
+        self.closed, self._closed = [False] * len(prompt), torch.zeros_like(self.ends, dtype=torch.bool)
 
     def cut(self, counts: list[int]) -> None:
         """Lets each sequence end after so many tokens."""
         self.counts = counts
         self.ends = torch.tensor(counts, device=self.ids.device)
+
+    def close(self, closed: list[bool], width: int) -> None:
+        """Says which sequences go on no more: those that did before end after `width` tokens."""
+        if closed == self.closed:
+            return
+        ends = zip(self.counts, closed, self.closed, strict=True)
+        self.cut([width if end and not before else count for count, end, before in ends])
+        self.closed, self._closed = closed, torch.tensor(closed, device=self.ids.device)
 
     def extend(self, new: list[int]) -> None:
         """Lets the sequences take in so many of the tokens that were written behind their ends."""
@@ -38,7 +54,20 @@ class TokenBuffer:
 
     def write(self, offset: int | Tensor, tokens: Tensor) -> None:
         """Writes a token [B] for each sequence, `offset` tokens (one number, or [B]) behind its end."""
+        if self._eos is not None:
+            tokens = torch.where(self._ended(offset), self._padding, tokens)
         self.ids.scatter_(1, (self.ends + offset)[:, None], tokens[:, None])
+
+    def _ended(self, offset: int | Tensor) -> Tensor:
+        """Whether each sequence has ended in front of the token `offset` tokens behind its end, [B]."""
+        assert self._eos is not None
+        columns = torch.arange(self._width, self.ids.shape[1], device=self.ids.device)
+        ended = torch.isin(self.ids[:, self._width :], self._eos) & (columns < (self.ends + offset)[:, None])
+        return ended.any(1) | self._closed
+
+    def all_ended(self, offset: int) -> bool:
+        """Whether every sequence has, and is looked at for that: the host waits for it."""
+        return self._eos is not None and bool(self._ended(offset).all())
 
     def window(self, first: int, tokens: int) -> Tensor:
         """`tokens` tokens of each sequence, from `first` tokens behind its end on (-1 for its last): [B, tokens]."""
@@ -75,7 +104,7 @@ class Output:
     """Tokens of a batch, handed out in the order of Transformers' own loop: one of each sequence at a time.
 
     They go to the stopping criteria and to the streamer. A sequence that ended with an end-of-sequence token gets
-    padding, as there; it is `closed`, and no more is generated for it.
+    padding, as there; it is closed, and no more is generated for it.
 
     Args:
         tokens: the sequences; a closed one is cut where it ended.
@@ -85,7 +114,6 @@ class Output:
 
     Attributes:
         width: tokens of each sequence that were handed out, prompt and padding included.
-        closed: for each sequence, whether it ended.
         done: whether all sequences are finished.
     """
 
@@ -97,7 +125,6 @@ class Output:
         padding: Tensor | None,
     ) -> None:
         self.width = min(tokens.counts)
-        self.closed = [False] * len(tokens.counts)
         self.done = False
         self._tokens, self._criteria, self._streamer = tokens, stopping_criteria, streamer
         self._ids = tokens.ids.clone()  # for behind the end of a closed sequence drafts are written all the same
@@ -112,8 +139,9 @@ class Output:
 
     def hand_out(self) -> None:
         """Hands out what all open sequences have, until all are finished."""
+        tokens = self._tokens
         while not self.done and all(
-            closed or count > self.width for count, closed in zip(self._tokens.counts, self.closed, strict=True)
+            closed or count > self.width for count, closed in zip(tokens.counts, tokens.closed, strict=True)
         ):
             self._hand_out_one()
 
@@ -129,11 +157,4 @@ class Output:
         unfinished = self._unfinished.tolist()
         self.done = not any(unfinished)
         if self._padding is not None:
-            self._close([not flag for flag in unfinished])
-
-    def _close(self, finished: list[bool]) -> None:
-        if finished == self.closed:
-            return
-        ends = zip(self._tokens.counts, finished, self.closed, strict=True)
-        self._tokens.cut([self.width if end and not closed else count for count, end, closed in ends])
-        self.closed = finished
+            self._tokens.close([not flag for flag in unfinished], self.width)
