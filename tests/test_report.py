@@ -13,17 +13,17 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from tidaldecode.report.correction_article import correction_article
+from tidaldecode.report.correction_plots import correction_panels
+from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
+from tidaldecode.report.results import read_results
 
 from command_line import assert_one_line
 from tidaldecode.errors import InputError
 from tidaldecode.report import drawing, evaluation_plots, plots
 from tidaldecode.report.article import Table
-from tidaldecode.report.correction_article import correction_article
-from tidaldecode.report.correction_plots import correction_panels
 from tidaldecode.report.drawing import NARROW, WIDE
 from tidaldecode.report.page import write_report
-from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
-from tidaldecode.report.results import read_results
 from tidaldecode.results.cells import Cells
 from tidaldecode.results.correction import rows_of
 from tidaldecode.results.needles import needle_summary

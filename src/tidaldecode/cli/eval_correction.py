@@ -15,7 +15,7 @@ from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.models import find_model
-from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.report.drawing import check_matplotlib, save_png
 from tidaldecode.report.labels import budget_label
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
 from tidaldecode.texts.windows import Windows
@@ -75,7 +75,7 @@ def correction(
         from tidaldecode.methods.method import check_methods
         from tidaldecode.models import model_shape
         from tidaldecode.plans.find import find_plan
-        from tidaldecode.report.correction_plots import plot_correction
+        from tidaldecode.report.losses import correction_panels
         from tidaldecode.results.cells import Cells
         from tidaldecode.results.environment import environment
 
@@ -109,7 +109,8 @@ def correction(
         figure=None if results is None else str(results.with_name(_FIGURE)),
     )
     if results is not None:
-        plot_correction(rows, results.with_name(_FIGURE), f"{report.model}, {report.text}, plan {report.plan}")
+        title = f"{report.model}, {report.text}, plan {report.plan}"
+        save_png(correction_panels, rows, results.with_name(_FIGURE), title)
     _print(console, report)
     sets = sets_per_kv_head([variant.method for variant in wanted], model_shape(config))
     print_sets(console, sets)

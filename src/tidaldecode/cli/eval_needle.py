@@ -17,7 +17,7 @@ from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.models import find_model
-from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.report.drawing import check_matplotlib, save_png
 from tidaldecode.report.labels import budget_label
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
 
@@ -74,7 +74,7 @@ def needle(
         from tidaldecode.hf import apply
         from tidaldecode.methods.method import check_methods
         from tidaldecode.models import model_shape
-        from tidaldecode.report.evaluation_plots import plot_needle_heatmaps
+        from tidaldecode.report.scores import needle_heatmaps
         from tidaldecode.results.cells import Cells
         from tidaldecode.results.environment import environment
 
@@ -110,7 +110,8 @@ def needle(
         figure=None if results is None else str(results.with_suffix(".png")),
     )
     if report.figure is not None:
-        plot_needle_heatmaps(report.rows, Path(report.figure), f"{report.model}, needles in {report.haystack}")
+        title = f"{report.model}, needles in {report.haystack}"
+        save_png(needle_heatmaps, report.rows, Path(report.figure), title)
     _print(console, report)
     sets = sets_per_kv_head(methods, model_shape(config))
     print_sets(console, sets)

@@ -16,7 +16,7 @@ from tidaldecode.cli import eval_options, options
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.sets import print_sets, sets_per_kv_head
 from tidaldecode.models import find_model
-from tidaldecode.report.drawing import check_matplotlib
+from tidaldecode.report.drawing import check_matplotlib, save_png
 from tidaldecode.report.labels import budget_label
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
 from tidaldecode.texts.windows import Windows
@@ -80,7 +80,7 @@ def ppl(
         from tidaldecode.hf import apply
         from tidaldecode.methods.method import check_methods
         from tidaldecode.models import model_shape
-        from tidaldecode.report.evaluation_plots import plot_budget_sweep, plot_perplexity_over_position
+        from tidaldecode.report.losses import loss_over_budget, perplexity_over_position
         from tidaldecode.results.cells import Cells
         from tidaldecode.results.environment import environment
 
@@ -108,8 +108,8 @@ def ppl(
     name = "Paul Graham's essays" if text is None else Path(text).name
     figures = []
     if results is not None:
-        for file, plot in zip(_FIGURES, (plot_budget_sweep, plot_perplexity_over_position), strict=True):
-            if plot(rows, results.with_name(file), f"{files.title}, {name}"):
+        for file, draw in zip(_FIGURES, (loss_over_budget, perplexity_over_position), strict=True):
+            if save_png(draw, rows, results.with_name(file), f"{files.title}, {name}"):
                 figures.append(str(results.with_name(file)))
     report = PerplexityReport(
         environment=where,

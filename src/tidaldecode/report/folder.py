@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from tidaldecode.errors import InputError
+from tidaldecode.report.labels import written
 from tidaldecode.results.cells import read_cells
 from tidaldecode.results.correction import CorrectionCell, CorrectionRow, rows_of
 from tidaldecode.results.needles import NeedleRow
@@ -96,7 +97,7 @@ class Result:
 
     Attributes:
         file: its path in the folder, with `/`.
-        kind: as in `_PRINTED`, `recall`, `calibration`, or `values`: rows and values that are shown as they are.
+        kind: as in `_PRINTED`, `recall`, `calibration`, `plan`, or `values`, which are shown as they are.
         fields: everything beside the rows and the environments.
         rows: checked for the kind.
         environments: command, versions and device of each run that wrote it.
@@ -112,6 +113,17 @@ class Result:
     def of_cells(self) -> bool:
         """Whether it holds the cells of an evaluation, and not what `--json` said of them."""
         return self.file.endswith(".jsonl")
+
+    @property
+    def model(self) -> str:
+        """The model's name, or the file's where it names none."""
+        return written(self.fields.get("model") or self.file)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a window, where the file says them."""
+        context = self.fields.get("context")
+        return context if isinstance(context, int) else None
 
     @property
     def devices(self) -> str:
@@ -226,7 +238,9 @@ def _kind(content: Mapping[str, Any]) -> str:
     if "calibration_gap" in content:
         TypeAdapter(_Calibration).validate_python(content)
         return "calibration"
-    if first or "versions" in content or {"roles", "token_budget"} <= content.keys():  # the latter: a plan
+    if {"roles", "selection", "token_budget"} <= content.keys():
+        return "plan"
+    if first or "versions" in content:
         return "values"
     raise InputError("no results of tidaldecode")
 

@@ -23,6 +23,11 @@ def budget_words(budget: int | float | None) -> str:
     return f"{budget_label(budget)} {'of the context' if isinstance(budget, float) else 'tokens'}"
 
 
+def context_label(tokens: int) -> str:
+    """`32K` of 32,768, and other counts in full."""
+    return f"{tokens:,}" if tokens % 1024 else f"{tokens // 1024:,}K"
+
+
 def percent(share: float | None, digits: int = 3) -> str:
     """`10 %`, which no line break parts; a dash for what is not known."""
     return "–" if share is None else f"{share * 100:.{digits}g}\N{NO-BREAK SPACE}%"

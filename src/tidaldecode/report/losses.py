@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from tidaldecode.report.drawing import (
     set_ticks,
 )
 from tidaldecode.report.labels import budget_label, budget_words
-from tidaldecode.results.correction_rows import CorrectionRow
-from tidaldecode.results.summary import PplSummary, Variant, budgets_of
+from tidaldecode.results.correction import CorrectionRow
+from tidaldecode.results.perplexity import PplSummary
+from tidaldecode.results.rows import MethodSettings, budgets_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +44,17 @@ def loss_over_share(groups: Mapping[str, Mapping[PplSummary, float]], width: flo
     """
     if not groups:
         return None
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, axes = panels(width, 4.0 * len(groups) + 0.4, len(groups))
     for axis, (title, shares) in zip(axes, groups.items(), strict=True):
         _gaps(axis, {summary: 100 * share for summary, share in shares.items()})
-        axis.set(xscale="log", title=title, xlabel="K and V that a step reads, %", ylabel="loss, nats per token")
+        axis.set(xscale="log", title=textwrap.fill(title, int(width * 12)), xlabel="K and V that a step reads, %", ylabel="loss, nats per token")
         axis.set_yscale("symlog", linthresh=_LEAST)
+        lowest = min(summary.gap - (summary.gap_stderr or 0) for summary in shares)
+        axis.set_ylim(min(0, 1.5 * lowest), max(_LEAST, 1.5 * max(summary.gap for summary in shares)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
     add_legend(figure, width)
@@ -171,12 +179,12 @@ def _gaps(axis: Axes, places: Mapping[PplSummary, float]) -> None:
         )  # fmt: skip
 
 
-def _styles(summaries: Sequence[PplSummary]) -> dict[Variant, LineStyle]:
+def _styles(summaries: Sequence[PplSummary]) -> dict[MethodSettings, LineStyle]:
     variants = list(dict.fromkeys(summary.variant for summary in summaries))
     return dict(zip(variants, line_styles([variant.method for variant in variants]), strict=True))
 
 
-def _height(variant: Variant) -> float:
+def _height(variant: MethodSettings) -> float:
     """TidalDecode's lines lie on those of others, where they meet."""
     return 2.2 if variant.method == "tidal" else 2.1
 

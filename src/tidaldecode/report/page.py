@@ -42,6 +42,7 @@ _KINDS = {
     "ops": _Kind("Speed", "attention operations", articles.operations),
     "calibration": _Kind("Calibration", "calibration", articles.calibration),
     "recall": _Kind("Calibration", "coherence of layers", articles.coherence),
+    "plan": _Kind("Plans", None, articles.values),
     "values": _Kind("Other results", None, articles.values),
 }
 """In the order of the page."""
@@ -89,7 +90,7 @@ def write_report(folder: Path, output: Path) -> Report:
     for kind, (section, _, article) in _KINDS.items():
         for number, result in enumerate(results, 1):
             if result.kind == kind:
-                sections.setdefault(section, []).append(article(result, f"r{number}", shares))
+                sections.setdefault(section, []).append(article(result, f"r{number}-", shares))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_resource("page.html")).render(
         title=folder.resolve().name,

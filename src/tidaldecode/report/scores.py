@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tidaldecode.report.drawing import COLOR_MAP, PAPER, add_legend, draw_line, label_panels, line_styles, panels
 from tidaldecode.report.labels import budget_label, budget_words
-from tidaldecode.results.summary import NeedleSummary, TaskScore
+from tidaldecode.results.needles import NeedleSummary
+from tidaldecode.results.tasks import TaskScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

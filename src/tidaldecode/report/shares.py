@@ -12,7 +12,7 @@ from tidaldecode.methods.method import Method
 from tidaldecode.plan import ModelShape, TidalPlan, plain_name
 from tidaldecode.plans import shipped_plans
 from tidaldecode.report.folder import Result
-from tidaldecode.results.summary import Variant
+from tidaldecode.results.rows import Budget, MethodSettings
 
 _SHAPE = re.compile(r"(\d{1,3}) layers, (\d{1,4}) query heads, (\d{1,4}) KV heads, head dim (\d{1,5})")
 
@@ -25,23 +25,23 @@ class SharesRead:
         self._plans = {Method("tidal", plan=plan).key()["plan_digest"]: plan for plan in plans}
         self._shapes = {plain_name(p.model.name): p.model for p in plans if p.model is not None and p.model.name}
 
-    def of(self, result: Result, variant: Variant, budget: int | float | None, context: int | None) -> float | None:
+    def of(self, result: Result, settings: MethodSettings, budget: Budget, context: int | None) -> float | None:
         """The share at a context of so many tokens, 0 to 1.
 
         Returns:
             `None` where the shape of the model or the plan is not known, or the setting is one of another version.
         """
-        shape, plan = self._shape(result), self._plans.get(variant.plan_digest)
-        if variant.method == "full":
+        shape, plan = self._shape(result), self._plans.get(settings.plan_digest)
+        if settings.method == "full":
             return 1.0
-        if context is None or shape is None or (variant.full_layers or 0) > shape.num_layers:
+        if context is None or shape is None or (settings.full_layers or 0) > shape.num_layers:
             return None
         if plan is not None and plan.mismatch(shape.model_dump(exclude={"name"})) is not None:
             return None
         try:
             method = Method(
-                variant.method, budget, plan, variant.selection or "per_head",  # type: ignore[arg-type]
-                variant.page_size or 16, variant.full_layers,
+                settings.method, budget, plan, settings.selection or "per_head",  # type: ignore[arg-type]
+                settings.page_size or 16, settings.full_layers,
             )  # fmt: skip
             return method.attention(shape, context).kv_read_fraction(context)
         except InputError:
@@ -52,9 +52,9 @@ class SharesRead:
         found = _SHAPE.fullmatch(str(result.fields.get("model_shape")))
         if found is None:
             return self._shapes.get(plain_name(str(result.fields.get("model"))))
-        names = ("num_layers", "num_query_heads", "num_kv_heads", "head_dim")
+        layers, query_heads, kv_heads, head_dim = map(int, found.groups())
         try:
-            return ModelShape(**dict(zip(names, map(int, found.groups()), strict=True)))
+            return ModelShape(num_layers=layers, num_query_heads=query_heads, num_kv_heads=kv_heads, head_dim=head_dim)
         except ValidationError:
             return None
 

@@ -16,7 +16,7 @@ from tidaldecode.report.drawing import (
     save_png,
     set_ticks,
 )
-from tidaldecode.report.labels import budget_label
+from tidaldecode.report.labels import budget_label, context_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,11 +49,11 @@ def plot_decode(results: dict[str, Any], path: Path) -> None:
     save_png(step_times, results["rows"], path, title)
 
 
-def speed_ups(shapes: Mapping[str, Sequence[Row]], width: float) -> Figure | None:
+def speed_ups(shapes: Sequence[tuple[str, Sequence[Row]]], width: float) -> Figure | None:
     """How much faster than full attention each method is over the context, a panel for each shape and batch.
 
     Args:
-        shapes: by title, the rows of methods that have a budget.
+        shapes: titles, each with the rows of methods that have a budget.
         width: inches.
     """
     if not shapes:
@@ -61,10 +61,10 @@ def speed_ups(shapes: Mapping[str, Sequence[Row]], width: float) -> Figure | Non
     columns = min(len(shapes), 3 if width > 5 else 1)
     height = 2.1 * -(-len(shapes) // columns) + 0.9
     figure, axes = panels(width, height, len(shapes), columns, sharey=True)
-    for axis, (title, rows) in zip(axes, shapes.items(), strict=True):
+    for axis, (title, rows) in zip(axes, shapes, strict=True):
         axis.axhline(1, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label="full attention")
         _logarithmic(axis)
-        _lines(axis, rows, "speedup_vs_full", [row for own in shapes.values() for row in own])
+        _lines(axis, rows, "speedup_vs_full", [row for _, own in shapes for row in own])
         axis.set_title(title, fontsize=7.5)
     label_panels(axes, columns, "context, tokens", "times as fast")
     add_legend(figure, width)
@@ -117,7 +117,7 @@ def _lines(axis: Axes, rows: Sequence[Row], field: str, among: Sequence[Row], **
         label = ", ".join(filter(None, (name, budget_label(budget))))
         style = {"label": label, "linestyle": _DASHES[budgets.index(budget) % len(_DASHES)]} | more
         draw_line(axis, [row["context"] for row in own], [row[field] for row in own], styles[name], **style)
-    set_ticks(axis, {row["context"]: f"{row['context']:,}" for row in sorted(rows, key=lambda row: row["context"])})
+    set_ticks(axis, {context: context_label(context) for context in sorted({row["context"] for row in rows})})
 
 
 def _named(row: Row) -> tuple[str, int | float | None]:
