@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tidaldecode.report.results import read_results
 
 from command_line import assert_one_line
 from families import LAYERS
@@ -27,6 +26,7 @@ from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import check_plan, model_shape
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
+from tidaldecode.report.folder import read_results
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
 

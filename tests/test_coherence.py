@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tidaldecode.report.results import read_results
 
 from command_line import assert_one_line
 from families import LAYERS
@@ -21,6 +20,7 @@ from tidaldecode.evaluate import scoring
 from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.models import model_shape
 from tidaldecode.plans.find import find_plan
+from tidaldecode.report.folder import read_results
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
 

@@ -53,7 +53,7 @@ def compared(results: Sequence[Result], shares_read: SharesRead) -> Compared:
     levels = {f"{summary.full_nll:.3f}" for summary in summaries}
     words = f"{first.model}, {windows}" + (f", full attention’s loss {levels.pop()}" if len(levels) == 1 else "")
     shares = {s: shares_read.of(first, s.variant, s.budget, first.context or _end(s)) for s in summaries}
-    return Compared(words, shares, note, _gap_table(shares, words, marked_below))
+    return Compared(words, shares, note, _gap_table(shares, words, marked_below, note))
 
 
 def left_out(cells: SharedRows, what: str) -> str:
@@ -70,7 +70,7 @@ def _end(summary: PplSummary) -> int:
     return summary.first_position + len(summary.nll_by_position) * summary.bin_tokens
 
 
-def _gap_table(shares: Shares, words: str, marked_below: int) -> Table:
+def _gap_table(shares: Shares, words: str, marked_below: int, note: str) -> Table:
     budgets = [budget_label(budget) for budget in budgets_of(shares)]
     rows: dict[MethodSettings, dict[str, str]] = {}
     for summary, share in shares.items():
@@ -80,6 +80,10 @@ def _gap_table(shares: Shares, words: str, marked_below: int) -> Table:
             reads = "" if share is None else f"\nreads {percent(share)}"
             row[budget_label(summary.budget)] = signed(summary.gap, summary.gap_stderr) + mark + reads
     title = f"{words}: gap by token budget, nats per token ± one standard error"
-    title += "; below it the share of K and V that a step reads" if any(shares.values()) else ""
+    title += (
+        "; below it the share of K and V that a step reads"
+        if any(share for summary, share in shares.items() if summary.budget)
+        else ""
+    )
     title += f"; † over fewer than all {marked_below:,} windows" if marked_below else ""
-    return Table(title, list(rows.values()))
+    return Table(f"{title}.{note}", list(rows.values()))

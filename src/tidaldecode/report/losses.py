@@ -49,7 +49,8 @@ def loss_over_share(groups: Mapping[str, Mapping[PplSummary, float]], width: flo
     figure, axes = panels(width, 4.0 * len(groups) + 0.4, len(groups))
     for axis, (title, shares) in zip(axes, groups.items(), strict=True):
         _gaps(axis, {summary: 100 * share for summary, share in shares.items()})
-        axis.set(xscale="log", title=textwrap.fill(title, int(width * 12)), xlabel="K and V that a step reads, %", ylabel="loss, nats per token")
+        axis.set_title(textwrap.fill(title, int(width * 12)))
+        axis.set(xscale="log", xlabel="K and V that a step reads, %", ylabel="loss, nats per token")
         axis.set_yscale("symlog", linthresh=_LEAST)
         lowest = min(summary.gap - (summary.gap_stderr or 0) for summary in shares)
         axis.set_ylim(min(0, 1.5 * lowest), max(_LEAST, 1.5 * max(summary.gap for summary in shares)))

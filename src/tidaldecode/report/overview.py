@@ -39,7 +39,7 @@ def losses(results: Sequence[Result], shares: SharesRead) -> Article | None:
             groups[found.windows] = {summary: share for summary, share in known.items() if summary.budget is not None}
     note = "".join(found.note for found in best.values())
     note += f" Not drawn, as the folder does not say what they read: {'; '.join(unknown)}." if unknown else ""
-    return Article("Loss", drawn("", {loss_over_share: groups}, note), [found.table for found in best.values()])
+    return Article("Loss", drawn("opening-", {loss_over_share: groups}, note), [found.table for found in best.values()])
 
 
 def _same_windows(results: Sequence[Result]) -> list[list[Result]]:
@@ -73,7 +73,7 @@ def speeds(results: Sequence[Result]) -> Article | None:
             table.setdefault((index, *first.values()), first | columns)[f"{row['context']:,} tokens"] = cell
     note = f" The first {_MOST} of {len(shapes)} are drawn; the table has all." if len(shapes) > _MOST else ""
     title = "Times as fast as full attention by context; below it the time and the share of K and V that a step reads"
-    return Article("Speed", drawn("", {speed_ups: shapes[:_MOST]}, note), [Table(title, list(table.values()))])
+    return Article("Speed", drawn("opening-", {speed_ups: shapes[:_MOST]}, note), [Table(title, list(table.values()))])
 
 
 def _shapes(result: Result) -> dict[str, list[Row]]:
