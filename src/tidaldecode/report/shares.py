@@ -40,7 +40,7 @@ class SharesRead:
             return None
         try:
             method = Method(
-                settings.method, budget, plan, settings.selection or "per_head",  # type: ignore[arg-type]
+                settings.method, budget, plan, settings.selection or "per_head",
                 settings.page_size or 16, settings.full_layers,
             )  # fmt: skip
             return method.attention(shape, context).kv_read_fraction(context)
