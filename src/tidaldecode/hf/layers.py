@@ -11,8 +11,6 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.ops import KV
 
-LEFT_IN_THE_MIDDLE = "the cache was left in the middle of a forward pass: reset() it or make a new one"
-
 
 class TidalLayer(CacheLayerMixin):
     """K and V of one layer that attends to the whole context.
@@ -36,9 +34,9 @@ class TidalLayer(CacheLayerMixin):
         Raises:
             InputError: the caches of all layers together do not fit the GPU.
         """
-        capacity = self.sequences.capacity
         if self.first:
-            self.check_memory(key_states, value_states, capacity)
+            self.check_memory(key_states, value_states, self.sequences.capacity)
+        capacity = self.sequences.capacity
         self._place(_room_like(key_states, capacity), _room_like(value_states, capacity))
         self.is_initialized = True
 
@@ -83,15 +81,17 @@ class TidalLayer(CacheLayerMixin):
         Raises:
             InputError: the cache holds tokens of another dtype or device.
         """
-        alike = self.is_initialized and self.keys.dtype == key_states.dtype and self.keys.device == key_states.device
-        if alike and (self.padded_length > 0 or len(self.keys) == len(key_states)):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
             return
-        if self.is_initialized and self.padded_length > 0:
+        alike = self.keys.dtype == key_states.dtype and self.keys.device == key_states.device
+        if self.padded_length == 0 and not (alike and len(self.keys) == len(key_states)):
+            self.lazy_initialization(key_states, value_states)
+        elif not alike:
             raise InputError(
                 f"the cache holds {_kind(self.keys)}, the model goes on in {_kind(key_states)}: "
                 "move the model back, or reset() the cache"
             )
-        self.lazy_initialization(key_states, value_states)
 
     def grow(self, capacity: int) -> None:
         """Makes room for so many tokens of each sequence, if there is less; those that are there stay."""
@@ -112,23 +112,19 @@ class TidalLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Writes the K and V of new tokens, [B, Hkv, N, D], behind the others. Returns the whole cache."""
-        if self.sequences.padded_length == 0:
+        sequences = self.sequences
+        if sequences.padded_length == 0:
             raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
         self.prepare(key_states, value_states)
         self.padded_length += key_states.shape[2]
-        if self.padded_length != self.sequences.padded_length:
-            raise InputError(LEFT_IN_THE_MIDDLE)
-        self.write(key_states, value_states)
+        if self.padded_length != sequences.padded_length:
+            raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
+        ops.write_kv(key_states.transpose(1, 2), value_states.transpose(1, 2), self.kv(), sequences.new_lengths)
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
-    def write(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Writes the K and V of the running pass's tokens, [B, Hkv, N, D], on the device alone."""
-        new = key_states.transpose(1, 2), value_states.transpose(1, 2)
-        ops.write_kv(*new, self.kv(), self.sequences.new_lengths)
-
     def kv(self) -> KV:
-        """The layer's cache as the operations address it: one block per sequence, [B, capacity, Hkv, D]."""
+        """K and V as the operations address them: one block per sequence, [B, capacity, Hkv, D]."""
         assert self.keys is not None and self.values is not None
         sequences = self.sequences
         return KV(self.keys.transpose(1, 2), self.values.transpose(1, 2), sequences.block_table, sequences.lengths)
