@@ -24,7 +24,7 @@ from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Timing, time_gpu
 from tidaldecode.ops import KV
 from tidaldecode.results.environment import environment
-from tidaldecode.serving.rank import RankAttention
+from tidaldecode.serving.rank import Limits, RankAttention
 from tidaldecode.vllm.cache_layout import row_views
 from tidaldecode.whole_file import whole_file
 
@@ -67,11 +67,12 @@ def _tidal(
 ) -> Timing:
     shape = ModelShape(num_layers=LAYERS, num_query_heads=HEADS, num_kv_heads=kv_heads, head_dim=DIM)
     plan = TidalPlan.validated(**{**TidalPlan.paper(LAYERS, 13).model_dump(), "selection": selection})
-    attention = RankAttention(plan.with_budget(budget), shape, SimpleNamespace(rank_in_group=0, world_size=1), context)
+    alone = SimpleNamespace(rank_in_group=0, world_size=1)
+    attention = RankAttention(plan.with_budget(budget), shape, alone, Limits(context, batch, batch))
     caches = [_paged(kv_heads, batch, context, block_size, layout) for _ in range(3)]
     query = torch.randn(batch, HEADS, DIM, device="cuda").bfloat16()
     lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    attention.reserve(batch, batch, torch.device("cuda"))
+    attention.reserve(torch.device("cuda"))
     attention.begin(lengths)
 
     def attend(layer: int) -> Tensor:

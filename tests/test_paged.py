@@ -11,7 +11,7 @@ from torch import Tensor
 from tidaldecode import ModelShape, TidalPlan, ops
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import KV, reference
-from tidaldecode.serving.rank import RankAttention
+from tidaldecode.serving.rank import Limits, RankAttention
 from tidaldecode.vllm.cache_layout import packed_views, row_views
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,8 +72,8 @@ def _compare(layout, block_size, batch, selection, views, dtype):
     blocks = batch * CAPACITY // block_size
     table = torch.randperm(blocks, dtype=torch.int32, device=DEVICE).view(batch, -1)
     whole = torch.arange(batch, dtype=torch.int32, device=DEVICE)[:, None]
-    exact, paged = DecodeAttention(plan, shape), RankAttention(plan, shape, ALONE, CAPACITY)
-    paged.reserve(64, 64, DEVICE)
+    exact, paged = DecodeAttention(plan, shape), RankAttention(plan, shape, ALONE, Limits(CAPACITY, 64, 64))
+    paged.reserve(DEVICE)
     exact.begin(lengths, CAPACITY)
     paged.begin(lengths)
     for layer in range(5):

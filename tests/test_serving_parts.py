@@ -17,7 +17,7 @@ from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import KV
 from tidaldecode.serving.batch import split
 from tidaldecode.serving.gpu import check_kernels, memory_left
-from tidaldecode.serving.rank import RankAttention
+from tidaldecode.serving.rank import Limits, RankAttention
 from tidaldecode.serving.read_counts import ReadCounts
 from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm import register
@@ -25,6 +25,7 @@ from tidaldecode.vllm.support import check_engine, check_layer, check_room
 
 SHAPE = ModelShape(num_layers=6, num_query_heads=8, num_kv_heads=4, head_dim=16)
 ROLES = ("full", "select", "sparse", "select", "sparse", "sparse")
+LIMITS = Limits(context=64, requests=4, tokens=8)
 
 
 def _array(*values: int) -> np.ndarray:
@@ -159,17 +160,16 @@ def test_batch_invariance_is_refused(monkeypatch):
 
 
 def test_too_many_requests_for_the_memory_are_refused():
-    sets = 256 * 128 * 1024 * 4
-    attention = RankAttention(_plan("unified"), SHAPE, _alone(), 64)
-    check_room(*attention.needs(4, 8), 2**30, 4)
-    attention = RankAttention(_plan("per_head"), SHAPE, _alone(), 64)
+    check_room(RankAttention(_plan("unified"), SHAPE, _alone(), LIMITS), 2**30)
+    attention = RankAttention(_plan("per_head"), SHAPE, _alone(), LIMITS)
     with pytest.raises(InputError, match="--max-num-seqs 4 requests need .* GiB are left: lower --max-num-seqs"):
-        check_room(*attention.needs(4, 8), 1000, 4)
+        check_room(attention, 1000)
+    attention.kept_bytes, attention.step_bytes = 256 * 128 * 1024 * 4, 2**29
     with pytest.raises(InputError, match=r"need 0\.1 GiB, a step 0\.5 GiB more, and 0\.5 GiB are left") as caught:
-        check_room(sets, 2**29, 2**29, 256)
+        check_room(attention, 2**29)
     assert "\n" not in str(caught.value)
-    check_room(sets, 2**29, sets + 2**29, 256)
-    check_room(sets, 2**29, None, 256)
+    check_room(attention, attention.kept_bytes + 2**29)
+    check_room(attention, None)
 
 
 def test_memory_that_is_left_goes_by_vllms_share(monkeypatch):
@@ -275,8 +275,9 @@ def test_ranks_attend_as_one_does(size, plan, monkeypatch):
     outputs: dict[int, list] = {}
 
     def run(rank: int) -> None:
-        attention = RankAttention(plan, SHAPE, ranks.group(rank), 64)
-        attention.reserve(3 if rank else 8, 8, torch.device("cpu"))  # more sequences than there is room for, too
+        # more sequences than there is room for, too
+        attention = RankAttention(plan, SHAPE, ranks.group(rank), Limits(64, 3 if rank else 8, 8))
+        attention.reserve(torch.device("cpu"))
         outputs[rank] = _step(attention, cache, query, table, lengths)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
@@ -297,8 +298,8 @@ def test_what_ranks_add_up_is_as_long_as_the_longest_sequence():
         return 2 * importance
 
     group = SimpleNamespace(rank_in_group=0, world_size=2, all_reduce=all_reduce)
-    attention = RankAttention(_plan("unified"), SHAPE, group, 10**6)
-    attention.reserve(2, 8, torch.device("cpu"))
+    attention = RankAttention(_plan("unified"), SHAPE, group, Limits(10**6, 2, 8))
+    attention.reserve(torch.device("cpu"))
     lengths = torch.tensor([30, 40], dtype=torch.int32)
     cache = torch.randn(2, 4, 16, 2, 16)
     table = torch.arange(4, dtype=torch.int32).view(2, 2) % 2
@@ -309,7 +310,7 @@ def test_what_ranks_add_up_is_as_long_as_the_longest_sequence():
 
 def test_only_sets_that_other_ranks_read_are_exchanged():
     def exchanged(plan: TidalPlan) -> set[int]:
-        return RankAttention(plan, SHAPE, _Ranks(2).group(0), 64)._exchanges
+        return RankAttention(plan, SHAPE, _Ranks(2).group(0), LIMITS)._exchanges
 
     assert exchanged(_plan("unified")) == set()
     assert exchanged(_plan("per_head")) == set()
@@ -317,14 +318,14 @@ def test_only_sets_that_other_ranks_read_are_exchanged():
 
 
 def test_kv_heads_on_several_ranks_can_not_choose_per_group():
-    RankAttention(_plan("per_head"), SHAPE, _Ranks(8).group(0), 64)
+    RankAttention(_plan("per_head"), SHAPE, _Ranks(8).group(0), LIMITS)
     with pytest.raises(InputError, match="per KV head"):
-        RankAttention(_plan("per_group"), SHAPE, _Ranks(8).group(0), 64)
+        RankAttention(_plan("per_group"), SHAPE, _Ranks(8).group(0), LIMITS)
 
 
 def test_room_stays_where_it_is():
-    attention = RankAttention(_plan("unified"), SHAPE, _alone(), 64)
-    attention.reserve(4, 8, torch.device("cpu"))
+    attention = RankAttention(_plan("unified"), SHAPE, _alone(), LIMITS)
+    attention.reserve(torch.device("cpu"))
     attention.begin(torch.tensor([9, 30], dtype=torch.int32))
     assert attention.counts.tolist() == [9, 16]
     address = attention.indices.data_ptr()

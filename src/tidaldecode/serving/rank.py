@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.methods.tidal import DecodeAttention, StepSets, sources_of
 from tidaldecode.ops import KV
-from tidaldecode.plan import ModelShape, TidalPlan
+from tidaldecode.plan import ModelShape, Selection, TidalPlan
 from tidaldecode.serving.read_counts import ReadCounts
 
 _SCORE_BYTES = 2**29
@@ -39,6 +40,21 @@ class Group(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may ask for.
+
+    Attributes:
+        context: the longest that a sequence can become.
+        requests: the most at once.
+        tokens: the most of a step.
+    """
+
+    context: int
+    requests: int
+    tokens: int
+
+
 class RankAttention(DecodeAttention):
     """Decode attention of one rank's heads, with room for the index sets of every head of the model.
 
@@ -48,11 +64,14 @@ class RankAttention(DecodeAttention):
     Args:
         plan, shape: as for `DecodeAttention`; the shape is the whole model's.
         group: the ranks.
-        capacity: the longest that a sequence can become.
+        limits: what there must be room for.
 
     Attributes:
+        limits: as given.
         read_counts: what the decode steps have read.
         most_rows: tokens that a step can decode.
+        kept_bytes: memory of the sets of `limits.requests` sequences, see `reserve`.
+        step_bytes: most memory that a step takes beside them.
         captures_own: whether a CUDA graph that is captured now is of the engine's own attention.
         wants_own: whether the step at hand is the engine's own attention's: all its sequences are short.
 
@@ -60,7 +79,7 @@ class RankAttention(DecodeAttention):
         InputError: the plan chooses per KV head, and the heads of a KV head are on several ranks.
     """
 
-    def __init__(self, plan: TidalPlan, shape: ModelShape, group: Group, capacity: int) -> None:
+    def __init__(self, plan: TidalPlan, shape: ModelShape, group: Group, limits: Limits) -> None:
         size, rank = group.world_size, group.rank_in_group
         mine = shape.num_query_heads // size
         super().__init__(plan, shape, range(rank * mine, (rank + 1) * mine))
@@ -70,10 +89,15 @@ class RankAttention(DecodeAttention):
                 f"{size} ranks: start with --tensor-parallel-size {shape.num_kv_heads} or less, or with another plan"
             )
         self.group = group
-        self._longest = capacity
-        self._room: StepSets | None = None
         self.read_counts = ReadCounts(self, told=rank == 0)
-        self.most_rows = 0
+        self.limits = limits
+        self._room: StepSets | None = None
+        of_one = self.num_sets * min(plan.budget_for(limits.context), limits.context) * 4
+        self.most_rows = max(limits.requests, _SET_BYTES // max(of_one, 1))
+        self.kept_bytes = limits.requests * of_one
+        scores = len(self.heads) * limits.context * 4
+        scores = min(_SCORE_BYTES + scores, limits.requests * scores)  # a turn ends with the sequence that goes beyond
+        self.step_bytes = max(scores, min(self.most_rows, limits.tokens) * of_one)
         self.captures_own = self.wants_own = False
         self._mine = {layer: self._rows_of_rank(layer) for layer in self.writes}
         self._exchanges = self._read_elsewhere()
@@ -82,11 +106,16 @@ class RankAttention(DecodeAttention):
         """For each rule of a select layer, the rows of the table that this rank writes."""
         rows = []
         for rule in self.writes[layer]:
-            first, sets = self._first_row[layer, rule], self.shape.num_sets(rule)
-            per_rank = 1 if rule == "unified" else sets // self.group.world_size
-            start = first if rule == "unified" else first + self.group.rank_in_group * per_rank
-            rows.append(slice(start, start + per_rank))
+            start, number = self._first_row[layer, rule], 1
+            if not self._shared(rule):
+                number = self.shape.num_sets(rule) // self.group.world_size
+                start += self.group.rank_in_group * number
+            rows.append(slice(start, start + number))
         return rows
+
+    def _shared(self, rule: Selection) -> bool:
+        """Whether the heads of all ranks share the one set of a rule, whose importances are added up then."""
+        return self.shape.num_sets(rule) == 1
 
     def _read_elsewhere(self) -> set[int]:
         """Select layers of whose sets a head of any rank reads one that another rank chose."""
@@ -96,7 +125,7 @@ class RankAttention(DecodeAttention):
             for layer, role in enumerate(self.plan.roles)
             if role == "sparse"
             for head, source in enumerate(sources_of(self.plan, self.shape, layer))
-            if source.selection != "unified"
+            if not self._shared(source.selection)
             and head * size // heads != source.head * size // self.shape.num_sets(source.selection)
         }
 
@@ -118,36 +147,14 @@ class RankAttention(DecodeAttention):
         """Whether there is room for sets: see `reserve`."""
         return self._room is not None
 
-    def needs(self, rows: int, most_tokens: int) -> tuple[int, int]:
-        """Bytes that `reserve` keeps, and those that a step takes beside them.
-
-        Args:
-            rows: the most requests at once.
-            most_tokens: the most tokens of a step.
-        """
-        of_one = self._bytes_of_one
-        between = len(self.heads) * self._longest * 4
-        between = min(_SCORE_BYTES + between, rows * between)  # a turn ends with the sequence that goes beyond
-        return rows * of_one, max(between, min(self._most_rows(rows), most_tokens) * of_one)
-
-    def reserve(self, rows: int, most_tokens: int, device: torch.device) -> None:
-        """Makes room for the sets of `rows` sequences, once, in memory that CUDA graphs may refer to.
+    def reserve(self, device: torch.device) -> None:
+        """Makes room for the sets, once, in memory that CUDA graphs may refer to.
 
         What a step takes beside them is taken, too, and given back: an engine measures how much memory a model takes.
         """
-        if self._room is not None:
-            return
-        self.most_rows = self._most_rows(rows)
-        self._room = self._allocate(rows, self._longest, device)
-        torch.empty(self.needs(rows, most_tokens)[1], dtype=torch.uint8, device=device)
-
-    @property
-    def _bytes_of_one(self) -> int:
-        """Bytes of the sets of a sequence."""
-        return self.num_sets * min(self.plan.budget_for(self._longest), self._longest) * 4
-
-    def _most_rows(self, rows: int) -> int:
-        return max(rows, _SET_BYTES // max(self._bytes_of_one, 1))
+        if self._room is None:
+            self._room = self._allocate(self.limits.requests, self.limits.context, device)
+            torch.empty(self.step_bytes, dtype=torch.uint8, device=device)
 
     def begin(self, lengths: Tensor, capacity: int | None = None) -> None:
         """Starts a step of up to as many sequences as there is room for; of more in memory of its own.
@@ -157,7 +164,7 @@ class RankAttention(DecodeAttention):
             capacity: none of them is longer; default: the longest that a sequence can become, as in a CUDA graph.
         """
         assert self._room is not None
-        rows, capacity = len(lengths), self._longest if capacity is None else capacity
+        rows, capacity = len(lengths), self.limits.context if capacity is None else capacity
         if rows <= len(self._room.counts):
             sets = self._room.of(slice(rows))
         else:
@@ -199,7 +206,8 @@ class RankAttention(DecodeAttention):
 
     def _adds_up(self, layer: int) -> bool:
         """Whether the ranks' importances must be there before a select layer can choose."""
-        return self.group.world_size > 1 and (len(self.writes[layer]) > 1 or "unified" in self.writes[layer])
+        rules = self.writes[layer]
+        return self.group.world_size > 1 and (len(rules) > 1 or self._shared(rules[0]))
 
     def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         if not self._adds_up(layer):
@@ -211,7 +219,7 @@ class RankAttention(DecodeAttention):
         importance = query.new_empty(len(query), sum(widths), self._capacity, dtype=dtype)
         output = ops.full_attention_with_importance(query, kv, scale, rules, importance)
         for rule, rows, of_rule in zip(rules, mine, torch.split(importance, widths, 1), strict=True):
-            if rule == "unified":
+            if self._shared(rule):
                 of_rule = self.group.all_reduce(of_rule.contiguous())
             ops.select_tokens(of_rule, kv.lengths, self._choice, self.indices[:, rows])
         return output
@@ -225,7 +233,7 @@ class RankAttention(DecodeAttention):
         """Brings the sets that the other ranks chose."""
         assert self.indices is not None
         for rule, rows in zip(self.writes[layer], self._mine[layer], strict=True):
-            if rule != "unified":
+            if not self._shared(rule):
                 first = self._first_row[layer, rule]
                 mine = self.indices[:, rows].contiguous().view(torch.float32)  # vLLM gathers no integers on a CPU
                 everyone = self.group.all_gather(mine, dim=1).view(torch.int32)

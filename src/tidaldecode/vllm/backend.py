@@ -21,7 +21,7 @@ from tidaldecode.models.architecture import check_architecture, model_shape
 from tidaldecode.ops import KV
 from tidaldecode.serving.batch import Step
 from tidaldecode.serving.gpu import check_kernels, memory_left
-from tidaldecode.serving.rank import RankAttention
+from tidaldecode.serving.rank import Limits, RankAttention
 from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm.cache_layout import cache_views
 from tidaldecode.vllm.metadata import TidalDecodeBuilder
@@ -91,8 +91,6 @@ class TidalDecodeImpl(_Impl):
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         self.attention = _attention_of(config)
-        scheduler = config.scheduler_config
-        self._most = (scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         cache = config.cache_config
         self._utilization = 1.0 if cache.kv_cache_memory_bytes else cache.gpu_memory_utilization
         self.layer = -1
@@ -135,8 +133,8 @@ class TidalDecodeImpl(_Impl):
     def _reserve(self, device: torch.device) -> None:
         """Makes room for the chosen tokens while vLLM measures how much memory a model takes."""
         if not self.attention.has_room:
-            check_room(*self.attention.needs(*self._most), memory_left(device, self._utilization), self._most[0])
-            self.attention.reserve(*self._most, device)
+            check_room(self.attention, memory_left(device, self._utilization))
+            self.attention.reserve(device)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: our kernels write no quantized output."""
@@ -157,7 +155,9 @@ def _attention_of(config: VllmConfig) -> RankAttention:
     model = config.model_config.hf_text_config
     plan = Settings.of(config.additional_config).plan_for(model)
     context = config.model_config.max_model_len
-    attention = RankAttention(plan, model_shape(model), get_tp_group(), context)
+    scheduler = config.scheduler_config
+    limits = Limits(context, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+    attention = RankAttention(plan, model_shape(model), get_tp_group(), limits)
     if attention.group.rank_in_group > 0:
         return attention
     roles = {role: plan.roles.count(role) for role in ("full", "select", "sparse")}

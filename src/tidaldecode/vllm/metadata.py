@@ -44,8 +44,7 @@ class TidalDecodeBuilder(_Builder):
         for name, layer in layers.items():
             layer.impl.layer = extract_layer_index(name)
         self.attention = next(iter(layers.values())).impl.attention
-        scheduler = vllm_config.scheduler_config
-        self.attention.reserve(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
+        self.attention.reserve(device)
         indices = {layer.impl.layer for layer in layers.values()}
         self._works = not all(map(self.attention.reads_everything, indices))
         self._counts = self.attention.first_layer in indices

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidaldecode.errors import InputError
+from tidaldecode.serving.rank import RankAttention
 
 _CACHE_DTYPES = ("auto", "bfloat16", "float16")
 _FEATURES = {
@@ -70,21 +71,20 @@ def check_layer(given: Mapping[str, Any]) -> None:
             raise InputError(f"tidaldecode can't work with attention with {feature}")
 
 
-def check_room(kept: int, claimed: int, left: int | None, rows: int) -> None:
+def check_room(attention: RankAttention, left: int | None) -> None:
     """Refuses more requests than the chosen tokens have memory for.
 
     Args:
-        kept: bytes of the chosen tokens of `rows` requests.
-        claimed: bytes that a step needs beside them.
+        attention: the plan at work.
         left: bytes that are left of what vLLM may take; `None` if it is not known.
-        rows: the most requests at once.
 
     Raises:
         InputError: too little is left.
     """
-    if left is not None and kept + claimed > left:
+    kept, more = attention.kept_bytes, attention.step_bytes
+    if left is not None and kept + more > left:
         raise InputError(
-            f"the chosen tokens of --max-num-seqs {rows} requests need {kept / 2**30:.1f} GiB, a step "
-            f"{claimed / 2**30:.1f} GiB more, and {max(left, 0) / 2**30:.1f} GiB are left: lower --max-num-seqs or the "
-            "token budget, take a plan with fewer sets (unified has the fewest), or raise --gpu-memory-utilization"
+            f"the chosen tokens of --max-num-seqs {attention.limits.requests} requests need {kept / 2**30:.1f} GiB, a "
+            f"step {more / 2**30:.1f} GiB more, and {max(left, 0) / 2**30:.1f} GiB are left: lower --max-num-seqs or "
+            "the token budget, take a plan with fewer sets (unified has the fewest), or raise --gpu-memory-utilization"
         )
