@@ -19,7 +19,7 @@ import torch
 
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.hf import TidalCache, apply
-from tidaldecode.hf.second_pass.full_pass import full_pass
+from tidaldecode.hf.second_pass import full_pass
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
 from tidaldecode.whole_file import whole_file
@@ -75,7 +75,7 @@ def measured(model, cache, state, length):
     torch.cuda.synchronize()
     peak, kept = torch.cuda.max_memory_allocated() - allocated, torch.cuda.memory_allocated() - allocated
     cache.rewind(before, lengths)
-    row = {"drafted": length, "pass": state, "captured": length + 1 in cache.chunks}
+    row = {"drafted": length, "pass": state, "captured": length + 1 in cache.session.graphs}
     row |= {"peak_mib": round(peak / 2**20, 2), "kept_mib": round(kept / 2**20, 2)}
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row

@@ -22,8 +22,8 @@ import torch
 
 import tidaldecode
 from tidaldecode.hf import TidalCache
-from tidaldecode.hf.second_pass.correction import Correction
-from tidaldecode.models.find import find_model
+from tidaldecode.hf.second_pass import Correction
+from tidaldecode.models import find_model
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
 from tidaldecode.texts.text import Text, paul_graham_essays, text_parts
@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def read(model, windows, decode):
-    """A cache that holds the prompts of all windows, as `evaluate.prompt.read_prompt` leaves it for one."""
+    """A cache that holds the prompts of all windows, as `evaluate.windows.read_prompt` leaves it for one."""
     cache = TidalCache(model.config, find_plan("full", model.config), windows.shape[1])
     with torch.no_grad():
         model(windows[:, : -decode - 1], past_key_values=cache, logits_to_keep=1)

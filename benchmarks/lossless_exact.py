@@ -20,7 +20,7 @@ import torch
 import tidaldecode
 from tidaldecode.evaluate.generation import first_difference
 from tidaldecode.hf import TidalCache
-from tidaldecode.models.find import find_model
+from tidaldecode.models import find_model
 from tidaldecode.plans import shipped_plans
 from tidaldecode.results.environment import environment
 from tidaldecode.texts.text import paul_graham_essays

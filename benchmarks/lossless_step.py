@@ -22,7 +22,7 @@ from tidaldecode.bench.hardware import measuring
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.bench.timing import time_steps
 from tidaldecode.hf import TidalCache, apply
-from tidaldecode.hf.second_pass.full_pass import full_pass
+from tidaldecode.hf.second_pass import full_pass
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
 from tidaldecode.whole_file import whole_file
@@ -137,7 +137,7 @@ def verification(model, cache, drafting, length, steps, accepted):
     row = {
         "drafting": drafting,
         "drafted": length,
-        "captured": length + 1 in cache.chunks,
+        "captured": length + 1 in cache.session.graphs,
         "verification_ms": round(ms, 4),
         "verification_over_full_step": round(ms / steps["full"], 4),
         "round_ms": round(round_ms, 4),

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from families import FAMILIES
 from tidaldecode.cli import main
-from tidaldecode.models.find import ModelFiles, find_model
+from tidaldecode.models import ModelFiles, find_model
 
 torch.set_num_threads(1)  # several wait for each other actively: on a busy machine tests take ten times as long
 

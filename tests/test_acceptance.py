@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chi_square import p_value
-from tidaldecode.hf import acceptance
-from tidaldecode.hf.second_pass.acceptance import accept_greedy, accept_sampled
+from tidaldecode.hf.second_pass import speculation
+from tidaldecode.hf.second_pass.speculation import accept_greedy, accept_sampled
 
 DRAWS, VOCABULARY, DRAFTS = 40_000, 5, 2
 
@@ -143,4 +143,4 @@ def test_greedy():
 
 def test_leading():
     flags = torch.tensor([[True, True, False, True], [False, True, True, True], [True] * 4])
-    assert acceptance._leading(flags).tolist() == [2, 0, 4]
+    assert speculation._leading(flags).tolist() == [2, 0, 4]

@@ -29,8 +29,7 @@ from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
 from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import check_architecture, model_shape
-from tidaldecode.models.chosen import check_dtype
+from tidaldecode.models import check_architecture, check_dtype, model_shape
 from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 
@@ -667,7 +666,7 @@ def test_plots_show_every_line(tmp_path):
     """Also of one context, of budgets that are fractions, and with FlashInfer."""
     from matplotlib.figure import Figure
 
-    from tidaldecode.report import plots
+    from tidaldecode.report import speeds
 
     rows = [
         {"operation": name, "kv_heads": 2, "heads": 4, "batch": 1, "context": context, "budget": budget, "us": us}
@@ -686,7 +685,7 @@ def test_plots_show_every_line(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", keep)
-        plots.plot_operations({"rows": rows, "layers": 3, "device": "x", "dtype": "y"}, tmp_path / "a.png")
+        speeds.plot_operations({"rows": rows, "layers": 3, "device": "x", "dtype": "y"}, tmp_path / "a.png")
     steps, layer = kept[0].axes
     assert [line.get_label() for line in steps.lines] == ["step full (sdpa)"]
     assert [line.get_label() for line in layer.lines] == [

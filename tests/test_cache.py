@@ -19,11 +19,11 @@ from tidaldecode import InputError, TidalCache
 from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
-from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.hf.second_pass import Correction
 from tidaldecode.methods.oracle import OracleAttention
 from tidaldecode.methods.quest import QuestAttention
 from tidaldecode.methods.streaming import StreamingAttention
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 IDS, MASK = ragged_batch()

@@ -23,10 +23,10 @@ from tidaldecode.calibrate.settings import CalibrationSettings, Probes, check_ap
 from tidaldecode.calibrate.stretches import Stretch, with_probes
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import check_plan, model_shape
+from tidaldecode.models import check_plan, model_shape
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
-from tidaldecode.report.results import read_results
+from tidaldecode.report.folder import read_results
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
 
@@ -299,13 +299,13 @@ def test_the_frontier_loses_less_the_more_it_reads(tiny):
 
 
 def test_the_held_out_gap_is_that_of_eval_ppl(tiny):
-    from tidaldecode.evaluate.perplexity import perplexity
-    from tidaldecode.evaluate.study import measure
+    from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
+    from tidaldecode.results.cells import Cells
 
     model = apply(tiny(), "full")
     found = calibrate(model, text(), text(1), settings())
     method = Method("tidal", None, found.chosen.plan)
-    _, row = measure(perplexity(text(1), settings().heldout(text(1)), [method]), model)
+    _, row = perplexity(model, text(1), settings().heldout(text(1)), [method], Cells(CELL_KEY))
     assert (found.chosen.heldout_gap, found.chosen.heldout_error) == (row.gap, row.gap_stderr)
 
 
@@ -554,17 +554,17 @@ def test_an_interrupted_command_writes_the_best_plan(run, command, tmp_path, mon
     ],
 )
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, *options), *words)
 
 
 def test_a_held_out_text_that_overlaps(run, command, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, "--heldout-text", command[4]), "held-out text overlaps")
 
 
 def test_a_plan_file_that_exists_is_kept(run, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     (tmp_path / "plan.json").write_text("mine")
     assert_one_line(run(*command), "plan.json exists", "--force")
     assert (tmp_path / "plan.json").read_text() == "mine"

@@ -19,9 +19,9 @@ from tidaldecode.hf import captured
 from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
-from tidaldecode.hf.second_pass.correction import Correction
-from tidaldecode.hf.second_pass.full_pass import full_pass
+from tidaldecode.hf.second_pass import Correction, full_pass
 from tidaldecode.hf.sequences import Sequences
+from tidaldecode.hf.session import STEP, Session
 from tidaldecode.methods.quest import QuestAttention
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import KV
@@ -61,9 +61,23 @@ def next_tokens(steps, device):
 @contextmanager
 def uncaptured(cache):
     """The model's own steps on a GPU too."""
-    before, cache.step, cache.step_refused = cache.step, None, True
+    before = cache.session.graphs.pop(STEP, None)
+    cache.session.refused.add(STEP)
     yield
-    cache.step, cache.step_refused = before, False
+    cache.session.refused.discard(STEP)
+    if before is not None:
+        cache.session.graphs[STEP] = before
+
+
+def chunks(cache):
+    """The captured passes over chunks, by their tokens."""
+    return {tokens: graph for tokens, graph in cache.session.graphs.items() if tokens != STEP}
+
+
+def begin(cache, tokens, kind):
+    """Starts a pass on the device alone, as a captured one does."""
+    cache.sequences.advance(tokens)
+    cache.session.begin(kind, tokens)
 
 
 @pytest.mark.parametrize("family", GLOBAL_FAMILIES)
@@ -77,8 +91,8 @@ def test_the_traced_step_is_the_models_own(tiny, family):
     for token in next_tokens(3, "cpu"):
         positions = own.sequences.lengths[:, None].long()
         expected = model(token, position_ids=positions, past_key_values=own).logits
-        traced.advance()
-        with torch.no_grad(), captured.running(traced), merged_products(model):
+        begin(traced, 1, "step")
+        with torch.no_grad(), captured.running(traced.session.write_and_attend), merged_products(model):
             logits = step(plain_forward(model), token, positions)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(own.sequences.lengths, traced.sequences.lengths)
@@ -97,8 +111,8 @@ def test_the_traced_pass_over_a_chunk_is_the_models_own(tiny, family, tokens):
     for _ in range(2):
         positions = own.sequences.lengths[:, None].long() + torch.arange(tokens)
         expected = full_pass(model, own, ids, positions)
-        traced.advance_chunk(tokens)
-        with torch.no_grad(), captured.running(traced, chunk=True), merged_products(model):
+        begin(traced, tokens, "full")
+        with torch.no_grad(), captured.running(traced.session.write_and_attend), merged_products(model):
             logits = step(plain_forward(model), ids, positions)
         traced.count(tokens)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
@@ -119,8 +133,8 @@ def test_traced_rounds_out_of_verification_are_the_models_own(tiny):
             cache.rewind(start, torch.tensor([start, start - 6]))
         positions = own.sequences.lengths[:, None].long() + torch.arange(4)
         expected = full_pass(model, own, PROMPT[:, :4], positions)
-        traced.advance_chunk(4)
-        with torch.no_grad(), captured.running(traced, chunk=True), merged_products(model):
+        begin(traced, 4, "full")
+        with torch.no_grad(), captured.running(traced.session.write_and_attend), merged_products(model):
             logits = step(plain_forward(model), PROMPT[:, :4].contiguous(), positions)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         traced.count(4)
@@ -130,8 +144,8 @@ def test_traced_rounds_out_of_verification_are_the_models_own(tiny):
         for token in next_tokens(3, "cpu"):
             positions = own.sequences.lengths[:, None].long()
             expected = model(token, position_ids=positions, past_key_values=own).logits
-            traced.advance()
-            with torch.no_grad(), captured.running(traced), merged_products(model):
+            begin(traced, 1, "step")
+            with torch.no_grad(), captured.running(traced.session.write_and_attend), merged_products(model):
                 logits = step(plain_forward(model), token, positions)
             traced.count(1)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
@@ -157,9 +171,9 @@ def test_a_model_that_cannot_be_captured_says_so_once(tiny, caplog):
     with caplog.at_level(logging.WARNING, "tidaldecode"):
         for _ in range(2):
             cache = read_prompt(model, model._tidaldecode.plan, 40)
-            assert captured.captured_step(model, cache, *TOKEN) is None
-            assert captured.captured_step(model, cache, *TOKEN) is None
-    (message,) = (record.getMessage() for record in caplog.records if record.name == "tidaldecode")  # not the plan's
+            assert cache.session.captured(model, *TOKEN, "step") is None
+            assert cache.session.captured(model, *TOKEN, "step") is None
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "tidaldecode")
     assert message.startswith(
         "the decode step runs without a CUDA graph, and slower: some layers keep a sliding window"
     )
@@ -171,17 +185,17 @@ def test_a_failed_capture_leaves_the_cache_as_it_was(tiny, monkeypatch, caplog):
     before = cache.sequences.lengths.clone()
 
     class Fails:
-        def __init__(self, model, cache, *inputs):
-            cache.advance()
+        def __init__(self, model, sequences, begin, *inputs):
+            begin()
             raise RuntimeError("no graph today\nand more lines")
 
-    monkeypatch.setattr(captured, "CapturedStep", Fails)
-    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    monkeypatch.setattr(captured, "CapturedPass", Fails)
+    monkeypatch.setattr(Session, "_obstacle", lambda *_: None)
     with caplog.at_level(logging.WARNING, "tidaldecode"):
-        assert captured.captured_step(model, cache, *TOKEN) is None
+        assert cache.session.captured(model, *TOKEN, "step") is None
     assert "RuntimeError: no graph today" in caplog.text and "more lines" not in caplog.text
     assert torch.equal(cache.sequences.lengths, before)
-    assert cache.step_refused
+    assert cache.session.refused == {STEP}
 
 
 def test_a_chunk_that_can_not_be_captured_runs_all_the_same(tiny, monkeypatch, caplog):
@@ -189,17 +203,17 @@ def test_a_chunk_that_can_not_be_captured_runs_all_the_same(tiny, monkeypatch, c
     cache = read_prompt(model, model._tidaldecode.plan, 100)
     before, made = cache.sequences.lengths.clone(), []
 
-    def fails(model, cache, ids, positions, chunk):
-        assert chunk and positions is POSITIONS
+    def fails(model, sequences, begin, attend, ids, positions):
+        assert positions is POSITIONS
         made.append(ids.shape[1])
-        cache.advance_chunk(ids.shape[1])
+        begin()
         raise RuntimeError("no graph today")
 
-    monkeypatch.setattr(captured, "CapturedStep", fails)
-    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    monkeypatch.setattr(captured, "CapturedPass", fails)
+    monkeypatch.setattr(ops, "has_kernel", lambda rows: True)
     with caplog.at_level(logging.WARNING, "tidaldecode"):
         for tokens in (4, 4, 70, 7):
-            assert captured.captured_chunk(model, cache, torch.zeros(2, tokens).long(), POSITIONS) is None
+            assert cache.session.captured(model, torch.zeros(2, tokens).long(), POSITIONS, "full") is None
     assert made == [4, 7]  # each once, and no try where there is no kernel
     assert "the pass over 4 tokens with full attention runs without a CUDA graph" in caplog.text
     assert "no kernel for chunks of more than 65 tokens" in caplog.text
@@ -211,16 +225,16 @@ def test_a_compilation_that_the_user_stops_leaves_the_cache_as_it_was(tiny, monk
     cache = read_prompt(model, model._tidaldecode.plan, 40)
     before = cache.sequences.lengths.clone()
 
-    def stopped(model, cache, *inputs):
-        cache.advance()
+    def stopped(model, sequences, begin, *inputs):
+        begin()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(captured, "CapturedStep", stopped)
-    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    monkeypatch.setattr(captured, "CapturedPass", stopped)
+    monkeypatch.setattr(Session, "_obstacle", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
-        captured.captured_step(model, cache, *TOKEN)
+        cache.session.captured(model, *TOKEN, "step")
     assert torch.equal(cache.sequences.lengths, before)
-    assert not cache.step_refused
+    assert not cache.session.refused
 
 
 def test_a_capture_warms_up_with_the_tokens_that_it_is_for(tiny, monkeypatch):
@@ -229,15 +243,15 @@ def test_a_capture_warms_up_with_the_tokens_that_it_is_for(tiny, monkeypatch):
     cache, runs = read_prompt(model, model._tidaldecode.plan, 40), []
     ids, positions = PROMPT[:, :3].clone(), torch.arange(20, 23)[None]
 
-    def runs_once(step, cache, forward):
+    def runs_once(step, sequences, run):
         runs.append((step._input_ids, step._position_ids))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(captured.CapturedStep, "_capture", runs_once)
-    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    monkeypatch.setattr(captured.CapturedPass, "_capture", runs_once)
+    monkeypatch.setattr(Session, "_obstacle", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with pytest.raises(KeyboardInterrupt):
-        captured.captured_chunk(model, cache, ids, positions)
+        cache.session.captured(model, ids, positions, "full")
     ((input_ids, position_ids),) = runs
     assert torch.equal(input_ids, ids) and input_ids is not ids
     assert torch.equal(position_ids, positions.expand(2, 3))
@@ -247,30 +261,30 @@ def test_another_models_step_is_not_used(tiny, monkeypatch):
     """Nor that of a model whose weights were converted since, nor that of a cache that lies elsewhere."""
     made = []
 
-    class Step(captured.CapturedStep):
-        def __init__(self, model, cache, *inputs):
+    class Pass(captured.CapturedPass):
+        def __init__(self, model, sequences, *inputs):
             self._model, self._weights = weakref.ref(model), captured.weights_now(model)
-            self._moves = cache.sequences.moves
+            self._moves = sequences.moves
             made.append(model)
 
-    monkeypatch.setattr(captured, "CapturedStep", Step)
-    monkeypatch.setattr(captured, "_obstacle", lambda model, cache: None)
+    monkeypatch.setattr(captured, "CapturedPass", Pass)
+    monkeypatch.setattr(Session, "_obstacle", lambda *_: None)
     models = [apply(tiny("llama"), "paper") for _ in range(2)]
     cache = read_prompt(models[0], models[0]._tidaldecode.plan, 40)
     for model in (models[0], models[0], models[1]):
-        assert captured.captured_step(model, cache, *TOKEN) is cache.step
-    assert captured.captured_step(models[1].half(), cache, *TOKEN) is cache.step
+        assert cache.session.captured(model, *TOKEN, "step") is cache.session.step
+    assert cache.session.captured(models[1].half(), *TOKEN, "step") is cache.session.step
     assert made == [models[0], models[1], models[1]]
-    step = cache.step
+    step = cache.session.step
     cache.make_room(100)
-    assert captured.captured_step(models[1], cache, *TOKEN) is cache.step is not step
-    assert copy.deepcopy(cache.step) is pickle.loads(pickle.dumps(cache.step)) is None
+    assert cache.session.captured(models[1], *TOKEN, "step") is cache.session.step is not step
+    assert copy.deepcopy(cache.session.step) is pickle.loads(pickle.dumps(cache.session.step)) is None
 
 
 def test_a_cache_left_in_the_middle_is_refused(tiny):
     model = apply(tiny("llama"), "paper")
     cache = TidalCache(model.config, model._tidaldecode.plan, 40)
-    cache.begin(2, 10, None, torch.device("cpu"))  # a forward pass that did not come to any layer
+    cache.begin(2, 10, torch.device("cpu"))  # a forward pass that did not come to any layer
     with pytest.raises(InputError, match="left in the middle of a forward pass"):
         model(PROMPT[:, :1], past_key_values=cache)
     with pytest.raises(InputError, match="left in the middle of a forward pass"):
@@ -332,7 +346,7 @@ def test_captured_steps_equal_uncaptured_ones(gpu_model, tiny, family, plan):
         with uncaptured(other):
             expected = model(token, position_ids=positions, past_key_values=other).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert one.step is not None and other.step is None
+    assert one.session.step is not None and other.session.step is None
     assert one.get_seq_length() == other.get_seq_length() == 60
     assert torch.equal(one.sequences.lengths, other.sequences.lengths)
 
@@ -350,7 +364,7 @@ def test_captured_chunks_equal_uncaptured_ones(gpu_model, tiny, tokens):
         logits = full_pass(model, one, ids, positions)
         expected = full_pass(model, other, ids, positions, capture=False)
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)  # float32 sums in another order
-    assert one.chunks.keys() == {tokens} and not other.chunks
+    assert chunks(one).keys() == {tokens} and not chunks(other)
     assert torch.equal(one.sequences.lengths, other.sequences.lengths)
 
 
@@ -366,18 +380,18 @@ def test_lossless_rounds_replay_graphs(gpu_model, tiny, drafting):
     cache = TidalCache(model.config, plan, 80)
     assert torch.equal(model.generate(PROMPT.cuda(), past_key_values=cache, lossless=4, **arguments), expected)
     drafts = cache.for_drafts(4)
-    assert drafts.step is not None and drafts.chunks.keys() == {5}
+    assert drafts.session.step is not None and chunks(drafts).keys() == {5}
     assert (drafts is cache) == (drafting == "plan")
     with uncaptured(drafts):  # the same rounds by the model's own steps
-        drafts.chunks.clear()
-        drafts.chunks_refused.add(5)
+        del drafts.session.graphs[5]
+        drafts.session.refused.add(5)
         rounds = cache.rounds
         cache.reset()
         assert torch.equal(model.generate(PROMPT.cuda(), past_key_values=cache, lossless=4, **arguments), expected)
         assert cache.rounds == rounds
     cache = TidalCache(model.config, plan, 80)
     output = model.generate(PROMPT.cuda(), past_key_values=cache, correction_interval=6, **arguments)
-    assert cache.step is not None and cache.chunks.keys() == {6}
+    assert cache.session.step is not None and chunks(cache).keys() == {6}
     cache.crop(-3)  # 36 of 39 decoded tokens are corrected
     assert_prefilled(model, cache, output)
 
@@ -416,7 +430,7 @@ def test_a_capture_that_the_user_stops_leaves_the_tokens_own_rows(gpu_model, tin
     monkeypatch.setattr(torch.cuda, "graph", stopped)
     with pytest.raises(KeyboardInterrupt):
         decode(ids[3])
-    assert cache.get_seq_length() == 24 and not cache.chunks
+    assert cache.get_seq_length() == 24 and not chunks(cache)
     assert_prefilled(model, cache, torch.cat([PROMPT.cuda(), ids[:, :, 0].T], 1))
 
 
@@ -433,7 +447,7 @@ def test_one_chunk_graph_serves_a_cache_for_good(gpu_model, tiny):
         return full_pass(model, cache, ids, lengths + torch.arange(9, device="cuda"), **options).clone()
 
     first = run()
-    graph = cache.chunks[9]
+    graph = chunks(cache)[9]
     cache.crop(-9)
     torch.testing.assert_close(run(), first, rtol=0, atol=0)
     cache.crop(-9)
@@ -444,15 +458,15 @@ def test_one_chunk_graph_serves_a_cache_for_good(gpu_model, tiny):
     cache.reset()
     read_prompt(model, plan, 80, cache)
     torch.testing.assert_close(run(), first, rtol=0, atol=0)
-    assert cache.chunks == {9: graph}
+    assert chunks(cache) == {9: graph}
     cache.reset()
     with torch.no_grad():
         model(PROMPT[:1].cuda(), past_key_values=cache, logits_to_keep=1)
-    assert cache.chunks == {}
+    assert chunks(cache) == {}
     alone = run()
     cache.crop(-9)
     torch.testing.assert_close(run(capture=False), alone, rtol=1e-3, atol=1e-3)
-    assert cache.chunks.keys() == {9} and cache.chunks[9] is not graph
+    assert chunks(cache).keys() == {9} and chunks(cache)[9] is not graph
 
 
 @pytest.mark.gpu
@@ -465,7 +479,7 @@ def test_a_captured_chunk_keeps_no_more_than_its_activations(gpu_model, tiny):
     allocated = torch.cuda.memory_allocated()
     ids = PROMPT[:, :9].cuda()
     full_pass(model, cache, ids, cache.sequences.lengths[:, None].long() + torch.arange(9, device="cuda"))
-    assert cache.chunks.keys() == {9}
+    assert chunks(cache).keys() == {9}
     assert torch.cuda.memory_allocated() - allocated < 4 * 2**20
 
 
@@ -481,13 +495,13 @@ def test_one_graph_serves_a_cache_for_good(gpu_model, tiny):
         return torch.cat([model(token, past_key_values=cache).logits for token in tokens[:how_many]])
 
     first = decode(5)
-    step = cache.step
+    step = cache.session.step
     assert step is not None
     cache.crop(-5)
     torch.testing.assert_close(decode(5), first, rtol=1e-5, atol=1e-5)
-    assert cache.step is step
+    assert cache.session.step is step
     cache.use_plan(PLANS["full"](model.config))
-    assert cache.step is None
+    assert cache.session.step is None
     cache.crop(-5)
     with uncaptured(cache):
         expected = decode(5)
@@ -506,7 +520,7 @@ def test_generate_replays_a_graph(gpu_model, tiny, sampling):
         cache = TidalCache(model.config, used, 60)
         torch.manual_seed(0)
         outputs.append(model.generate(PROMPT.cuda(), past_key_values=cache, **arguments))
-        assert cache.step is not None
+        assert cache.session.step is not None
     assert torch.equal(*outputs)
 
 
@@ -517,8 +531,8 @@ def test_what_a_graph_does_not_give_runs_without(gpu_model, tiny):
     cache = read_prompt(model, plan, 80)
     token = next_tokens(1, "cuda")[0]
     output = model(token, past_key_values=cache, output_hidden_states=True)
-    assert output.hidden_states is not None and cache.step is None
-    assert model(token, past_key_values=cache).logits.shape[1] == 1 and cache.step is not None
+    assert output.hidden_states is not None and cache.session.step is None
+    assert model(token, past_key_values=cache).logits.shape[1] == 1 and cache.session.step is not None
 
 
 @pytest.mark.gpu
@@ -530,13 +544,13 @@ def test_ten_thousand_steps_in_one_graph(gpu_model, tiny):
     one, other = read_prompt(model, plan, 10_100), read_prompt(model, plan, 10_100)
     tokens = next_tokens(10_000, "cuda")
     model(tokens[0], past_key_values=one)
-    step = one.step
+    step = one.session.step
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
     for token in tokens[1:]:
         logits = model(token, past_key_values=one).logits
     torch.cuda.synchronize()
-    assert one.step is step
+    assert one.session.step is step
     assert torch.cuda.memory_allocated() <= allocated + 2**20
     with uncaptured(other):
         for token in tokens:
@@ -573,8 +587,8 @@ def test_a_full_cache_grows_and_is_captured_anew(gpu_model, tiny):
         positions = small.sequences.lengths[:, None].long()
         logits = [model(token, position_ids=positions, past_key_values=cache).logits for cache in (small, large)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-        if small.step not in steps:
-            steps.append(small.step)
+        if small.session.step not in steps:
+            steps.append(small.session.step)
     assert None not in steps and len(steps) == 3  # 20, 30, 45 and 67 tokens
     assert small.capacity == 67
 
@@ -607,7 +621,7 @@ def test_the_next_step_uses_changed_weights(gpu_model, tiny, change):
     CHANGES[change](model)
     cache.crop(-1)
     after = model(tokens[0], past_key_values=cache).logits
-    assert cache.step is not None
+    assert cache.session.step is not None
     cache.crop(-1)
     with uncaptured(cache):
         torch.testing.assert_close(after, model(tokens[0], past_key_values=cache).logits, rtol=1e-4, atol=1e-4)

@@ -18,9 +18,9 @@ from tidaldecode.calibrate.settings import CoherenceSettings
 from tidaldecode.calibrate.stretches import Stretch
 from tidaldecode.evaluate import scoring
 from tidaldecode.evaluate.scoring import step_logits
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.plans.find import find_plan
-from tidaldecode.report.results import read_results
+from tidaldecode.report.folder import read_results
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
 
@@ -290,12 +290,12 @@ def test_one_rule_and_a_fraction(run, command):
     ],
 )
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, *options), *words)
 
 
 def test_a_wrong_output_before_the_model_is_loaded(run, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     (tmp_path / "file").write_text("")
     assert_one_line(run(*command, "--output", str(tmp_path / "file")), "is a file: give a folder")
     assert_one_line(run(*command, "--output", str(tmp_path / "file" / "folder")), "can't be made a folder")

@@ -10,7 +10,7 @@ import tidaldecode
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache, TidalPlan
 from tidaldecode.evaluate.scoring import score_tokens
-from tidaldecode.hf.second_pass.correction import Correction
+from tidaldecode.hf.second_pass import Correction
 
 OPTIONS = {"do_sample": False, "eos_token_id": None}
 FAMILIES_WITHOUT_WINDOWS = [family for family in FAMILIES if family != "gemma3_text"]

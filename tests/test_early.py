@@ -12,7 +12,7 @@ from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import InputError, TidalPlan
 from tidaldecode.cli.outline import outline_of
-from tidaldecode.models.find import find_model, gguf_of
+from tidaldecode.models import find_model, gguf_of
 from tidaldecode.texts.prompt import Prompt
 
 _TELL = """
@@ -33,7 +33,7 @@ print(json.dumps(told))
 @pytest.fixture
 def no_model(monkeypatch):
     """Reading a model's files fails the test."""
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles._read", lambda *arguments, **options: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles._read", lambda *arguments, **options: 1 / 0)
 
 
 def test_mistakes_that_need_no_pytorch(tiny_folder, tmp_path):

@@ -9,7 +9,7 @@ import tidaldecode
 from dense_oracle import DenseOracle
 from families import FAMILIES, plan_for, ragged_batch, shape_of
 from tidaldecode import TidalCache
-from tidaldecode.models.architecture import TESTED_ARCHITECTURES, model_shape
+from tidaldecode.models import TESTED_ARCHITECTURES, model_shape
 
 SELECTIONS = ("per_head", "per_group", "unified")
 STEPS = 12

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tidaldecode import InputError
 from tidaldecode.models import cache as model_cache
+from tidaldecode.models import find_model
 from tidaldecode.models import gguf as gguf_file
-from tidaldecode.models.find import find_model
 
 CPU = torch.device("cpu")
 SHAPES = {"token_embd": (288, 32), "output_norm": (32,), "output": (288, 32)}

@@ -33,7 +33,7 @@ import tidaldecode
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan
 from tidaldecode.hf.forward import PREFILL_CHUNK, chunk_size
-from tidaldecode.models.architecture import check_architecture
+from tidaldecode.models import check_architecture
 from tidaldecode.plans import shipped_plans
 from tidaldecode.plans.find import find_plan
 

@@ -23,11 +23,8 @@ import tidaldecode
 from chi_square import p_value
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache, TidalPlan
-from tidaldecode.hf import lossless
-from tidaldecode.hf.second_pass.correction import Correction
-from tidaldecode.hf.second_pass.drafting import DraftLength, Rounds
-from tidaldecode.hf.second_pass.full_pass import full_pass
-from tidaldecode.hf.second_pass.ragged import RaggedTokens
+from tidaldecode.hf.second_pass import Correction, DraftLength, Rounds, full_pass, lossless
+from tidaldecode.hf.second_pass.tokens import TokenBuffer
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
 LENGTHS = (40, 23, 31, 5)
@@ -506,7 +503,7 @@ def test_a_last_shorter_round_is_verified_by_a_captured_pass(
 
     def recording(model, cache, token_ids, *arguments, capture, **options):
         passes.append((token_ids.shape[1], capture))
-        cache.chunks |= dict.fromkeys(captured)
+        cache.session.graphs |= dict.fromkeys(captured)
         return full_pass(model, cache, token_ids, *arguments, capture=capture, **options)
 
     monkeypatch.setattr(lossless, "full_pass", recording)
@@ -579,8 +576,8 @@ def test_rounds():
     assert rounds.accepted_per_round == 3
 
 
-def test_ragged_tokens():
-    tokens = RaggedTokens(torch.tensor([[1, 2], [3, 4]]), 4)
+def test_tokens_of_sequences_of_different_lengths():
+    tokens = TokenBuffer(torch.tensor([[1, 2], [3, 4]]), 4)
     tokens.write(0, torch.tensor([5, 6]))
     tokens.extend([1, 0])
     assert tokens.counts == [3, 2]

@@ -7,7 +7,7 @@ from transformers import TextStreamer
 
 from tidaldecode.evaluate.generation import _TimedStreamer
 from tidaldecode.evaluate.generation_settings import Passes
-from tidaldecode.hf.second_pass.drafting import Rounds
+from tidaldecode.hf.second_pass import Rounds
 
 
 def streamer(times):

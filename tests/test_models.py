@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tidaldecode import InputError
+from tidaldecode.models import ModelFiles, find_model
 from tidaldecode.models import demo as demo_model
-from tidaldecode.models.find import ModelFiles, find_model
 
 
 def find_quietly(name="smollm2-135m"):

@@ -13,14 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from command_line import assert_one_line
 from families import plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
-from tidaldecode.evaluate import study
-from tidaldecode.evaluate.needle import needles
-from tidaldecode.evaluate.prompt import HeldPrompt
-from tidaldecode.evaluate.study import measure
+from tidaldecode.evaluate import needle as module
+from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
 from tidaldecode.methods.method import Method, every_method
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.results.cells import Cells, read_cells
-from tidaldecode.texts.haystack import NeedleSettings, needle_cases
 from tidaldecode.texts.text import Text
 
 SETTINGS = NeedleSettings(lengths=(120, 160), depths=3, repeats=2)
@@ -42,8 +39,8 @@ def cases(byte_tokenizer, haystack, llama):
     return needle_cases(byte_tokenizer, haystack, SETTINGS, llama.config)
 
 
-def find_needles(model, haystack, cases, methods, cells=None, on_progress=study.quiet):
-    return measure(needles(haystack, cases, SETTINGS, methods), model, cells, on_progress)
+def in_memory():
+    return Cells.open(None, {}, CELL_KEY)
 
 
 def methods_for(model, *budgets):
@@ -119,7 +116,7 @@ def test_found_is_what_generate_says(llama, cases, haystack):
     said = [generated(llama, cases[0].prompt(haystack), method, 8) for method in methods]
     assert len(set(said)) > 2
     asked = [replace(cases[0], repeat=index, answer=answer) for index, answer in enumerate(dict.fromkeys(said))]
-    cells = Cells(needles(haystack, asked, SETTINGS, ()).key)
+    cells = in_memory()
     find_needles(llama, haystack, asked, methods, cells)
     for case in asked:
         keys = ({"length": 120, "depth": 0.0, "repeat": case.repeat, **method.key()} for method in methods)
@@ -127,7 +124,7 @@ def test_found_is_what_generate_says(llama, cases, haystack):
 
 
 def test_summaries(llama, cases, haystack):
-    full, streaming = find_needles(llama, haystack, cases, [Method("streaming", 8)])
+    full, streaming = find_needles(llama, haystack, cases, [Method("streaming", 8)], in_memory())
     assert (full.variant.method, full.budget, streaming.variant.method, streaming.budget) == (
         "full", None, "streaming", 8
     )  # fmt: skip
@@ -140,27 +137,27 @@ def test_summaries(llama, cases, haystack):
 
 def test_a_stopped_run_goes_on(llama, cases, haystack, tmp_path, monkeypatch):
     methods, path, cases = methods_for(llama, 8)[:2], tmp_path / "needle.jsonl", cases[:3]
-    key = needles(haystack, cases, SETTINGS, ()).key
-    read, decoded, stop = [], [], 4
-    read_prompt, attend_by = HeldPrompt.read, HeldPrompt.attend_by
+    read, decoded = [], []
+    read_prompt, says_answer = module.read_prompt, module._says_answer
 
-    def counted_read(held, prompt, decode):
+    def counted_read(model, cache, prompt, decode):
         read.append(prompt)
-        read_prompt(held, prompt, decode)
+        return read_prompt(model, cache, prompt, decode)
 
-    def counted_decode(held, method, context):
-        if len(decoded) == stop:
+    def counted_says(model, cache, last, case, method):
+        if len(decoded) == 4:
             raise KeyboardInterrupt
-        decoded.append((context, method.name))
-        attend_by(held, method, context)
+        decoded.append((case, method.name))
+        return says_answer(model, cache, last, case, method)
 
-    monkeypatch.setattr(HeldPrompt, "read", counted_read)
-    monkeypatch.setattr(HeldPrompt, "attend_by", counted_decode)
-    with Cells.open(path, {"kind": "needle"}, key) as cells, pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(module, "read_prompt", counted_read)
+    monkeypatch.setattr(module, "_says_answer", counted_says)
+    with Cells.open(path, {"kind": "needle"}, CELL_KEY) as cells, pytest.raises(KeyboardInterrupt):
         find_needles(llama, haystack, cases, methods, cells)
     assert len(read_cells(path).rows) == 4
-    stop, progress = None, []
-    with Cells.open(path, {"kind": "needle"}, key) as cells:
+    monkeypatch.setattr(module, "_says_answer", lambda *arguments: decoded.append(arguments[3:]) or False)
+    progress = []
+    with Cells.open(path, {"kind": "needle"}, CELL_KEY) as cells:
         find_needles(llama, haystack, cases, methods, cells, lambda *what: progress.append(what))
         assert len(decoded) == 9 and len(read) == 2 + 2  # the second case was read, and is read again
         find_needles(llama, haystack, cases, methods, cells)
@@ -173,7 +170,7 @@ def test_plans_of_one_name_are_never_mixed(llama, cases, haystack):
     plan = plan_for(llama.config).model_copy(update={"name": "p"})
     methods = [Method("tidal", 16, plan), Method("tidal", 16, plan.model_copy(update={"sink_tokens": 2}))]
     with pytest.raises(InputError, match="two plans are named 'p'"):
-        find_needles(llama, haystack, cases, methods)
+        find_needles(llama, haystack, cases, methods, in_memory())
 
 
 # ---- the command
@@ -231,7 +228,7 @@ def test_eval_needle(run, command, tmp_path):
     ],
 )
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, *options), *words)
 
 
@@ -242,7 +239,7 @@ def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
     options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
     status, before, err = run(*command, *options)
     assert status == 0, err
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     status, after, err = run(*command, *options)
     assert status == 0, err
     assert json.loads(after)["rows"] == json.loads(before)["rows"]

@@ -15,12 +15,10 @@ import torch
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
-from tidaldecode.evaluate import study
-from tidaldecode.evaluate.perplexity import perplexity
-from tidaldecode.evaluate.prompt import HeldPrompt
-from tidaldecode.evaluate.study import measure
+from tidaldecode.evaluate import perplexity as module
+from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
 from tidaldecode.methods.method import METHOD_KEY, Method, check_methods, check_plan_names, every_method
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.results.cells import Cells, read_cells
 from tidaldecode.texts.text import Text, text_parts
 from tidaldecode.texts.windows import Windows
@@ -34,11 +32,8 @@ def llama(tiny):
     return apply(tiny("llama"), "full")
 
 
-KEY = perplexity(TEXT, SETTINGS, ()).key
-
-
-def scored(model, methods, cells=None, on_progress=study.quiet, settings=SETTINGS):
-    return measure(perplexity(TEXT, settings, methods), model, cells, on_progress)
+def in_memory():
+    return Cells.open(None, {}, CELL_KEY)
 
 
 def methods_for(model, *budgets):
@@ -62,7 +57,7 @@ def step_by_step(model, method, window):
 
 def test_scores_are_those_of_decode_steps(llama):
     methods = methods_for(llama, 16)
-    rows = scored(llama, methods)
+    rows = perplexity(llama, TEXT, SETTINGS, methods, in_memory())
     assert [(row.variant.method, row.budget, row.windows) for row in rows] == [
         ("full", None, 3), ("tidal", 16, 3), ("streaming", 16, 3)
     ]  # fmt: skip
@@ -82,7 +77,7 @@ def test_scores_are_those_of_decode_steps(llama):
 
 def test_full_attention_is_the_models_own(llama, tiny):
     """No cache, no plan: the likelihoods of the last tokens of each window."""
-    (row,) = scored(llama, ())
+    (row,) = perplexity(llama, TEXT, SETTINGS, (), in_memory())
     means = []
     for start in SETTINGS.starts:
         window = TEXT.window(start, 64)
@@ -93,15 +88,15 @@ def test_full_attention_is_the_models_own(llama, tiny):
 
 
 def test_each_window_is_read_once(llama, monkeypatch):
-    read, original = [], HeldPrompt.read
+    read, original = [], module.read_prompt
 
-    def read_prompt(held, window, decode):
+    def read_prompt(model, cache, window, decode):
         read.append(window[0, 0].item())
-        original(held, window, decode)
+        return original(model, cache, window, decode)
 
-    monkeypatch.setattr(HeldPrompt, "read", read_prompt)
+    monkeypatch.setattr(module, "read_prompt", read_prompt)
     progress = []
-    scored(llama, methods_for(llama, 16, 24), on_progress=lambda *what: progress.append(what))
+    perplexity(llama, TEXT, SETTINGS, methods_for(llama, 16, 24), in_memory(), lambda *what: progress.append(what))
     assert read == [TEXT.tokens[start].item() for start in (5, 35, 65)]
     assert [done for done, _, _ in progress] == list(range(19))
     assert {total for _, total, _ in progress} == {18}
@@ -111,42 +106,42 @@ def test_each_window_is_read_once(llama, monkeypatch):
 
 def test_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
     methods, path = methods_for(llama, 16), tmp_path / "ppl.jsonl"
-    expected = scored(llama, methods)
-    original, done = HeldPrompt.attend_by, []
+    expected = perplexity(llama, TEXT, SETTINGS, methods, in_memory())
+    original, scored = module._cell, []
 
     def stop_at(count):
-        def attend_by(held, method, context):
-            if len(done) == count:
+        def cell(model, cache, rest, start, method, cells):
+            if len(scored) == count:
                 raise KeyboardInterrupt
-            done.append((held.window[0, 0].item(), method.name))
-            original(held, method, context)
+            scored.append((start, method.name))
+            return original(model, cache, rest, start, method, cells)
 
-        monkeypatch.setattr(HeldPrompt, "attend_by", attend_by)
+        monkeypatch.setattr(module, "_cell", cell)
 
     for count in (2, 7):
         stop_at(count)
-        with Cells.open(path, {"kind": "ppl"}, KEY) as cells, pytest.raises(KeyboardInterrupt):
-            scored(llama, methods, cells)
+        with Cells.open(path, {"kind": "ppl"}, CELL_KEY) as cells, pytest.raises(KeyboardInterrupt):
+            perplexity(llama, TEXT, SETTINGS, methods, cells)
         assert len(read_cells(path).rows) == count
     stop_at(None)
-    with Cells.open(path, {"kind": "ppl"}, KEY) as cells:
-        found = scored(llama, methods, cells)
-        assert len(done) == len(set(done)) == 9
+    with Cells.open(path, {"kind": "ppl"}, CELL_KEY) as cells:
+        found = perplexity(llama, TEXT, SETTINGS, methods, cells)
+        assert len(scored) == len(set(scored)) == 9
         for row, wanted in zip(found, expected, strict=True):
             assert row.nll == pytest.approx(wanted.nll, abs=1e-6)
         # other windows and budgets of the same file are left out
-        scored(llama, methods_for(llama, 24), cells, settings=Windows(64, 40, 1, 20))
-        assert scored(llama, methods, cells) == found
-    assert len(done) == 12
+        perplexity(llama, TEXT, Windows(64, 40, 1, 20), methods_for(llama, 24), cells)
+        assert perplexity(llama, TEXT, SETTINGS, methods, cells) == found
+    assert len(scored) == 12
 
 
 def test_plans_of_one_name_are_never_mixed(llama):
-    cells, plan = Cells(KEY), plan_for(llama.config).model_copy(update={"name": "p"})
-    scored(llama, [Method("tidal", 16, plan)], cells)
-    scored(llama, [Method("tidal", 24, plan.with_budget(32))], cells)  # only the budget differs
+    cells, plan = in_memory(), plan_for(llama.config).model_copy(update={"name": "p"})
+    perplexity(llama, TEXT, SETTINGS, [Method("tidal", 16, plan)], cells)
+    perplexity(llama, TEXT, SETTINGS, [Method("tidal", 24, plan.with_budget(32))], cells)  # only the budget differs
     other = plan.model_copy(update={"sink_tokens": 2})
     with pytest.raises(InputError, match="two plans are named 'p'"):
-        scored(llama, [Method("tidal", 16, other)], cells)
+        perplexity(llama, TEXT, SETTINGS, [Method("tidal", 16, other)], cells)
     with pytest.raises(InputError, match="two plans are named 'p'"):
         check_methods([Method("tidal", 16, plan), Method("tidal", 16, other)], llama.config, 64)
     check_plan_names([Method("full").key(), Method("quest", 64).key()])
@@ -155,12 +150,12 @@ def test_plans_of_one_name_are_never_mixed(llama):
 def test_a_likelihood_that_is_not_finite_is_no_result(llama, tmp_path):
     llama.half().lm_head.weight.data.mul_(60000)
     overflows = pytest.raises(InputError, match="float16 overflows; give --dtype bfloat16 or float32")
-    with Cells.open(tmp_path / "ppl.jsonl", {"kind": "ppl"}, KEY) as cells, overflows:
-        scored(llama, [], cells)
+    with Cells.open(tmp_path / "ppl.jsonl", {"kind": "ppl"}, CELL_KEY) as cells, overflows:
+        perplexity(llama, TEXT, SETTINGS, [], cells)
     assert read_cells(tmp_path / "ppl.jsonl").rows == []
     llama.float().lm_head.weight.data.fill_(math.nan)
     with pytest.raises(InputError, match="full at token 5: .* weights are damaged"):
-        scored(llama, [])
+        perplexity(llama, TEXT, SETTINGS, [], in_memory())
 
 
 def test_what_tells_methods_apart(llama):
@@ -290,7 +285,7 @@ def test_eval_ppl(run, command, tmp_path):
     ],
 )
 def test_bad_input_before_the_model_is_loaded(run, command, options, words, monkeypatch):
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     assert_one_line(run(*command, *options), *words)
 
 
@@ -310,7 +305,7 @@ def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
     options = ["--plan", str(tmp_path / "mine.json"), "--output", str(tmp_path / "results"), "--json"]
     status, before, err = run(*command, *options)
     assert status == 0, err
-    monkeypatch.setattr("tidaldecode.models.find.ModelFiles.model", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
     status, after, err = run(*command, *options)
     assert status == 0, err
     assert json.loads(after)["rows"] == json.loads(before)["rows"]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from families import FAMILIES
 from tidaldecode import PAPER_RESELECT_LAYERS, InputError, ModelShape, Source, TidalPlan
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import check_plan
+from tidaldecode.models import check_plan
 from tidaldecode.plans import shipped_plans
 from tidaldecode.plans.find import find_plan
 

@@ -16,18 +16,20 @@ import pytest
 
 from command_line import assert_one_line
 from tidaldecode.errors import InputError
-from tidaldecode.report import drawing, evaluation_plots, plots
+from tidaldecode.methods.method import METHOD_KEY, Method
+from tidaldecode.plan import ModelShape
+from tidaldecode.plans import read_plan
+from tidaldecode.report import articles, drawing, losses, overview, scores, speeds
 from tidaldecode.report.article import Table
-from tidaldecode.report.correction_article import correction_article
-from tidaldecode.report.correction_plots import correction_panels
-from tidaldecode.report.drawing import NARROW, WIDE
+from tidaldecode.report.drawing import NARROW, WIDE, save_png
+from tidaldecode.report.folder import read_results
 from tidaldecode.report.page import write_report
-from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
-from tidaldecode.report.results import read_results
+from tidaldecode.report.shares import SharesRead
 from tidaldecode.results.cells import Cells
 from tidaldecode.results.correction import rows_of
 from tidaldecode.results.needles import needle_summary
 from tidaldecode.results.perplexity import ppl_summary
+from tidaldecode.results.rows import MethodSettings
 from tidaldecode.results.tasks import lm_eval_summary
 
 HOSTILE = "</title><script>alert('$x_1$')</script>&\"'"
@@ -217,34 +219,33 @@ def test_every_kind_has_its_place(page):
     ):
         assert words in page.text
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 1 + 2 * 10  # each figure for wide and for narrow windows, and the brand
+    assert page.tags.count("svg") == 2 * 11  # each figure for wide and for narrow windows
 
 
-def test_headlines_are_computed_from_the_rows(page):
-    for heading, subject, *numbers in [
-        ("Gap to full attention", "smollm2, plan shipped", "64", "+0.220", "256", "+0.055"),
-        ("Needles found", "smollm2, plan shipped", "64", "75\N{NO-BREAK SPACE}%".replace("\N{NO-BREAK SPACE}", " ")),
-        ("Tokens out of a lossless round", "smollm2", "4", "3.50", "8", "7.50"),
-        ("Speed-up of a decode step", "smollm2", "1,024", "2.50×", "4,096", "2.50×"),
-        ("Speed-up of attention", "2 KV heads, batch 1", "1,024", "2.50×"),
-        ("Gap of the calibrated plan", "smollm2", "searched", "+0.030", "held out", "+0.040"),
-    ]:
-        assert " ".join((heading, subject, *numbers)) in page.text
-    assert "above full attention’s 3.100, over 3 windows; standard errors up to" in page.text
-    assert "Of 24 needles; full attention finds 100 % of 24." in page.text
-    assert "on NVIDIA H200; budget 128 tokens." in page.text
-    assert "measured on NVIDIA H200." in page.text
+def test_the_page_opens_with_comparisons_and_the_rest_folds(page, text):
+    before_articles = page.text[: page.text.index("Perplexity of smollm2")]
+    for words in (
+        "smollm2, 3 windows, full attention’s loss 3.100: gap by token budget, nats per token ± one standard error",
+        "tidal, shipped +0.220 ± 0.012 +0.055 ± 0.003 –",
+        "smollm2, batch 1: whole step, NVIDIA H200 tidal 128 2.50× 3.2 ms, reads 10 % 2.50× 3.2 ms, reads 10 %",
+        "2 KV heads, batch 1: attention alone, NVIDIA H200 tidal 64 2.50× 0.016 ms, reads",
+        "measured on NVIDIA H200.",
+    ):
+        assert words in before_articles
+    assert "<details open" not in text and page.tags.count("h3") == 11
+    for numbers in ("searched +0.030", "held out +0.040", "tidal, shipped 64 – 9/12 9/12 18/24"):
+        assert numbers in page.text
 
 
 def test_tables_hold_the_numbers(page):
     assert "method 64 256 50 % tidal, shipped +0.220 ± 0.012 +0.055 ± 0.003 –" in page.text
-    assert "full – 12/12 12/12 24/24" in page.text
+    assert "full – 100 % 12/12 12/12 24/24" in page.text
     assert "qa f1 20 0.5 ± 0.1 0.5 ± 0.1 qa loss 20 3 3" in page.text
-    assert "tidal 128 3.200 1.000 2.50× 10 %" in page.text
+    assert "tidal 128 10 % 3.200 1.000 2.50×" in page.text
     assert "tidaldecode eval ppl --seed 7" in page.text and "torch 2.11.0" in page.text
     assert "generate full 48 paper 1" in page.text
-    assert "plain shipped 64 – +0.300 ± 0.100 1.00 2.00× – –" in page.text
-    assert "lossless shipped 64 8 +0.000 1.00 2.00× 7.50 1" in page.text
+    assert "plain shipped 64 – – +0.300 ± 0.100 1.00 2.00× – –" in page.text
+    assert "lossless shipped 64 – 8 +0.000 1.00 2.00× 7.50 1" in page.text
     assert "Coherence of smollm2" in page.text and "Recall over distance" in page.text
 
 
@@ -348,9 +349,8 @@ def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
     assert report.skipped == () and "is damaged and skipped" in caplog.text
     text = Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
     note = "Left out: 1 case of 6 that not every method and budget has."
-    assert f"Of 20 needles; full attention finds 100 % of 20. {note}" in text
     assert f"1 is every needle, 0 none. {note}" in text
-    assert "full – 12/12 8/8 20/20" in text and "quest 64 3/12 2/8 5/20" in text
+    assert "full – 100 % 12/12 8/8 20/20" in text and "quest 64 – 3/12 2/8 5/20" in text
 
 
 def test_methods_are_compared_on_the_windows_that_all_have(bare, tmp_path):
@@ -360,8 +360,11 @@ def test_methods_are_compared_on_the_windows_that_all_have(bare, tmp_path):
     text = Page(write_report(bare, tmp_path / "report.html").output.read_text(encoding="utf-8")).text
     note = "Left out: 1 window of 4 that not every method and budget has."
     assert "tidal, shipped +0.220 ± 0.012 +0.055 ± 0.003 –" in text and "†" not in text
-    assert re.search(rf"above full attention’s 3.100, over 3 windows; standard errors up to 0.\d+. {note}", text)
-    assert f"bars are standard errors over windows. {note}" in text
+    assert (
+        f"3 windows, full attention’s loss 3.100: gap by token budget, nats per token ± one standard error. {note}"
+        in text
+    )
+    assert f"bars are one standard error over windows. {note}" in text
 
 
 def test_methods_that_share_no_window_are_marked(bare, tmp_path):
@@ -373,11 +376,11 @@ def test_methods_that_share_no_window_are_marked(bare, tmp_path):
     needles = [row for row in NEEDLES if row["length"] in lengths[row["method"]]]
     write_cells(bare / "needle.jsonl", "needle", ("length", "depth", "method"), needles)
     text = Page(write_report(bare, tmp_path / "report.html").output.read_text(encoding="utf-8")).text
-    assert "by token budget; † over fewer than all 3 windows" in text
+    assert "± one standard error; † over fewer than all 3 windows. No window is common" in text
     assert "tidal, shipped +0.250 ± 0.000 † +0.250 † streaming +0.500 † –" in text
     note = "is common to all methods and budgets: they can’t be compared; † marks fewer than all."
-    assert f"above full attention, over 1 to 2 windows. No window {note}" in text
-    assert f"No case {note}" in text and "tidal, shipped 64 9/12 – 9/12 † quest 64 – 3/12 3/12 †" in text
+    assert "smollm2, 1 to 3 windows: gap by token budget" in text and f"No window {note}" in text
+    assert f"No case {note}" in text and "tidal, shipped 64 – 9/12 – 9/12 † quest 64 – – 3/12 3/12 †" in text
     assert "Needles found; † of fewer than all 24" in text
 
 
@@ -456,7 +459,7 @@ def test_a_full_disk_is_one_line(run, bare, tmp_path, monkeypatch):
 def test_a_figure_that_cant_be_written_is_one_line(tmp_path):
     (tmp_path / "a.png").mkdir()
     with pytest.raises(InputError, match=r"a\.png can't be written: "):
-        evaluation_plots.plot_needle_heatmaps(needle_summary(NEEDLES), tmp_path / "a.png", "a")
+        save_png(scores.needle_heatmaps, needle_summary(NEEDLES), tmp_path / "a.png", "a")
     assert list(tmp_path.iterdir()) == [tmp_path / "a.png"]
 
 
@@ -469,6 +472,49 @@ def test_results_of_this_repository_are_understood_and_shown_once():
     shown = [file for file, kind in kinds.items() if kind in ("ppl", "needle") or file.endswith("correction.jsonl")]
     assert shown == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
     assert not any("needle" in file or "ppl" in file for file, kind in kinds.items() if kind == "other")
+
+
+def test_shares_of_k_and_v_stand_beside_budgets_where_they_are_known(tmp_path):
+    """As methods count them, by the plan that lies in the folder; a plan that does not is said to be left out."""
+    plan = read_plan("smollm2-135m").model_copy(update={"sink_tokens": 3, "name": "mine"})
+    (tmp_path / "results").mkdir()
+    plan.save(tmp_path / "results" / "plan.json")
+    methods = [
+        Method("tidal", 64, plan), Method("quest", 64), Method("streaming", 64),
+        Method("oracle", 64, selection="unified", full_layers=2), Method("tidal", 64, read_plan("smollm2-135m-paper")),
+    ]  # fmt: skip
+    rows = [ppl_cell(window, "full", None, 0.0) | Method("full").key() for window in (0, 1)]
+    rows += [ppl_cell(window, "tidal", 64, 0.1) | method.key() for window in (0, 1) for method in methods]
+    for row in (rows[6], rows[11]):
+        row |= {"plan": "lost", "plan_digest": "0"}
+    identity = {"kind": "ppl", "model": "x", "context": 128}
+    shape = ModelShape(num_layers=30, num_query_heads=9, num_kv_heads=3, head_dim=64)
+    header = identity | {"model_shape": shape.describe()}
+    with Cells.open(tmp_path / "results" / "ppl.jsonl", header, ("window", *METHOD_KEY), ENVIRONMENT) as cells:
+        for row in rows:
+            cells.append(row)
+    report = write_report(tmp_path / "results", tmp_path / "report.html")
+    assert report.skipped == () and report.figures[0][0] == "opening-loss"
+    text = Page(report.output.read_text(encoding="utf-8")).text
+    for method in methods[:4]:
+        share = method.attention(shape, 128).kv_read_fraction(128)
+        label = MethodSettings.of(method.key()).label
+        assert f"{label} +0.100 ± 0.000 reads {100 * share:.3g} %" in text
+    assert "Not drawn, as the folder does not say what they read: tidal, lost." in text
+    assert "tidal, lost +0.100 ± 0.000 quest" in text
+
+
+def test_files_of_the_same_windows_are_compared_together(tmp_path):
+    """Of what two files hold, the first one's is taken; other windows stay apart."""
+    key = ("window", "method", "plan", "budget")
+    write_cells(tmp_path / "a" / "ppl.jsonl", "ppl", key, [row for row in PPL if row["method"] != "streaming"])
+    again = [row | {"nll": row["nll"] + 9} if row["method"] == "tidal" else row for row in PPL]
+    write_cells(tmp_path / "b" / "ppl.jsonl", "ppl", key, again)
+    write_cells(tmp_path / "c" / "ppl.jsonl", "ppl", key, [row | {"window": row["window"] + 50} for row in PPL])
+    opening = overview.losses(read_results(tmp_path)[0], SharesRead([]))
+    (table,) = opening.tables
+    assert [row["method"] for row in table.rows] == ["tidal, shipped", "tidal, paper", "streaming"]
+    assert table.rows[0]["64"] == "+0.220 ± 0.012" and table.rows[2]["50\N{NO-BREAK SPACE}%"].startswith("+0.330")
 
 
 def test_plans_of_a_study_are_told_apart():
@@ -530,11 +576,11 @@ def test_what_json_printed_is_an_article_as_its_cells_are(tmp_path):
     (printed_results, none), (cells_results, _) = (read_results(tmp_path / name) for name in ("printed", "cells"))
     assert none == []
     for mine, theirs in zip(printed_results, cells_results, strict=True):
-        article = {"ppl": ppl_article, "needle": needle_article, "lm-eval": lm_eval_article}[mine.kind]
-        first, second = article(mine, "a"), article(theirs, "a")
+        article = {"ppl": articles.perplexity, "needle": articles.needles, "lm-eval": articles.tasks}[mine.kind]
+        first, second = article(mine, "a", SharesRead([])), article(theirs, "a", SharesRead([]))
         assert first.title == second.title
-        assert (first.cards, first.figures, first.tables) == (second.cards, second.figures, second.tables)
-        assert not {"nll", "full accuracy", "figure"} & {name for name, _ in first.facts}
+        assert (first.figures, first.tables) == (second.figures, second.tables)
+        assert not {"nll", "full accuracy", "figure"} & first.facts.keys()
 
 
 def test_what_json_printed_of_corrections_is_an_article_as_its_cells_are(tmp_path):
@@ -545,10 +591,8 @@ def test_what_json_printed_of_corrections_is_an_article_as_its_cells_are(tmp_pat
     write_cells(tmp_path / "cells" / "correction.jsonl", "correction", key, [*CORRECTION, *rest])
     ((mine,), none), ((theirs,), _) = (read_results(tmp_path / name) for name in ("printed", "cells"))
     assert none == [] and mine.kind == theirs.kind == "correction"
-    first, second = correction_article(mine, "a"), correction_article(theirs, "a")
-    assert (first.title, first.cards, first.figures, first.tables) == (
-        second.title, second.cards, second.figures, second.tables
-    )  # fmt: skip
+    first, second = (articles.correction(result, "a", SharesRead([])) for result in (mine, theirs))
+    assert (first.title, first.figures, first.tables) == (second.title, second.figures, second.tables)
     write_cells(tmp_path / "none" / "correction.jsonl", "correction", key, CORRECTION[:5] + rest)
     write_cells(tmp_path / "none" / "started.jsonl", "correction", key, CORRECTION[1:5])
     results, skipped = read_results(tmp_path / "none")
@@ -559,7 +603,7 @@ def test_what_json_printed_of_corrections_is_an_article_as_its_cells_are(tmp_pat
 def test_gaps_below_zero_are_seen_and_their_errors():
     cells = [cell | {"nll": cell["nll"] - 0.5 * (cell["mode"] == "correction")} for cell in CORRECTION]
     rows = rows_of(cells)
-    axis = correction_panels(rows, WIDE).axes[0]
+    axis = losses.correction_panels(rows, WIDE).axes[0]
     (line,) = (container for container in axis.containers if container.get_label() == "budget 64, correction")
     points, _, (bars,) = line
     assert points.get_ydata().tolist() == pytest.approx([-0.35, 0.3]) and axis.get_ylim()[0] < -0.35
@@ -573,14 +617,14 @@ def write_printed_correction(folder: Path) -> None:
 
 
 def test_large_files_are_left_out(bare, monkeypatch):
-    monkeypatch.setattr("tidaldecode.report.results._LARGEST", 10)
+    monkeypatch.setattr("tidaldecode.report.folder._LARGEST", 10)
     with pytest.raises(InputError, match="nothing that is understood"):
         read_results(bare)
 
 
 def test_the_sweep_shows_gaps_errors_and_full_attention():
     summaries = ppl_summary(PPL)
-    axis = evaluation_plots.budget_sweep(summaries, WIDE).axes[0]
+    axis = losses.loss_over_budget(summaries, WIDE).axes[0]
     lines = {container.get_label(): container for container in axis.containers}
     assert list(lines) == ["tidal, shipped", "tidal, paper", "streaming"]
     points, caps, (bars,) = lines["tidal, shipped"]
@@ -594,7 +638,7 @@ def test_the_sweep_shows_gaps_errors_and_full_attention():
 
 
 def test_perplexity_over_position_has_a_panel_for_each_budget():
-    figure = evaluation_plots.perplexity_over_position(ppl_summary(PPL), NARROW)
+    figure = losses.perplexity_over_position(ppl_summary(PPL), NARROW)
     shown = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in shown] == [
         "budget 64 tokens", "budget 256 tokens", "budget 50\N{NO-BREAK SPACE}% of the context"
@@ -607,7 +651,7 @@ def test_perplexity_over_position_has_a_panel_for_each_budget():
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 def test_heatmaps_have_a_panel_for_each_method_and_full_attention_beside(width):
-    figure = evaluation_plots.needle_heatmaps(needle_summary(NEEDLES), width)
+    figure = scores.needle_heatmaps(needle_summary(NEEDLES), width)
     titles = [axis.get_title(loc="left") or axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert titles[:2] == ["full\nall tokens", "tidal\nshipped\n64 tokens"]
     assert "quest\n64 tokens" in titles
@@ -618,28 +662,34 @@ def test_heatmaps_have_a_panel_for_each_method_and_full_attention_beside(width):
 
 
 def test_a_needle_cell_still_to_be_measured_is_empty():
-    figure = evaluation_plots.needle_heatmaps(needle_summary(NEEDLES[:-3]), WIDE)
+    figure = scores.needle_heatmaps(needle_summary(NEEDLES[:-3]), WIDE)
     assert len(figure.axes[0].texts) == 5
 
 
 def test_task_scores_have_a_panel_for_each_metric():
-    scores = [score for score in lm_eval_summary(TASKS) if score.metric != "loss"]
+    shown = [score for score in lm_eval_summary(TASKS) if score.metric != "loss"]
     assert [(score.value, score.stderr) for score in lm_eval_summary(TASKS)][:2] == [(0.5, 0.1), (3, None)]
-    figure = evaluation_plots.task_scores(scores, WIDE)
+    figure = scores.task_scores(shown, WIDE)
     assert [axis.get_xlabel() for axis in figure.axes] == ["f1", "acc"]
     assert [container.get_label() for container in figure.axes[0].containers] == ["full", "streaming, 64"]
 
 
-def test_bars_are_as_long_as_a_step_takes():
-    axis = plots.step_bars(OPERATIONS["rows"], WIDE).axes[0]
-    assert [bar.get_width() for bar in axis.patches] == [0.04, 0.016]
-    assert [text.get_text() for text in axis.texts] == ["0.04 ms · 1.00×", "0.02 ms · 2.50×"]
+def test_speed_ups_have_a_panel_for_each_shape_and_batch():
+    rows = [row | {"what": "whole step"} for row in DECODE["rows"] if row["budget"] is not None]
+    figure = speeds.speed_ups([("one", rows), ("another", [rows[0]])], WIDE)
+    assert [axis.get_title() for axis in figure.axes] == ["one", "another"]
+    full, *lines = figure.axes[0].lines
+    assert set(full.get_ydata()) == {1}
+    assert [line.get_label() for line in lines] == ["tidal, 64", "tidal, 128"]
+    assert lines[1].get_xydata().tolist() == [[1024, 2.5], [4096, 2.5]]
+    assert lines[0].get_color() == lines[1].get_color() and lines[0].get_linestyle() != lines[1].get_linestyle()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1K", "4K"]
 
 
 def test_png_files(tmp_path):
-    evaluation_plots.plot_budget_sweep(ppl_summary(PPL), tmp_path / "a.png", HOSTILE)
-    evaluation_plots.plot_perplexity_over_position(ppl_summary(PPL), tmp_path / "b.png", "b")
-    evaluation_plots.plot_needle_heatmaps(needle_summary(NEEDLES), tmp_path / "c.png", "c")
+    save_png(losses.loss_over_budget, ppl_summary(PPL), tmp_path / "a.png", HOSTILE)
+    save_png(losses.perplexity_over_position, ppl_summary(PPL), tmp_path / "b.png", "b")
+    save_png(scores.needle_heatmaps, needle_summary(NEEDLES), tmp_path / "c.png", "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in tmp_path.iterdir())
 
@@ -647,12 +697,12 @@ def test_png_files(tmp_path):
 def test_full_attention_alone_has_no_sweep(tmp_path):
     full = [summary for summary in ppl_summary(PPL) if summary.budget is None]
     path = tmp_path / "a.png"
-    assert not evaluation_plots.plot_budget_sweep(full, path, "a") and not path.exists()
-    assert not evaluation_plots.plot_perplexity_over_position([], path, "a") and not path.exists()
-    assert not evaluation_plots.plot_needle_heatmaps([], path, "a") and not path.exists()
-    assert evaluation_plots.plot_perplexity_over_position(full, path, "a") and path.exists()
+    assert not save_png(losses.loss_over_budget, full, path, "a") and not path.exists()
+    assert not save_png(losses.perplexity_over_position, [], path, "a") and not path.exists()
+    assert not save_png(scores.needle_heatmaps, [], path, "a") and not path.exists()
+    assert save_png(losses.perplexity_over_position, full, path, "a") and path.exists()
     found = needle_summary(row for row in NEEDLES if row["method"] == "full")
-    assert evaluation_plots.plot_needle_heatmaps(found, tmp_path / "b.png", "b")
+    assert save_png(scores.needle_heatmaps, found, tmp_path / "b.png", "b")
 
 
 def test_methods_keep_their_colours_and_plans_differ():
@@ -669,7 +719,7 @@ def test_long_titles_of_panels_do_not_meet():
         for length in (4000, 7600)
         for method, budget, plan in [("full", None, None), *(("tidal", budget, "p") for budget in (1, 2, 3, 4, 5))]
     ]
-    figure = evaluation_plots.needle_heatmaps(needle_summary(cells), WIDE)
+    figure = scores.needle_heatmaps(needle_summary(cells), WIDE)
     figure.draw_without_rendering()
     assert len(figure.axes) == 6
     for axis in figure.axes:
@@ -684,12 +734,13 @@ def test_needles_are_told_method_by_method(bare):
     ]
     write_cells(bare / "needle.jsonl", "needle", ("length", "depth", "plan", "budget"), rows)
     results = [result for result in read_results(bare)[0] if result.kind == "needle"]
-    (table,) = needle_article(results[0], "a").tables
-    assert [row[:2] for row in table.rows] == [
+    (table,) = articles.needles(results[0], "a", SharesRead([])).tables
+    assert [(row["method"], row["budget"]) for row in table.rows] == [
         (f"tidal, {plan}", budget) for plan in ("shipped", "paper") for budget in ("64", "128")
     ]
 
 
 def test_numbers_are_set_flush_right():
     rows = (("1", "1,024", "+0.1 ± 0.2", "–", "text", "3 of"), ("2", "−0.5", ".5", "2.50×", "1", "x"))
-    assert Table("", ("",) * 6, rows).numeric == (False, True, True, True, False, False)
+    columns = Table("", [dict(zip("abcdef", row, strict=True)) for row in rows]).columns
+    assert list(columns) == list("abcdef") and list(columns.values()) == [False, True, True, True, False, False]

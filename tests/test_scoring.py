@@ -12,7 +12,7 @@ from tidaldecode.evaluate.scoring import score_tokens, step_logits, steps_at_onc
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.oracle import OracleAttention
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.ops import KV
 
 PROMPT, STEPS = 45, 22  # the steps cross the borders of pages of 4, 8 and 16
@@ -139,7 +139,7 @@ def test_one_pass_equals_captured_steps(tiny, name):
 
     cache = prompt()
     expected = [model(token, past_key_values=cache).logits for token in ids[:, PROMPT : PROMPT + STEPS].split(1, 1)]
-    assert cache.step is not None
+    assert cache.session.step is not None
     (logits,) = step_logits(model, prompt(), ids[:, PROMPT : PROMPT + STEPS])
     torch.testing.assert_close(logits, torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
 

@@ -100,11 +100,11 @@ def test_one_cache_for_all_drafts(tiny):
     cache.use_plan(by_roles.with_drafting("verification"))
     drafts = cache.for_drafts(4)
     assert drafts is not cache and drafts.layers is cache.layers and drafts.sequences is cache.sequences
-    assert drafts.chunks is not cache.chunks and isinstance(cache.attention, DecodeAttention)
+    assert drafts.session.graphs is not cache.session.graphs and isinstance(cache.attention, DecodeAttention)
     assert cache.for_drafts(3) is drafts and drafts.for_drafts(9) is drafts
     assert cache.for_drafts(5) is not drafts
     drafts = cache.for_drafts(5)
-    cache.begin(2, 7, None, torch.device("cpu"))  # another number of sequences
+    cache.begin(2, 7, torch.device("cpu"))  # another number of sequences
     assert cache.for_drafts(5) is not drafts
     cache.use_plan(by_roles)
     assert cache.for_drafts(5) is cache

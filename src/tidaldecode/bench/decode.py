@@ -17,8 +17,7 @@ from tidaldecode.bench.timing import Timing, time_steps
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
 from tidaldecode.methods.tidal import Attention
-from tidaldecode.models.architecture import check_architecture, check_plan, model_shape
-from tidaldecode.models.chosen import check_dtype
+from tidaldecode.models import check_architecture, check_dtype, check_plan, model_shape
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
@@ -200,7 +199,7 @@ class _Engine:
             over_floor=round(timing.ms / floor_ms, 4),
             speedup_vs_full=None,
             kv_read_fraction=round(attention.kv_read_fraction(context), 6),
-            captured=self.cache.step is not None,
+            captured=self.cache.session.step is not None,
         )
 
     def _time(self, context: int) -> Timing:

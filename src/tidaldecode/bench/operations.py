@@ -17,7 +17,7 @@ from tidaldecode.bench.roofline import floor_us, read_bandwidth_gbs
 from tidaldecode.bench.settings import OperationsSettings
 from tidaldecode.bench.steps import SDPA_STEP, step_workloads
 from tidaldecode.bench.timing import time_gpu
-from tidaldecode.models.chosen import check_dtype
+from tidaldecode.models import check_dtype
 from tidaldecode.results.environment import environment
 
 

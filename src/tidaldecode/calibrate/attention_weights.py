@@ -11,7 +11,7 @@ from torch import Tensor
 from tidaldecode import ops
 from tidaldecode.calibrate.stretches import Stretch
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
 from tidaldecode.rules import PER_HEAD, RULES

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from tidaldecode.calibrate.attention_weights import ChosenSets, LayerWeights, mean_between_layers
 from tidaldecode.calibrate.settings import CoherenceSettings
 from tidaldecode.calibrate.stretches import Stretch
-from tidaldecode.models.architecture import model_shape
+from tidaldecode.models import model_shape
 from tidaldecode.plan import Selection
 from tidaldecode.texts.text import Text
 

@@ -14,7 +14,7 @@ from tidaldecode.calibrate.coherence import coherence
 from tidaldecode.calibrate.settings import CalibrationSettings, CoherenceSettings, check_apart
 from tidaldecode.calibrate.written import CalibrationReport, CoherenceReport
 from tidaldecode.hf import apply
-from tidaldecode.models.chosen import ChosenModel, ModelOptions
+from tidaldecode.models import ChosenModel, ModelOptions
 from tidaldecode.results.environment import environment
 from tidaldecode.results.rows import save_results
 from tidaldecode.texts.text import Text, TextSource

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tidaldecode.errors import InputError
-from tidaldecode.models.architecture import check_architecture, sliding_windows
+from tidaldecode.models import check_architecture, sliding_windows
 from tidaldecode.options import Option, Seed, budget, integers, names_of
 from tidaldecode.plan import Selection, recent_among, tokens_of
 from tidaldecode.rules import RULES

@@ -17,7 +17,7 @@ from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Json, figure_file, output_file, print_json
 from tidaldecode.cli.progress import progress
 from tidaldecode.errors import InputError
-from tidaldecode.models.chosen import DeviceOptions
+from tidaldecode.models import DeviceOptions
 from tidaldecode.options import Option
 from tidaldecode.plans import read_plan
 from tidaldecode.whole_file import is_stream
@@ -76,7 +76,7 @@ def ops(settings: OperationsSettings, where: DeviceOptions, options: _OutputOpti
     console = Console(stderr=True)
     with progress(console) as show:  # PyTorch takes seconds to import
         from tidaldecode.bench.operations import bench_operations
-        from tidaldecode.report.plots import plot_operations
+        from tidaldecode.report.speeds import plot_operations
 
         device = _device(where)
         dtype = where.find_dtype(device)
@@ -97,7 +97,7 @@ def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions
     console = Console(stderr=True)
     with progress(console) as show:  # PyTorch and Transformers take seconds to import
         from tidaldecode.bench.decode import bench_decode
-        from tidaldecode.report.plots import plot_decode
+        from tidaldecode.report.speeds import plot_decode
 
         device = _device(where)
         dtype = where.find_dtype(device)

@@ -17,7 +17,7 @@ from tidaldecode.cli.output import Json, output_file, print_json, results_file
 from tidaldecode.cli.progress import progress
 from tidaldecode.cli.sets import print_sets
 from tidaldecode.errors import InputError
-from tidaldecode.models.chosen import ModelOptions
+from tidaldecode.models import ModelOptions
 from tidaldecode.options import Option
 from tidaldecode.texts.text import TextSource
 from tidaldecode.whole_file import is_stream
@@ -69,11 +69,12 @@ def _plan_file(output: str, force: bool, json_output: bool) -> Path:
 
 
 def _draw(report: CalibrationReport) -> None:
-    from tidaldecode.report.calibration_plots import plot_frontier
+    from tidaldecode.report.drawing import save_png
+    from tidaldecode.report.losses import frontier
 
     if report.figure is not None:
         title = f"{report.model}: what plans lose, and what they read"
-        plot_frontier(report.to_json()["frontier"], Path(report.figure), title)
+        save_png(frontier, report.to_json()["frontier"], Path(report.figure), title)
 
 
 def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None:

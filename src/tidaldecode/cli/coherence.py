@@ -14,7 +14,7 @@ from tidaldecode.cli.command import command
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Folder, Json, print_json, results_file
 from tidaldecode.cli.progress import progress
-from tidaldecode.models.chosen import ModelOptions
+from tidaldecode.models import ModelOptions
 from tidaldecode.texts.text import TextSource
 
 if TYPE_CHECKING:
@@ -44,14 +44,15 @@ def coherence(
 
 
 def _draw(report: CoherenceReport) -> None:
-    from tidaldecode.report.coherence_plots import plot_recall_heatmaps, plot_recall_over_distance
+    from tidaldecode.report.drawing import save_png
+    from tidaldecode.report.scores import recall_heatmaps, recall_over_distance
 
     tokens, context = report.settings.tokens, report.settings.windows.context
     title = f"{report.model}, {report.text}: recall, budget {tokens:,} of {context:,} tokens"
     if report.figure is not None:
-        plot_recall_heatmaps(report.coherence.matrices, Path(report.figure), title)
+        save_png(recall_heatmaps, report.coherence.matrices, Path(report.figure), title)
     if report.distance_figure is not None:
-        plot_recall_over_distance(report.coherence.distances, Path(report.distance_figure), title)
+        save_png(recall_over_distance, report.coherence.distances, Path(report.distance_figure), title)
 
 
 def _print(console: Console, report: CoherenceReport) -> None:

@@ -14,7 +14,7 @@ from tidaldecode.cli.output import Json, print_json
 from tidaldecode.cli.progress import progress
 from tidaldecode.cli.prompt import PromptOptions
 from tidaldecode.evaluate.generation_settings import GenerationSettings
-from tidaldecode.models.chosen import ModelOptions
+from tidaldecode.models import ModelOptions
 from tidaldecode.report.labels import budget_words
 
 if TYPE_CHECKING:

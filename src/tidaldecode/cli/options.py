@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tidaldecode.errors import InputError
-from tidaldecode.models.chosen import DeviceOptions
+from tidaldecode.models import DeviceOptions
 from tidaldecode.options import budget as one_budget
 from tidaldecode.options import budgets, integers, names_of
 

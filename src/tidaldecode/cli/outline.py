@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.errors import InputError
+from tidaldecode.models import TESTED_ARCHITECTURES, gguf_of
 from tidaldecode.models import demo as demo_model
-from tidaldecode.models.architecture import TESTED_ARCHITECTURES
 from tidaldecode.models.cache import cache_folder
-from tidaldecode.models.find import gguf_of
 from tidaldecode.plans import read_plan
 from tidaldecode.plans.find import shipped_for
 from tidaldecode.texts.prompt import Prompt, check_length

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from tidaldecode.evaluate.generation_settings import GenerationSettings
-from tidaldecode.models import check_architecture, check_plan, model_shape
-from tidaldecode.models.chosen import ChosenModel, ModelOptions
+from tidaldecode.models import ChosenModel, ModelOptions, check_architecture, check_plan, model_shape
 from tidaldecode.plan import TidalPlan
 from tidaldecode.texts.prompt import Prompt, check_length
 
@@ -122,7 +121,7 @@ class CheckedPrompt:
 
         from tidaldecode.evaluate.generation import compare_with_full, first_difference, generate_measured
         from tidaldecode.hf import apply
-        from tidaldecode.hf.second_pass.correction import check_second_pass
+        from tidaldecode.hf.second_pass import check_second_pass
         from tidaldecode.results.environment import environment
 
         chosen, tokenizer = self.chosen, self.tokenizer

@@ -20,7 +20,7 @@ from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes,
 from tidaldecode.hf.apply import applied_plan
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.layers import TidalLayer
-from tidaldecode.hf.second_pass.drafting import DraftLength, Rounds
+from tidaldecode.hf.second_pass import DraftLength, Rounds
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 

@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidaldecode.errors import InputError
-from tidaldecode.hf.applied import plain_forward
 from tidaldecode.hf.apply import applied_plan
+from tidaldecode.hf.attention_function import own_pass
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.forward import PREFILL_CHUNK
-from tidaldecode.hf.second_pass.correction import Correction
-from tidaldecode.hf.second_pass.full_pass import full_pass
-from tidaldecode.models.architecture import model_shape, rope_varies
+from tidaldecode.hf.second_pass import Correction, full_pass
+from tidaldecode.hf.sequences import PREFILL_CHUNK
+from tidaldecode.models import model_shape, rope_varies
 
 _MOST_BYTES = {"cuda": 2**29}  # of the scores that tokens are chosen by, and of the logits
 _MOST_BYTES_ELSEWHERE = 2**27
@@ -60,13 +59,10 @@ def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) ->
     """
     _check(model, cache, token_ids)
     most = 1 if rope_varies(model.config) else steps_at_once(model, cache.capacity)
-    forward = plain_forward(model)
     for ids in torch.split(token_ids.to(model.device), most, 1):
-        cache.begin_steps(ids.shape[1], ids.device)
-        with torch.no_grad():
-            parts = [forward(input_ids=ids, past_key_values=cache, use_cache=True, tidal_cache=cache).logits]
-        if not cache.attended_everywhere():
-            raise InputError(f"{type(model).__name__} does not pass on what tidaldecode needs: it can't work with it")
+        cache.ready(1, ids.shape[1])
+        cache.begin(1, ids.shape[1], ids.device, kind="steps")
+        parts = [own_pass(model, cache, input_ids=ids, use_cache=True).logits]
         yield parts.pop()  # nothing here holds it while the next part is computed
 
 

@@ -6,19 +6,19 @@ import copy
 from typing import TypeVar
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.applied import Applied
 from tidaldecode.hf.attention_function import NAME
-from tidaldecode.hf.own_config import give_back_config, take_own_config, unless_changed
 from tidaldecode.hf.planned import REPLACED, plain_class, planned_class
 from tidaldecode.hf.weights import forget_weights
-from tidaldecode.models.architecture import check_architecture, check_plan
+from tidaldecode.models import check_architecture, check_plan
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import PlanLike, find_plan
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", PreTrainedConfig, GenerationConfig)
 
 _INSIDE = ("_orig_mod", "base_model", "model")
 """Where a wrapper keeps its model: `torch.compile`'s, a `PeftModel`, and the tuner in that."""
@@ -60,13 +60,14 @@ def apply(model: Model, plan: PlanLike = "auto") -> Model:
 def _apply(model: PreTrainedModel, plan: TidalPlan) -> None:
     kind = plain_class(model)
     planned = planned_class(kind)
-    shared = take_own_config(model)
+    shared = model.config  # where its attention is named; other models may have the same object
+    _replace_config(model, copy.copy(shared))
     try:
         model.set_attn_implementation({"": NAME})
         if model.config._attn_implementation != NAME:
             raise InputError(f"{kind.__name__} does not take attention functions: it can't work with tidaldecode")
     except BaseException:
-        give_back_config(model, shared)
+        _replace_config(model, _unless_changed(model.config, shared))
         raise
     before = shared._attn_implementation
     model._tidaldecode = Applied(
@@ -102,11 +103,11 @@ def remove(model: Model) -> Model:
         raise InputError("the model has no plan: tidaldecode.apply was not called on it")
     if inside.config._attn_implementation == NAME:
         applied.kind.set_attn_implementation(inside, {"": applied.attn_implementation})
-    give_back_config(inside, applied.config)
+    _replace_config(inside, _unless_changed(inside.config, applied.config))
     asked = applied.generation_config
     if asked is not None:
         inside.generation_config.cache_implementation = asked.cache_implementation
-        inside.generation_config = unless_changed(inside.generation_config, asked)
+        inside.generation_config = _unless_changed(inside.generation_config, asked)
     if type(inside) is planned_class(applied.kind):
         inside.__class__ = applied.kind
     vars(inside).update(applied.own)
@@ -131,3 +132,17 @@ def _inside(model: nn.Module) -> PreTrainedModel | None:
             return None
         model = inner
     return model
+
+
+def _replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Puts a configuration in the place of a model's, in all parts of the model."""
+    before = model.config
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is before:
+                vars(module)[name] = config
+
+
+def _unless_changed(own: Config, shared: Config) -> Config:
+    """The configuration that a copy was made of, or the copy if something else was set in one of them since."""
+    return shared if vars(own) == vars(shared) else own  # `==` looks at some of it alone

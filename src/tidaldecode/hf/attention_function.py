@@ -1,4 +1,4 @@
-"""The attention function that Transformers' models call, by its public attention interface."""
+"""The attention function that Transformers' models call, by its public attention interface, and a pass that does."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tidaldecode.errors import InputError
-from tidaldecode.hf.applied import plain_method
+from tidaldecode.hf.applied import plain_forward, plain_method
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.captured import StepCache, decode_attention
+from tidaldecode.hf.layers import TidalLayer
 
 NAME = "tidaldecode"
 """Name under which the attention function is registered with Transformers."""
 
 _log = logging.getLogger(__name__)
+
+
+def own_pass(model: PreTrainedModel, cache: TidalCache, **arguments: Any) -> Any:
+    """The model's own forward pass through a cache, after `cache.begin`; its output.
+
+    Raises:
+        InputError: the model does not pass on what its layers need to attend through the cache.
+    """
+    with no_grad():  # the cache would hold on to every activation that its K and V came from
+        output = plain_forward(model)(**arguments | {"past_key_values": cache, "tidal_cache": cache})
+    if not cache.session.attended_everywhere():
+        raise InputError(f"{type(model).__name__} does not pass on what tidaldecode needs: it can't work with it")
+    return output
 
 
 def tidal_attention_forward(
@@ -48,8 +62,8 @@ def tidal_attention_forward(
         InputError: the model asks for attention that tidaldecode does not have.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(tidal_cache, TidalCache) and not tidal_cache.has_role(layer):
-        tidal_cache = None
+    if isinstance(tidal_cache, TidalCache) and not isinstance(tidal_cache.layers[layer], TidalLayer):
+        tidal_cache = None  # the layer keeps a sliding window
     if tidal_cache is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -63,7 +77,10 @@ def tidal_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(tidal_cache, StepCache):
         return decode_attention(query, key, value, layer, float(scale)), None
-    return tidal_cache.attend(layer, query.transpose(1, 2), key, value, scale), None
+    cached = tidal_cache.layers[layer]
+    if key is not cached.keys or value is not cached.values:
+        raise InputError("the model changes K or V on their way from the cache: it can't work with tidaldecode")
+    return tidal_cache.session.attend(layer, query.transpose(1, 2), scale), None
 
 
 def tidal_mask(*, kv_length: int, **kwargs: Any) -> Tensor | None:

@@ -5,28 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from tidaldecode import ops
 from tidaldecode.errors import InputError
-from tidaldecode.hf.layers import TidalLayer, WindowLayer
+from tidaldecode.hf.layers import LEFT_IN_THE_MIDDLE, TidalLayer, WindowLayer
 from tidaldecode.hf.sequences import Sequences
+from tidaldecode.hf.session import Correction, Kind, Rounds, Session
 from tidaldecode.methods.tidal import Attention, DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
-from tidaldecode.models.architecture import check_plan, model_shape, sliding_windows
-from tidaldecode.ops import KV
+from tidaldecode.models import check_plan, model_shape, sliding_windows
 from tidaldecode.plans.find import PlanLike, find_plan
-
-if TYPE_CHECKING:
-    from tidaldecode.hf.captured import CapturedStep
-    from tidaldecode.hf.second_pass.correction import Correction
-    from tidaldecode.hf.second_pass.drafting import Rounds
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,8 @@ class TidalCache(Cache):
         InputError: there is no such plan, it does not fit the model, or the capacity is no positive whole number.
 
     Attributes:
-        attention: the plan at work, with the index sets of the latest step.
         sequences: lengths of the sequences.
+        session: the attention at work on it, and its captured passes.
         correction: when decoded tokens run again with full attention; `None` for never.
         rounds: what the rounds of the latest lossless generation drafted and accepted; `None` before the first.
     """
@@ -64,38 +57,40 @@ class TidalCache(Cache):
         self.sequences = Sequences(capacity)
         self.correction: Correction | None = None
         self.rounds: Rounds | None = None
-        self.chunks: dict[int, CapturedStep] = {}  # captured passes over so many tokens with full attention
-        self.chunks_refused: set[int] = set()
+        self._drafts: TidalCache | None = None
         self._one_mask = self._mask_seen = False
-        self.use_plan(plan)
         windows = sliding_windows(config)
-        num_global = windows.count(None)
+        first, num_global = windows.index(None), windows.count(None)
         super().__init__(
             layers=[
-                TidalLayer(self.sequences, num_global, first=layer == windows.index(None))
-                if window is None
-                else WindowLayer(window)
+                TidalLayer(self.sequences, num_global, layer == first) if window is None else WindowLayer(window)
                 for layer, window in enumerate(windows)
             ]
         )
+        self.session = Session(self.sequences, self.layers, self._attention_of(plan))
 
-    @property
-    def capacity(self) -> int:
-        """Tokens of each sequence that are allocated, left padding counted."""
-        return self.sequences.capacity
+    def _attention_of(self, plan: PlanLike) -> DecodeAttention:
+        plan = find_plan(plan, self.config)
+        check_plan(plan, self.config)
+        return DecodeAttention(plan, model_shape(self.config))
+
+    def use_plan(self, plan: PlanLike) -> None:
+        """Lets the steps that follow go by another plan: after `crop`, one prompt serves several.
+
+        Raises:
+            InputError: there is no such plan, or it does not fit the model.
+        """
+        self.attention = self._attention_of(plan)
 
     @property
     def attention(self) -> Attention:
         """What attends in a decode step: a plan at work, or what it is compared with."""
-        return self._attention
+        return self.session.attention
 
     @attention.setter
     def attention(self, attention: Attention) -> None:
-        self._attention = attention
-        self._prepared = False
-        self.step: CapturedStep | None = None  # it was captured with the attention before
-        self.step_refused = False
-        self._drafts: TidalCache | None = None
+        self.session.use(attention)
+        self._drafts = None
 
     def for_drafts(self, longest: int) -> TidalCache:
         """The cache as rounds of lossless decoding see it, which draft at most `longest` tokens.
@@ -108,36 +103,43 @@ class TidalCache(Cache):
             return self
         before = None if self._drafts is None else self._drafts.attention
         if self._drafts is None or not isinstance(before, VerifiedDrafts) or before.longest < longest:
-            self._drafts = copy.copy(self)
-            self._drafts.attention = VerifiedDrafts(plan, model_shape(self.config), longest)
-            self._drafts.chunks, self._drafts.chunks_refused = {}, set()
+            self._drafts = None  # so that the new one does not hold it
+            drafts = copy.copy(self)
+            drafts.session = Session(
+                self.sequences, self.layers, VerifiedDrafts(plan, model_shape(self.config), longest)
+            )
+            self._drafts = drafts
         return self._drafts
 
-    def prepare(self) -> None:
-        """Lets the attention look at the K of a prompt, once, before the first step behind it."""
-        if self._prepared:
-            return
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, TidalLayer):
-                self.attention.prepare(index, layer.kv())
-        self._prepared = True
+    # ---- a forward pass
 
-    def check_pass(self, batch: int, new_tokens: int, attention_mask: Tensor | None) -> None:
-        """Refuses a forward pass that the cache can't follow, before anything is written.
+    @property
+    def capacity(self) -> int:
+        """Tokens of each sequence that are allocated, left padding counted."""
+        return self.sequences.capacity
+
+    def ready(self, batch: int, new_tokens: int, attention_mask: Tensor | None = None) -> None:
+        """Makes the cache ready for a pass over so many tokens of each of `batch` sequences, captured or not.
 
         Args:
             attention_mask: [batch, tokens so far with the new ones], ones and zeros; `None` if no new token is padding.
 
         Raises:
-            InputError: no tokens, another number of sequences, a mask that is not left-padded as the cache is, or a
-                cache that was left in the middle of a forward pass.
+            InputError: no tokens, another number of sequences than the cache holds, a mask that is not left-padded as
+                the cache is, a cache that was left in the middle of a forward pass, or memory is too short. The cache
+                is as it was.
         """
         self.sequences.check(batch, new_tokens)
         self._check_whole()
-        if attention_mask is None or self._mask_seen:
-            return
-        self.sequences.check_mask(attention_mask, batch, new_tokens)
-        self._mask_seen = self._one_mask
+        if attention_mask is not None and not self._mask_seen:
+            self.sequences.check_mask(attention_mask, batch, new_tokens)
+            self._mask_seen = self._one_mask
+        self.make_room(new_tokens)
+
+    def _check_whole(self) -> None:
+        lengths = {layer.padded_length for layer in self.layers if isinstance(layer, TidalLayer)}
+        if lengths - {self.sequences.padded_length}:
+            raise InputError(LEFT_IN_THE_MIDDLE)
 
     @contextmanager
     def one_mask(self) -> Iterator[None]:
@@ -151,69 +153,6 @@ class TidalCache(Cache):
         finally:
             self._one_mask = self._mask_seen = False
 
-    def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
-        """Starts a forward pass over [batch, new_tokens] tokens, after `check_pass`.
-
-        Args:
-            attention_mask: [batch, tokens so far with these], ones and zeros, left-padded; `None` for no padding.
-
-        Raises:
-            InputError: memory is too short for the tokens.
-        """
-        self.ready(batch, new_tokens)
-        lengths = self.sequences.lengths
-        self.sequences.begin(batch, new_tokens, attention_mask, device)
-        if self.sequences.lengths is not lengths:
-            self._forget_steps()
-        self._attended = 0
-        self._prepared = self._prepared and self.sequences.decoding
-        if self.sequences.decoding:
-            self.prepare()
-            self.attention.begin(self.sequences.lengths, self.capacity)
-
-    def _forget_steps(self) -> None:
-        """Captured steps read what does not lie there any more."""
-        self.step = self._drafts = None
-        self.chunks.clear()
-
-    def begin_chunk(self, new_tokens: int, new_lengths: Tensor | None = None) -> None:
-        """Starts a forward pass over a chunk behind a prompt, in which each token attends to all before it.
-
-        Args:
-            new_tokens: tokens of the chunk, left padding included.
-            new_lengths: [batch], integer; tokens of each sequence, without padding; `None` for all of them.
-
-        Raises:
-            InputError: no tokens, or memory is too short for them.
-        """
-        self.ready(len(self.sequences.lengths), new_tokens)
-        self.sequences.begin_chunk(new_tokens, new_lengths)
-        self._begin_verification()
-        self._attended, self._prepared = 0, False
-
-    def begin_steps(self, steps: int, device: torch.device) -> None:
-        """Starts a forward pass over `steps` tokens of one sequence in which each attends as in a decode step.
-
-        Raises:
-            InputError: memory is too short for the tokens, or the cache holds several sequences.
-        """
-        self.ready(1, steps)
-        lengths = self.sequences.begin_steps(steps, device)
-        self._attended, self._prepared = 0, False
-        self.step = None  # the attention allocates for as many sequences as there are steps
-        self.attention.begin(lengths, self.capacity)
-
-    def ready(self, batch: int, new_tokens: int) -> None:
-        """Makes the cache ready for a pass over so many tokens of each of `batch` sequences, captured or not.
-
-        Raises:
-            InputError: no tokens, another number of sequences than the cache holds, a cache that was left in the middle
-                of a forward pass, or memory is too short.
-        """
-        self.sequences.check(batch, new_tokens)
-        self._check_whole()
-        self.make_room(new_tokens)
-
     def make_room(self, new_tokens: int) -> None:
         """Lets the cache grow where so many more tokens of each sequence do not fit.
 
@@ -222,30 +161,46 @@ class TidalCache(Cache):
         Raises:
             InputError: memory is too short; the cache stays as it was.
         """
-        needed = self.sequences.padded_length + new_tokens
-        if needed <= self.capacity:
+        capacity = self.sequences.padded_length + new_tokens
+        if capacity <= self.capacity:
             return
-        capacity = self._affordable(needed, self.capacity + self.capacity // 2)
-        self._prepared, self.step = False, None  # captured passes read what lies elsewhere now
-        self.chunks.clear()
+        wanted = max(capacity, self.capacity + self.capacity // 2)
+        layer = next(layer for layer in self.layers if isinstance(layer, TidalLayer))
+        with suppress(InputError):
+            layer.check_growth(wanted)
+            capacity = wanted
+        layer.check_growth(capacity)
+        self.session.prepared = False
+        self.session.graphs.clear()  # they read what lies elsewhere now
         for layer in self.layers:
             layer.grow(capacity)
         self.sequences.capacity = capacity
 
-    def _affordable(self, needed: int, wanted: int) -> int:
-        """The capacity to grow to: `wanted`, or what is `needed` if that is more or memory is short."""
-        layer = next(layer for layer in self.layers if isinstance(layer, TidalLayer))
-        if wanted > needed:
-            with suppress(InputError):
-                layer.check_growth(wanted)
-                return wanted
-        layer.check_growth(needed)
-        return needed
+    def begin(
+        self,
+        batch: int,
+        new_tokens: int,
+        device: torch.device,
+        new_lengths: Tensor | None = None,
+        kind: Kind = "full",
+    ) -> None:
+        """Starts a forward pass over [batch, new_tokens] tokens, after `ready`.
 
-    def _check_whole(self) -> None:
-        lengths = {layer.padded_length for layer in self.layers if isinstance(layer, TidalLayer)}
-        if lengths - {self.sequences.padded_length}:
-            raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
+        Args:
+            new_lengths: [batch], integer; tokens of each sequence, without left padding; `None` for all of them.
+            kind: what the tokens attend to; "steps" are those of one sequence.
+        """
+        lengths = self.sequences.lengths
+        self.sequences.begin(batch, new_tokens, device, new_lengths)
+        if self.sequences.lengths is not lengths:
+            self._moved()
+        self.session.begin(kind, new_tokens)
+
+    def _moved(self) -> None:
+        """Captured passes read what does not lie there any more."""
+        self.session.graphs.clear()
+        self.session.prepared = False
+        self._drafts = None
 
     def count(self, tokens: int) -> None:
         """Counts, on the host, the tokens per sequence that a captured pass adds on the device."""
@@ -253,122 +208,32 @@ class TidalCache(Cache):
         for layer in self.layers:
             layer.padded_length += tokens
 
-    def advance(self) -> None:
-        """Starts a decode step on the device alone, so that it can be captured in a CUDA graph."""
-        sequences = self.sequences
-        sequences.new_lengths.fill_(1)
-        sequences.lengths.add_(1)
-        self.attention.begin(sequences.lengths, self.capacity)
-
-    def advance_chunk(self, new_tokens: int) -> None:
-        """Starts a pass over a chunk on the device alone, so that it can be captured in a CUDA graph."""
-        self.sequences.new_lengths.fill_(new_tokens)
-        self.sequences.lengths.add_(new_tokens)
-        self._begin_verification()
-
-    def _begin_verification(self) -> None:
-        if isinstance(self.attention, VerifiedDrafts):
-            self.attention.begin_pass(self.sequences.lengths, self.sequences.new_lengths, self.capacity)
-
-    def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Writes a new token's K and V in one layer and attends, after `advance`.
+    def replay(self, model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, kind: Kind) -> Tensor | None:
+        """Takes new tokens in by a captured pass, after `ready`; `None` where there can be none.
 
         Args:
-            layer: index of the layer.
-            query: [B, Hq, 1, D].
-            key, value: [B, Hkv, 1, D].
-            scale: factor of the scores.
+            token_ids: [B, N], int64; N is 1 for a decode step.
+            position_ids: [B, N] or [1, N], int64.
+            kind: "step", or "full" for a chunk.
 
         Returns:
-            [B, 1, Hq, D].
+            Logits, [B, N, V]; overwritten by the next such pass.
         """
-        kv = self._write(layer, key, value)
-        return self.attention.attend(layer, query[:, :, 0], kv, scale)[:, None]
-
-    def attend_chunk(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Writes the K and V of a chunk in one layer and attends to everything, after `advance_chunk`.
-
-        Args:
-            layer: index of the layer.
-            query: [B, Hq, N, D].
-            key, value: [B, Hkv, N, D].
-            scale: factor of the scores.
-
-        Returns:
-            [B, N, Hq, D].
-        """
-        return self._attend_to_all(layer, query.transpose(1, 2), self._write(layer, key, value), scale)
-
-    def _attend_to_all(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        """Full attention of several new tokens, [B, N, Hq, D]; chooses what drafts read where they go by that."""
-        new_lengths = self.sequences.new_lengths
-        if isinstance(self.attention, VerifiedDrafts):
-            return self.attention.verify(layer, query, kv, new_lengths, scale)
-        return ops.multi_query_attention(query, kv, new_lengths, scale)
-
-    def _write(self, layer: int, key: Tensor, value: Tensor) -> KV:
-        """Writes new K and V, [B, Hkv, N, D], in one layer; returns its cache."""
-        kv: KV = self.layers[layer].kv()
-        ops.write_kv(key.transpose(1, 2), value.transpose(1, 2), kv, self.sequences.new_lengths)
-        return kv
-
-    def attended_everywhere(self) -> bool:
-        """Whether every layer with a role attended through this cache in the latest forward pass."""
-        return self._attended == sum(isinstance(layer, TidalLayer) for layer in self.layers)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of a layer with a role over its cache, after `update`.
-
-        A pass that stands for decode steps holds the K and V of all of them already; each step sees those up to itself.
-
-        Args:
-            layer: index of the layer.
-            query: [B, N, Hq, D], the new tokens, left-padded.
-            key, value: what `update` returned.
-            scale: factor of the scores.
-
-        Returns:
-            [B, N, Hq, D].
-
-        Raises:
-            InputError: the model changed K or V after they were cached.
-        """
-        cached = self.layers[layer]
-        if key is not cached.keys or value is not cached.values:
-            raise InputError("the model changes K or V on their way from the cache: it can't work with tidaldecode")
-        self._attended += 1
-        sequences = self.sequences
-        kv: KV = cached.kv()
-        if sequences.step_lengths is not None and not self.attention.is_full(layer):
-            # each step is a sequence of its own to the operations, and all share the one block
-            table = sequences.block_table.expand(len(sequences.step_lengths), 1)
-            self.attention.prepare(layer, kv)
-            steps = replace(kv, block_table=table, lengths=sequences.step_lengths)
-            return self.attention.attend(layer, query[0], steps, scale)[None]
-        if sequences.decoding:
-            return self.attention.attend(layer, query[:, 0], kv, scale)[:, None]
-        return self._attend_to_all(layer, query, kv, scale)
-
-    def use_plan(self, plan: PlanLike) -> None:
-        """Lets the steps that follow go by another plan: after `crop`, one prompt serves several.
-
-        Raises:
-            InputError: there is no such plan, or it does not fit the model.
-        """
-        plan = find_plan(plan, self.config)
-        check_plan(plan, self.config)
-        self.attention = DecodeAttention(plan, model_shape(self.config))
-
-    def has_role(self, layer: int) -> bool:
-        """Whether the layer attends by the plan; the others keep their sliding window."""
-        return isinstance(self.layers[layer], TidalLayer)
+        graph = self.session.captured(model, token_ids, position_ids, kind)
+        if graph is None:
+            return None
+        logits = graph.replay(token_ids, position_ids)
+        self.count(token_ids.shape[1])
+        self.session.prepared = self.session.prepared and kind == "step"
+        return logits
 
     def fill(
         self, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator
     ) -> None:
         """Holds random K and V of `tokens` tokens instead of a prompt's: for benchmarks of the decode step."""
         self.reset()
-        self.begin(batch, tokens, None, device)
+        self.ready(batch, tokens)
+        self.begin(batch, tokens, device)
         shape = model_shape(self.config)
         new = torch.empty(batch, shape.num_kv_heads, 0, shape.head_dim, device=device, dtype=dtype)
         for layer in self.layers:
@@ -376,6 +241,8 @@ class TidalCache(Cache):
             for rows in (layer.keys, layer.values):
                 rows[:, :, :tokens].normal_(generator=generator)
             layer.padded_length = tokens
+
+    # ---- going back
 
     def mark(self) -> Mark:
         """Remembers where the cache stands, for `go_back`; the windows of sliding-window layers are copied."""
@@ -397,9 +264,7 @@ class TidalCache(Cache):
             raise InputError(f"the cache holds {missing} tokens fewer than when it was marked: fill it again")
         for index, layer in mark.windows.items():
             self.layers[index] = copy.deepcopy(layer)
-        self.rewind(mark.padded_length, mark.lengths)
-        if self.correction is not None:
-            self.correction.forget(-missing)
+        self._forget(-missing, mark.lengths)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens of every sequence (the number is negative, as in Transformers).
@@ -413,12 +278,14 @@ class TidalCache(Cache):
                 f"crop({tokens_to_remove}) of a cache of {self.sequences.padded_length} tokens: give the tokens to "
                 "remove as a negative number"
             )
-        if not all(isinstance(layer, TidalLayer) for layer in self.layers):
+        if not self.is_croppable:
             raise InputError("a cache with sliding-window layers can't be cropped")
-        lengths = (self.sequences.lengths + tokens_to_remove).clamp(min=0)
-        self.rewind(self.sequences.padded_length + tokens_to_remove, lengths)
+        self._forget(-tokens_to_remove, (self.sequences.lengths + tokens_to_remove).clamp(min=0))
+
+    def _forget(self, tokens: int, lengths: Tensor) -> None:
+        self.rewind(self.sequences.padded_length - tokens, lengths)
         if self.correction is not None:
-            self.correction.forget(-tokens_to_remove)
+            self.correction.forget(tokens)
 
     def rewind(self, padded_length: int, lengths: Tensor) -> None:
         """Lets every sequence end at its own length; the rows behind are free. Also after a pass that was stopped.
@@ -428,7 +295,7 @@ class TidalCache(Cache):
             lengths: [B], integer; all rows up to them must have been written.
         """
         self.sequences.rewind(padded_length, lengths)
-        self._prepared = False
+        self.session.prepared = False
         for layer in self.layers:
             if isinstance(layer, TidalLayer):
                 layer.padded_length = padded_length
@@ -445,11 +312,10 @@ class TidalCache(Cache):
 
     def reset(self) -> None:
         """Forgets all sequences; what is allocated stays."""
-        self.sequences.reset()
+        self.sequences.padded_length = 0
         if self.correction is not None:
             self.correction.forget()
-        for layer in self.layers:
-            layer.reset()
+        super().reset()
 
     # ---- what Transformers' recipes ask of a cache
 
@@ -458,15 +324,7 @@ class TidalCache(Cache):
         """Sequences in the cache; -1 before the first."""
         return len(self.sequences.lengths) or -1
 
-    @property
-    def max_batch_size(self) -> int:
-        """As `batch_size`, by the name of earlier versions."""
-        return self.batch_size
-
-    @property
-    def max_cache_len(self) -> int:
-        """As `capacity`, by the name of earlier versions."""
-        return self.capacity
+    max_batch_size, max_cache_len = batch_size, capacity  # by the names of earlier versions
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Holds each sequence `repeats` times, one copy behind the other: one prompt, several continuations.
@@ -502,8 +360,7 @@ class TidalCache(Cache):
         for layer in self.layers:
             layer.take(rows)
         self.sequences.take(rows)
-        self._forget_steps()
-        self._prepared = False
+        self._moved()
         if self.correction is not None:
             self.correction.take(rows)
 

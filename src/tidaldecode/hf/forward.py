@@ -12,28 +12,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tidaldecode.errors import InputError
-from tidaldecode.hf.applied import plain_forward, plain_method
-from tidaldecode.hf.attention_function import NAME
+from tidaldecode.hf.applied import plain_method
+from tidaldecode.hf.attention_function import NAME, own_pass
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.captured import CapturedStep, captured_step
-from tidaldecode.models.architecture import rope_varies
-
-PREFILL_CHUNK = 1024
-"""Most tokens of a prompt that go through the model at once: activations stop growing with the prompt."""
+from tidaldecode.hf.second_pass.correction import correct, step_decoded
+from tidaldecode.hf.sequences import PREFILL_CHUNK
+from tidaldecode.models import rope_varies
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 """Arguments of a forward pass with one entry for each of its tokens."""
 
-
-_CAPTURED = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "return_dict",
-    "logits_to_keep",
-}
+_CAPTURED = set("input_ids attention_mask position_ids past_key_values use_cache return_dict logits_to_keep".split())
 """Arguments that a captured decode step knows; with others, the step runs uncaptured."""
 
 
@@ -47,41 +36,44 @@ def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a compiled model: a compiler would follow the cache's lengths, anew at every step
 def _by_plan(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
-    correction, tokens = cache.correction, _tokens(arguments)
-    cache.check_pass(tokens.shape[0], tokens.shape[1], arguments.get("attention_mask"))
-    if correction is None:
-        return _pass(model, cache, arguments)
-    past = cache.get_seq_length()
-    decoding = tokens.shape[1] == 1 and past > 0
-    if not decoding:
-        correction.correct(model, cache)  # while their tokens are the last ones
-        return _pass(model, cache, arguments)
+    tokens, past = _tokens(arguments), cache.get_seq_length()
+    cache.ready(tokens.shape[0], tokens.shape[1], arguments.get("attention_mask"))
+    _keep_attention(model)
+    if tokens.shape[1] > 1 or past == 0:
+        correct(model, cache)  # while their tokens are the last ones
+        return _prefill(model, cache, arguments)
+    if cache.correction is None:
+        return _step(model, cache, arguments)
     with cache.kept_if_stopped():
-        output = _pass(model, cache, arguments)
+        output = _step(model, cache, arguments)
     positions = arguments.get("position_ids")
     positions = torch.full_like(tokens[:, :1], past) if positions is None else positions
-    correction.decoded(model, cache, arguments.get("input_ids"), positions)
+    step_decoded(model, cache, arguments.get("input_ids"), positions)
     return output
 
 
-def _pass(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
-    """The model's forward pass with its cache: a captured decode step, or one chunk after another."""
-    _keep_attention(model)
-    if _may_be_captured(arguments, model.config, cache):
-        cache.ready(len(arguments["input_ids"]), 1)
-        ids, positions = arguments["input_ids"], arguments.get("position_ids")
+def _step(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
+    """A decode step, captured if it may be."""
+    tokens = _tokens(arguments)
+    if tokens.is_cuda and _may_be_captured(arguments, model.config):
+        positions = arguments.get("position_ids")
         if positions is None:
-            positions = torch.full_like(ids, cache.get_seq_length())
-        if (step := captured_step(model, cache, ids, positions)) is not None:
-            return _replay(step, cache, ids, positions)
-    forward = plain_forward(model)
+            positions = torch.full_like(tokens, cache.get_seq_length())
+        logits = cache.replay(model, tokens, positions, "step")
+        if logits is not None:  # the next step overwrites them
+            return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+    cache.begin(len(tokens), 1, tokens.device, kind="step")
+    return own_pass(model, cache, **arguments)
+
+
+def _prefill(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) -> Any:
+    """The tokens of a prompt with full attention, one chunk after another."""
     for chunk in _chunks(arguments, model.config):
-        tokens = _tokens(chunk)
-        cache.begin(tokens.shape[0], tokens.shape[1], chunk.get("attention_mask"), tokens.device)
-        with torch.no_grad():  # the cache would hold on to every activation that its K and V came from
-            output = forward(**chunk, tidal_cache=cache)
-        if not cache.attended_everywhere():
-            raise InputError(f"{type(model).__name__} does not pass on what tidaldecode needs: it can't work with it")
+        tokens, mask = _tokens(chunk), chunk.get("attention_mask")
+        batch, new_tokens = tokens.shape[:2]
+        new_lengths = None if mask is None else mask[:, -new_tokens:].bool().sum(1)
+        cache.begin(batch, new_tokens, tokens.device, new_lengths)
+        output = own_pass(model, cache, **chunk)
     return output
 
 
@@ -102,22 +94,13 @@ def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {**bound, **bound.pop("kwargs", {})}
 
 
-def _may_be_captured(arguments: dict[str, Any], config: PreTrainedConfig, cache: TidalCache) -> bool:
-    """Whether this is a decode step on a GPU that asks for logits alone."""
-    ids = arguments.get("input_ids")
-    if ids is None or not ids.is_cuda or ids.shape[1] != 1 or cache.get_seq_length() == 0:
+def _may_be_captured(arguments: dict[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether a decode step asks for logits alone."""
+    if arguments.get("input_ids") is None or config.output_hidden_states:
         return False
     if arguments.get("return_dict") is False or arguments.get("use_cache") is False:
         return False
-    if config.output_hidden_states:
-        return False
     return all(name in _CAPTURED or value is None or value is False for name, value in arguments.items())
-
-
-def _replay(step: CapturedStep, cache: TidalCache, ids: Tensor, positions: Tensor) -> CausalLMOutputWithPast:
-    logits = step.replay(ids, positions)
-    cache.count(1)
-    return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)  # the next step overwrites them
 
 
 def chunk_size(tokens: int, limit: int = PREFILL_CHUNK) -> int:
@@ -166,7 +149,5 @@ def _may_be_split(arguments: dict[str, Any], config: PreTrainedConfig) -> bool:
     `generate` wants the last token's logits alone (`logits_to_keep=1`). Where RoPE's frequencies vary with the context,
     a chunk would be rotated by other ones than its prompt.
     """
-    if rope_varies(config):
-        return False
-    hidden = arguments.get("output_hidden_states") or getattr(config, "output_hidden_states", False)
-    return arguments.get("logits_to_keep") == 1 and not hidden
+    hidden = arguments.get("output_hidden_states") or config.output_hidden_states
+    return arguments.get("logits_to_keep") == 1 and not hidden and not rope_varies(config)

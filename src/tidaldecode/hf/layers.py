@@ -11,6 +11,8 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.ops import KV
 
+LEFT_IN_THE_MIDDLE = "the cache was left in the middle of a forward pass: reset() it or make a new one"
+
 
 class TidalLayer(CacheLayerMixin):
     """K and V of one layer that attends to the whole context.
@@ -34,9 +36,9 @@ class TidalLayer(CacheLayerMixin):
         Raises:
             InputError: the caches of all layers together do not fit the GPU.
         """
-        if self.first:
-            self.check_memory(key_states, value_states, self.sequences.capacity)
         capacity = self.sequences.capacity
+        if self.first:
+            self.check_memory(key_states, value_states, capacity)
         self._place(_room_like(key_states, capacity), _room_like(value_states, capacity))
         self.is_initialized = True
 
@@ -81,17 +83,15 @@ class TidalLayer(CacheLayerMixin):
         Raises:
             InputError: the cache holds tokens of another dtype or device.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        alike = self.is_initialized and self.keys.dtype == key_states.dtype and self.keys.device == key_states.device
+        if alike and (self.padded_length > 0 or len(self.keys) == len(key_states)):
             return
-        alike = self.keys.dtype == key_states.dtype and self.keys.device == key_states.device
-        if self.padded_length == 0 and not (alike and len(self.keys) == len(key_states)):
-            self.lazy_initialization(key_states, value_states)
-        elif not alike:
+        if self.is_initialized and self.padded_length > 0:
             raise InputError(
                 f"the cache holds {_kind(self.keys)}, the model goes on in {_kind(key_states)}: "
                 "move the model back, or reset() the cache"
             )
+        self.lazy_initialization(key_states, value_states)
 
     def grow(self, capacity: int) -> None:
         """Makes room for so many tokens of each sequence, if there is less; those that are there stay."""
@@ -112,19 +112,23 @@ class TidalLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Writes the K and V of new tokens, [B, Hkv, N, D], behind the others. Returns the whole cache."""
-        sequences = self.sequences
-        if sequences.padded_length == 0:
+        if self.sequences.padded_length == 0:
             raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
         self.prepare(key_states, value_states)
         self.padded_length += key_states.shape[2]
-        if self.padded_length != sequences.padded_length:
-            raise InputError("the cache was left in the middle of a forward pass: reset() it or make a new one")
-        ops.write_kv(key_states.transpose(1, 2), value_states.transpose(1, 2), self.kv(), sequences.new_lengths)
+        if self.padded_length != self.sequences.padded_length:
+            raise InputError(LEFT_IN_THE_MIDDLE)
+        self.write(key_states, value_states)
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
+    def write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Writes the K and V of the running pass's tokens, [B, Hkv, N, D], on the device alone."""
+        new = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        ops.write_kv(*new, self.kv(), self.sequences.new_lengths)
+
     def kv(self) -> KV:
-        """K and V as the operations address them: one block per sequence, [B, capacity, Hkv, D]."""
+        """The layer's cache as the operations address it: one block per sequence, [B, capacity, Hkv, D]."""
         assert self.keys is not None and self.values is not None
         sequences = self.sequences
         return KV(self.keys.transpose(1, 2), self.values.transpose(1, 2), sequences.block_table, sequences.lengths)

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from tidaldecode.errors import InputError
 
+PREFILL_CHUNK = 1024
+"""Most tokens of a prompt that go through the model at once: activations stop growing with the prompt."""
 
-@dataclass
+
+@dataclass(eq=False)
 class Sequences:
     """How long the sequences of a batch are, shared by all layers of a cache.
 
@@ -22,10 +25,7 @@ class Sequences:
         new_lengths: [B], int32; tokens of the running forward pass, without padding.
         block_table: [B, 1], int32; the contiguous cache is one block per sequence.
         padded_length: tokens with left padding, the same for all sequences.
-        decoding: the running pass is a decode step: one token each, behind a prompt.
-        step_lengths: [N], int32; in a pass that stands for N decode steps, the sequence's length in each of them;
-            `None` in every other pass.
-        moves: how often any of these tensors, or the K and V of a layer, came to lie elsewhere: a captured step reads
+        moves: how often any of these tensors, or the K and V of a layer, came to lie elsewhere: a captured pass reads
             them where they were when it was captured.
     """
 
@@ -34,8 +34,6 @@ class Sequences:
     new_lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
     block_table: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.int32))
     padded_length: int = 0
-    decoding: bool = False
-    step_lengths: Tensor | None = None
     moves: int = 0
 
     def check(self, batch: int, new_tokens: int) -> None:
@@ -83,49 +81,24 @@ class Sequences:
             "crop() or reset() the cache to forget tokens"
         )
 
-    def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
-        """Starts a forward pass over `new_tokens` tokens for each sequence, left padding included; both were checked.
+    def begin(self, batch: int, new_tokens: int, device: torch.device, new_lengths: Tensor | None) -> None:
+        """Starts a forward pass over `new_tokens` tokens for each sequence, left padding included; they were checked.
 
         Args:
-            attention_mask: [batch, tokens so far with these], as checked; `None` where no new token is padding.
-        """
-        self.decoding, self.step_lengths = new_tokens == 1 and self.padded_length > 0, None
-        if self.padded_length == 0:
-            self._start(batch, device)
-        if attention_mask is None or self.decoding:
-            self.new_lengths.fill_(new_tokens)
-        else:
-            self.new_lengths.copy_(attention_mask[:, -new_tokens:].bool().sum(1))
-        self.lengths.add_(self.new_lengths)
-        self.padded_length += new_tokens
-
-    def begin_steps(self, steps: int, device: torch.device) -> Tensor:
-        """Starts a forward pass over `steps` tokens of one sequence that stands for as many decode steps.
-
-        Returns:
-            `step_lengths`.
-        """
-        self.check(1, steps)
-        self.begin(1, steps, None, device)
-        self.step_lengths = self.lengths + torch.arange(1 - steps, 1, dtype=torch.int32, device=device)
-        return self.step_lengths
-
-    def begin_chunk(self, new_tokens: int, new_lengths: Tensor | None) -> None:
-        """Starts a forward pass over a chunk behind a prompt, in which each token attends to all before it.
-
-        Also one token alone, which `begin` would take for a decode step.
-
-        Args:
-            new_tokens: tokens of the chunk, left padding included.
             new_lengths: [B], integer; tokens of each sequence, without padding; `None` for all of them.
         """
-        if new_lengths is None:
-            self.new_lengths.fill_(new_tokens)
+        if self.padded_length == 0:
+            self._start(batch, device)
+        self.advance(new_tokens if new_lengths is None else new_lengths)
+        self.padded_length += new_tokens
+
+    def advance(self, new_lengths: Tensor | int) -> None:
+        """Takes new tokens in on the device alone, so that it can be captured in a CUDA graph."""
+        if isinstance(new_lengths, int):
+            self.new_lengths.fill_(new_lengths)
         else:
             self.new_lengths.copy_(new_lengths)
         self.lengths.add_(self.new_lengths)
-        self.padded_length += new_tokens
-        self.decoding, self.step_lengths = False, None
 
     def _start(self, batch: int, device: torch.device) -> None:
         """Makes all sequences empty; the tensors stay where the batch is as large, so that graphs stay valid."""
@@ -149,7 +122,3 @@ class Sequences:
         """Lets every sequence end at its own length, in place, so that graphs stay valid."""
         self.lengths.copy_(lengths)
         self.padded_length = padded_length
-
-    def reset(self) -> None:
-        """Forgets all sequences."""
-        self.padded_length, self.decoding = 0, False

@@ -41,13 +41,12 @@ def weights_now(model: nn.Module) -> int:
     What is copied to where weights lie, as by `load_state_dict`, the graph reads there, and nothing changes.
     """
     seen: _Seen | None = vars(model).get(_NAME)
-    if seen is not None and seen.unchanged():
-        return seen.number
-    with _looking:
-        seen = vars(model).get(_NAME)
-        if seen is None or not seen.unchanged():
-            seen = vars(model)[_NAME] = _Seen(model)
-        return seen.number
+    if seen is None or not seen.unchanged():
+        with _looking:
+            seen = vars(model).get(_NAME)
+            if seen is None or not seen.unchanged():
+                seen = vars(model)[_NAME] = _Seen(model)
+    return seen.number
 
 
 def forget_weights(model: nn.Module) -> None:
@@ -114,17 +113,13 @@ class _Seen:
         """Whether no module has an attribute more or less, such as a `forward`, but for those of `merged_products`."""
         return list(map(len, self._own)) == self._own_sizes or list(map(_size, self._own)) == self._own_sizes
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of the model is looked at anew."""
-        return _nothing, ()
+        return type(None), ()
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
-
-
-def _nothing() -> None:
-    return None
 
 
 def _size(attributes: dict[str, Any]) -> int:

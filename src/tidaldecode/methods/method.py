@@ -15,7 +15,7 @@ from tidaldecode.methods.oracle import OracleAttention
 from tidaldecode.methods.quest import QuestAttention
 from tidaldecode.methods.streaming import StreamingAttention
 from tidaldecode.methods.tidal import Attention, DecodeAttention
-from tidaldecode.models.architecture import check_architecture, check_plan, model_shape, sliding_windows
+from tidaldecode.models import check_architecture, check_plan, model_shape, sliding_windows
 from tidaldecode.plan import ModelShape, Selection, TidalPlan, tokens_of
 
 BUDGETED = METHODS[1:]

@@ -8,13 +8,18 @@ from tidaldecode.models.architecture import (
     rope_varies,
     sliding_windows,
 )
+from tidaldecode.models.chosen import ChosenModel, DeviceOptions, ModelOptions, check_dtype
 from tidaldecode.models.files import ModelFiles
 from tidaldecode.models.find import find_model, gguf_of
 
 __all__ = [
     "TESTED_ARCHITECTURES",
+    "ChosenModel",
+    "DeviceOptions",
     "ModelFiles",
+    "ModelOptions",
     "check_architecture",
+    "check_dtype",
     "check_plan",
     "find_model",
     "gguf_of",

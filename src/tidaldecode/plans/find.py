@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.errors import InputError
-from tidaldecode.models.architecture import model_shape, sliding_windows
+from tidaldecode.models import model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan, describe_shape, plain_name, published_reselect_layer
 from tidaldecode.plans import read_plan, shipped_plans
 

@@ -7,7 +7,6 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.whole_file import whole_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDE, NARROW = 7.6, 3.7  # inches: a page on a desk, and on a phone
@@ -46,12 +46,12 @@ _STYLE: dict[Any, Any] = {
 COLOR_MAP = "cividis"
 """Tells more from less for colour-blind readers too."""
 
-Drawing = Callable[[float], "Figure"]
-"""Draws a figure so many inches wide."""
+Draw = Callable[[Any, float], "Figure | None"]
+"""Draws rows as a figure so many inches wide; `None` where there is nothing to draw."""
 
 
 class LineStyle(NamedTuple):
-    """Of one method: colour and marker, so that neither is needed to tell it from the others."""
+    """Of one line: colour and marker, so that neither is needed to tell it from the others."""
 
     color: str
     marker: str
@@ -84,11 +84,50 @@ def palette() -> dict[str, str]:
     return dict(_COLORS)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches."""
+def panels(width: float, height: float, count: int = 1, columns: int = 1, **subplots: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches and its axes, row by row, without those that the last row has too many."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False, **subplots).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def draw_line(
+    axis: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    style: LineStyle,
+    label: str | None,
+    errors: Sequence[float | None] | None = None,
+    **more: Any,
+) -> None:
+    """A line with its markers, and with bars where values have errors."""
+    more = {"color": style.color, "marker": style.marker, "label": label} | more
+    if errors is None:
+        axis.plot(xs, ys, **more)
+    else:
+        axis.errorbar(xs, ys, [error or 0.0 for error in errors], capsize=2.5, elinewidth=1, **more)
+
+
+def set_ticks(axis: Axes, ticks: dict[float, str]) -> None:
+    """Marks these places of the x axis, and no others."""
+    from matplotlib.ticker import NullLocator
+
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks(list(ticks), list(ticks.values()), color=INK)
+
+
+def label_panels(axes: Sequence[Axes], columns: int, xlabel: str, ylabel: str) -> None:
+    """Labels the lowest panel of each column and the first of each row."""
+    for index, axis in enumerate(axes):
+        if index + columns >= len(axes):
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel(xlabel)
+        if index % columns == 0:
+            axis.set_ylabel(ylabel)
 
 
 def add_legend(figure: Figure, width: float) -> None:
@@ -102,27 +141,40 @@ def add_legend(figure: Figure, width: float) -> None:
     figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
 
 
-def save_png(draw: Drawing, path: Path, title: str) -> None:
+def save_png(draw: Draw, rows: Any, path: Path, title: str) -> bool:
     """Writes a PNG file; an existing file stays whole until the new one is complete.
+
+    Returns:
+        Whether there was anything to draw: else there is no file.
 
     Raises:
         InputError: it can't be written.
     """
-    with _style(), whole_file(path) as temporary:
-        figure = draw(WIDE)
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure = draw(rows, WIDE)
+        if figure is None:
+            return False
         figure.suptitle(title, fontsize=10)
-        figure.savefig(temporary, format="png", dpi=160)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=160)
+    return True
 
 
-def to_svg(draw: Drawing, width: float, name: str) -> str:
+def to_svg(draw: Draw, rows: Any, width: float, name: str) -> str | None:
     """The figure as an `<svg>` element to put into a page, which says what the colours are.
 
     Colours become the CSS variables of `palette`, text takes the page's font, and all ids begin with the name.
     """
-    with _style(), warnings.catch_warnings():
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts have more than those that measure here
-        buffer = io.StringIO()
-        draw(width).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure, buffer = draw(rows, width), io.StringIO()
+        if figure is None:
+            return None
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -133,9 +185,3 @@ def to_svg(draw: Drawing, width: float, name: str) -> str:
     for variable, color in _COLORS.items():
         svg = re.sub(rf"(?<=[:\s]){color}\b", f"var(--{variable})", svg)
     return svg.strip()
-
-
-def _style() -> AbstractContextManager[None]:
-    import matplotlib
-
-    return matplotlib.rc_context(_STYLE)

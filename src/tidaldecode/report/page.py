@@ -6,63 +6,46 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tidaldecode.errors import InputError
-from tidaldecode.report.article import Article, devices_of
-from tidaldecode.report.correction_article import correction_article
+from tidaldecode.report import articles, overview
+from tidaldecode.report.article import Article
 from tidaldecode.report.drawing import check_matplotlib, palette
-from tidaldecode.report.others import calibration_article, other_article, recall_article
-from tidaldecode.report.quality import lm_eval_article, needle_article, ppl_article
-from tidaldecode.report.results import Result, Skipped, read_results
-from tidaldecode.report.speed import decode_article, operations_article
+from tidaldecode.report.folder import Result, Skipped, read_results
+from tidaldecode.report.shares import SharesRead
 from tidaldecode.whole_file import check_writable, whole_file
 
-_ARTICLES: dict[str, Callable[[Result, str], Article]] = {
-    "ppl": ppl_article,
-    "needle": needle_article,
-    "lm-eval": lm_eval_article,
-    "correction": correction_article,
-    "decode": decode_article,
-    "ops": operations_article,
-    "recall": recall_article,
-    "calibration": calibration_article,
-    "other": other_article,
+
+class _Kind(NamedTuple):
+    """What a page does with one kind of files.
+
+    Attributes:
+        section: where they stand on the page.
+        measured: what was measured, in words.
+    """
+
+    section: str
+    measured: str | None
+    article: Callable[[Result, str, SharesRead], Article]
+
+
+_KINDS = {
+    "ppl": _Kind("Quality", "perplexity", articles.perplexity),
+    "needle": _Kind("Quality", "needle in a haystack", articles.needles),
+    "lm-eval": _Kind("Tasks", "lm-eval tasks", articles.tasks),
+    "correction": _Kind("Lossless decoding", "cache correction", articles.correction),
+    "decode": _Kind("Speed", "decode steps", articles.decode_steps),
+    "ops": _Kind("Speed", "attention operations", articles.operations),
+    "calibration": _Kind("Calibration", "calibration", articles.calibration),
+    "recall": _Kind("Calibration", "coherence of layers", articles.coherence),
+    "plan": _Kind("Plans", None, articles.values),
+    "values": _Kind("Other results", None, articles.values),
 }
-_SECTIONS = {
-    "Quality": ("ppl", "needle"),
-    "Tasks": ("lm-eval",),
-    "Lossless decoding": ("correction",),
-    "Speed": ("decode", "ops"),
-    "Calibration": ("calibration", "recall"),
-    "Other results": ("other",),
-}
-_MEASURED = {
-    "ppl": "perplexity",
-    "needle": "needle in a haystack",
-    "lm-eval": "lm-eval tasks",
-    "correction": "cache correction",
-    "decode": "decode steps",
-    "ops": "attention operations",
-    "recall": "coherence of layers",
-    "calibration": "calibration",
-}
-
-
-@dataclass(frozen=True)
-class Section:
-    """Articles of one subject."""
-
-    title: str
-    articles: tuple[Article, ...]
-
-    @property
-    def name(self) -> str:
-        """Its id on the page."""
-        return self.title.lower().replace(" ", "-")
+"""In the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -101,45 +84,36 @@ def write_report(folder: Path, output: Path) -> Report:
         raise InputError(f"--output {output} is a folder: give a file, such as {output / 'report.html'}")
     check_writable("--output", output)
     results, skipped = read_results(folder)
-    sections = _sections(results)
-    page = _page(folder, results, sections, skipped)
-    with whole_file(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    articles = [article for section in sections for article in section.articles]
-    figures = ((figure.name, f"{article.title}: {figure.title}") for article in articles for figure in article.figures)
-    return Report(output, tuple(figures), tuple(skipped))
-
-
-def _sections(results: Sequence[Result]) -> list[Section]:
-    articles = [(result.kind, _ARTICLES[result.kind](result, f"r{index}")) for index, result in enumerate(results, 1)]
-    sections = [
-        Section(title, tuple(article for wanted in kinds for kind, article in articles if kind == wanted))
-        for title, kinds in _SECTIONS.items()
-    ]
-    return [section for section in sections if section.articles]
-
-
-def _page(folder: Path, results: Sequence[Result], sections: list[Section], skipped: list[Skipped]) -> str:
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(_resource("page.html"))
-    return template.render(
+    shares = SharesRead(results)
+    opening = [found for found in (overview.losses(results, shares), overview.speeds(results)) if found is not None]
+    sections: dict[str, list[Article]] = {}
+    for kind, (section, _, article) in _KINDS.items():
+        for number, result in enumerate(results, 1):
+            if result.kind == kind:
+                sections.setdefault(section, []).append(article(result, f"r{number}-", shares))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(_resource("page.html")).render(
         title=folder.resolve().name,
         summary=_summary(results),
+        opening=opening,
         sections=sections,
-        cards=[card for section in sections for article in section.articles for card in article.cards],
         skipped=skipped,
         palette=palette(),
         style=Markup(_resource("page.css")),
         svg=Markup,
     )
+    with whole_file(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    shown = [*opening, *(article for own in sections.values() for article in own)]
+    figures = ((figure.name, f"{article.title}: {figure.title}") for article in shown for figure in article.figures)
+    return Report(output, tuple(figures), tuple(skipped))
 
 
 def _summary(results: Sequence[Result]) -> str:
     """What was measured, of which models and on which devices."""
-    kinds = [words for kind, words in _MEASURED.items() if any(result.kind == kind for result in results)]
+    kinds = [kind.measured for name, kind in _KINDS.items() if kind.measured and name in {r.kind for r in results}]
     models = dict.fromkeys(result.fields["model"] for result in results if isinstance(result.fields.get("model"), str))
-    devices = dict.fromkeys(device for device in map(devices_of, results) if device)
+    devices = dict.fromkeys(result.devices for result in results if result.devices)
     text = _joined(kinds) or f"{len(results)} files of results"
     text = text[0].upper() + text[1:]
     if models:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tidaldecode.errors import InputError
-from tidaldecode.models.architecture import check_architecture, check_plan
+from tidaldecode.models import check_architecture, check_plan
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 

@@ -17,7 +17,7 @@ from vllm.config import (
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
-from tidaldecode.models.architecture import check_architecture, model_shape
+from tidaldecode.models import check_architecture, model_shape
 from tidaldecode.ops import KV
 from tidaldecode.serving.batch import Step
 from tidaldecode.serving.gpu import check_kernels, memory_left

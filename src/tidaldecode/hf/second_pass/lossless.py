@@ -19,14 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.forward import PREFILL_CHUNK
-from tidaldecode.hf.second_pass.acceptance import accept_greedy, accept_sampled
-from tidaldecode.hf.second_pass.drafted_ends import DraftedEnds
-from tidaldecode.hf.second_pass.drafting import DraftLength, Rounds
-from tidaldecode.hf.second_pass.full_pass import full_pass
-from tidaldecode.hf.second_pass.processors import check_processors
-from tidaldecode.hf.second_pass.ragged import RaggedTokens
-from tidaldecode.hf.second_pass.release import Release
+from tidaldecode.hf.second_pass.correction import full_pass
+from tidaldecode.hf.second_pass.processors import check_processors, may_mind
+from tidaldecode.hf.second_pass.speculation import DraftLength, accept_greedy, accept_sampled
+from tidaldecode.hf.second_pass.tokens import Output, TokenBuffer
+from tidaldecode.hf.sequences import PREFILL_CHUNK
+from tidaldecode.hf.session import Rounds
 
 
 def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_kept: bool) -> Callable[..., Any]:
@@ -55,10 +53,10 @@ def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_k
             speculation = _Speculation(
                 model, input_ids, logits_processor, generation_config, length, ends, model_kwargs
             )
-            release = Release(
+            output = Output(
                 speculation.tokens, stopping_criteria, streamer, padding=generation_config._pad_token_tensor
             )
-            sequences = speculation.run(release, cache_is_kept)
+            sequences = speculation.run(output, cache_is_kept)
         if streamer is not None:
             streamer.end()
         if generation_config.return_dict_in_generate:
@@ -87,56 +85,53 @@ class _Speculation:
     ) -> None:
         self.model, self.processors, self.samples, self.length = model, processors, config.do_sample, length
         self.cache: TidalCache = model_kwargs["past_key_values"]
-        self.cache.rounds = Rounds()
+        self.cache.rounds = self._rounds = Rounds()
         self._most = config.max_length
         padding, room = config._pad_token_tensor, self._most - input_ids.shape[1] + length.longest + 1
-        self.tokens = RaggedTokens(input_ids, room, padding)
-        self._ends = DraftedEnds(ends, padding, processors, len(input_ids), input_ids.device)
+        self.tokens = TokenBuffer(input_ids, room, padding, ends if processors else None)
+        # where all sequences end Transformers would ask no more: a rule of allowed tokens may know none behind an end
+        self._may_mind, self._all_ended = may_mind(processors), False
         self._first_logits = _read_prompt(model, self.cache, input_ids, config, model_kwargs)
         lengths, width = self.cache.sequences.lengths, input_ids.shape[1]
         # a token in column c of `tokens` lies in row c + origin of the cache, at position c + origin + offset
         self._origin, self._padded_origin = lengths.long() - width, self.cache.get_seq_length() - width
         positions = model_kwargs.get("position_ids")
         self._offset = 0 if positions is None else positions[:, -1].to(lengths.device) + 1 - lengths
-        self._rounds_cache = self.cache.for_drafts(length.longest)
-        self._may_draft = self._rounds_cache is self.cache  # else only behind a pass that chose
+        self._drafts = self.cache.for_drafts(length.longest)
+        self._may_draft = self._drafts is self.cache  # else only behind a pass that chose
 
-    def run(self, release: Release, cache_is_kept: bool) -> Tensor:
-        """Generates until `release` is done; [B, W], prompt and new tokens."""
+    def run(self, output: Output, cache_is_kept: bool) -> Tensor:
+        """Generates until `output` is done; [B, W], prompt and new tokens."""
         try:
             first = self._choose(self.tokens.scores(self.processors, 0, self._first_logits))[0]
             del self._first_logits
-            nothing = first.new_zeros(len(first), 0)
-            self.tokens.write(0, self._ends.accepted(nothing, nothing.sum(1), first))
+            self.tokens.write(0, first)
             self.tokens.extend([1] * len(first))
-            release.hand_out()
-            while not release.done:
+            output.hand_out()
+            while not output.done:
                 self._align()
-                self._round(release.closed)
-                release.hand_out()
+                self._round()
+                output.hand_out()
             if cache_is_kept:
-                self._level(release.sequences)
+                self._level(output.sequences)
         except BaseException:  # the user's too: the sequences end together, where the shortest does
             self.tokens.cut([min(self.tokens.counts)] * len(self.tokens.counts))
             self._align()
             raise
-        return release.sequences.clone()
+        return output.sequences.clone()
 
-    def _round(self, closed: list[bool]) -> None:
+    def _round(self) -> None:
         tokens = self.tokens
-        left = [0 if end else self._most - count for count, end in zip(tokens.counts, closed, strict=True)]
-        drafts = min(int(self.length), max(left) - 1) if self._may_draft else 0
-        self._ends.begin(closed)
-        drafted, draft = self._draft(drafts)
-        drafts = drafted.shape[1]
+        left = [0 if end else self._most - count for count, end in zip(tokens.counts, tokens.closed, strict=True)]
+        drafted, draft = self._draft(min(int(self.length), max(left) - 1) if self._may_draft else 0)
         accepted, behind = self._verify(drafted, draft)
         self._may_draft = True
-        tokens.write(accepted, self._ends.accepted(drafted, accepted, behind))
+        tokens.write(accepted, behind)
         numbers = accepted.tolist()
         new = [min(number + 1, room) for number, room in zip(numbers, left, strict=True)]
         tokens.extend(new)
-        assert self.cache.rounds is not None
-        self.cache.rounds.add(drafts, [count for count, room in zip(new, left, strict=True) if room])
+        drafts = drafted.shape[1]
+        self._rounds.add(drafts, [count for count, room in zip(new, left, strict=True) if room])
         self.length.saw(drafts, [number for number, room in zip(numbers, left, strict=True) if room])
 
     def _draft(self, drafts: int) -> tuple[Tensor, Tensor | None]:
@@ -144,28 +139,22 @@ class _Speculation:
 
         Fewer where every sequence ends before, if somebody might mind being asked what follows an end.
         """
-        drafted, draft = 0, None
-        for step in range(drafts):
+        drafted, draft, self._all_ended = 0, None, False
+        while drafted < drafts and not self._all_ended:
             logits = self.model(
-                input_ids=self._device(self.tokens.window(step - 1, 1)),
+                input_ids=self._device(self.tokens.window(drafted - 1, 1)),
                 position_ids=self._positions(1),
-                past_key_values=self._rounds_cache,
+                past_key_values=self._drafts,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            token, distribution = self._choose(self.tokens.scores(self.processors, step, logits))
-            self.tokens.write(step, self._ends.drafted(token))
-            if self.samples:  # into their place at once: those of all steps are large
-                draft = self._room_for(drafts, distribution) if draft is None else draft
-                draft[:, step] = distribution
+            token, distribution = self._choose(self.tokens.scores(self.processors, drafted, logits))
+            self.tokens.write(drafted, token)
+            if self.samples:
+                draft = _placed(distribution, draft, drafted, drafts)
             drafted += 1
-            if self._ends.everywhere:
-                break
+            self._all_ended = self._may_mind and self.tokens.all_ended(drafted)
         return self.tokens.window(0, drafted), None if draft is None else draft[:, :drafted]
-
-    def _room_for(self, positions: int, distribution: Tensor) -> Tensor:
-        """Room for distributions as this one, [B, V], at so many positions: [B, positions, V]."""
-        return distribution.new_empty(len(distribution), positions, distribution.shape[1])
 
     def _verify(self, drafted: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor]:
         """Runs each sequence's last token and the drafted ones with full attention.
@@ -173,13 +162,13 @@ class _Speculation:
         Returns:
             How many drafted tokens are accepted, and the token behind them; [B] each.
         """
-        drafts, cache = drafted.shape[1], self._rounds_cache
+        drafts, cache = drafted.shape[1], self._drafts
         cache.rewind(cache.get_seq_length() - drafts, cache.sequences.lengths - drafts)
         tokens = self._pass_length(drafts + 1)
         ids = self._device(self.tokens.window(-1, tokens))
-        comes_again = drafts == int(self.length) or tokens in cache.chunks
+        comes_again = drafts == int(self.length) or tokens in cache.session.graphs
         logits = full_pass(self.model, cache, ids, self._positions(tokens), capture=comes_again)
-        last = LogitsProcessorList() if self._ends.everywhere else self.processors
+        last = LogitsProcessorList() if self._all_ended else self.processors
         rows = (
             self.tokens.scores(self.processors if step < drafts else last, step, logits[:, step])
             for step in range(drafts + 1)
@@ -188,8 +177,7 @@ class _Speculation:
             return accept_greedy(drafted, torch.stack([row.argmax(-1) for row in rows], 1))
         target = None
         for step, row in enumerate(rows):
-            target = self._room_for(drafts + 1, row) if target is None else target
-            target[:, step] = row.softmax(-1)
+            target = _placed(row.softmax(-1), target, step, drafts + 1)
         assert target is not None
         return accept_sampled(drafted, target[:, :0] if draft is None else draft, target)
 
@@ -197,9 +185,9 @@ class _Speculation:
         """Tokens of a pass over `tokens`: more in a last, shorter round, where a captured pass and room are there."""
         if tokens > int(self.length):
             return tokens
-        cache = self._rounds_cache
+        cache = self._drafts
         room = min(cache.capacity - cache.get_seq_length(), self.length.longest + 1)  # in `tokens` too
-        return min((captured for captured in cache.chunks if tokens <= captured <= room), default=tokens)
+        return min((captured for captured in cache.session.graphs if tokens <= captured <= room), default=tokens)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each sequence, [B], and the distribution that it is drawn from, [B, V]."""
@@ -239,6 +227,13 @@ class _Speculation:
             ends = ends + new_lengths
 
 
+def _placed(row: Tensor, room: Tensor | None, step: int, steps: int) -> Tensor:
+    """Puts a distribution [B, V] in its place among [B, steps, V] at once, for those of all steps are large."""
+    room = row.new_empty(len(row), steps, row.shape[1]) if room is None else room
+    room[:, step] = row
+    return room
+
+
 def _read_prompt(
     model: PreTrainedModel,
     cache: TidalCache,
@@ -253,7 +248,7 @@ def _read_prompt(
     if cache.get_seq_length() > 0 and tokens - cache.get_seq_length() == 1:  # else taken for a decode step
         if model_kwargs.get("inputs_embeds") is not None:
             raise InputError("lossless decoding goes on from a cache with input_ids: embeddings alone won't do")
-        cache.check_pass(len(input_ids), 1, mask)
+        cache.ready(len(input_ids), 1, mask)
         ids = input_ids[:, -1:].to(model.device)
         positions = model_kwargs["position_ids"][:, -1:].to(model.device).expand_as(ids)
         return full_pass(model, cache, ids, positions, capture=False)[:, -1]

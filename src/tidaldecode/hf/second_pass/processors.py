@@ -1,4 +1,4 @@
-"""Logits processors that keep state between calls: lossless decoding calls them for tokens that it may take back."""
+"""Logits processors beside drafted tokens, which may be taken back: which ones can't be asked, or may mind it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -32,12 +33,20 @@ def check_processors(processors: LogitsProcessorList, prompt: Tensor, vocabulary
         InputError: a processor keeps state between calls, or holds what can't be copied and compared.
     """
     for processor in processors:
-        own = type(processor).__module__.startswith("transformers.")
-        if isinstance(processor, _STATEFUL) or (not own and _changes(processor, prompt, vocabulary)):
+        if isinstance(processor, _STATEFUL) or (_is_users(processor) and _changes(processor, prompt, vocabulary)):
             raise InputError(
                 f"the logits processor {type(processor).__name__} keeps state between calls, which can't be taken back "
                 "with refused tokens: leave out lossless, or the processor"
             )
+
+
+def may_mind(processors: LogitsProcessorList) -> bool:
+    """Whether one may mind being asked what follows an end of sequence: a user's own, or that of a user's function."""
+    return any(isinstance(one, PrefixConstrainedLogitsProcessor) or _is_users(one) for one in processors)
+
+
+def _is_users(processor: object) -> bool:
+    return not type(processor).__module__.startswith("transformers.")
 
 
 def _changes(processor: Any, prompt: Tensor, vocabulary: int) -> bool:

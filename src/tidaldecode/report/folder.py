@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from tidaldecode.errors import InputError
+from tidaldecode.report.labels import written
 from tidaldecode.results.cells import read_cells
 from tidaldecode.results.correction import CorrectionCell, CorrectionRow, rows_of
 from tidaldecode.results.needles import NeedleRow
@@ -18,8 +20,10 @@ from tidaldecode.results.rows import Budget, Count, Name, Number, Positive, Row,
 from tidaldecode.results.tasks import TaskRow
 
 _LARGEST = 2**26  # bytes of a file
+_BARS = "bars"  # folder of files that say which bars results have met: they hold no results of their own
 
-Kind = Literal["ppl", "needle", "lm-eval", "correction", "decode", "ops", "recall", "calibration", "other"]
+_Shares = Annotated[list[Share | None], Field(min_length=1, max_length=512)]
+_Matrix = Annotated[list[_Shares], Field(min_length=1, max_length=512)]
 
 
 class _DecodeRow(Row):
@@ -42,10 +46,6 @@ class _OperationRow(Row):
     floor_us: Time
     over_sdpa: Number | None
     speedup_vs_full: Number | None
-
-
-_Shares = Annotated[list[Share | None], Field(min_length=1, max_length=512)]
-_Matrix = Annotated[list[_Shares], Field(min_length=1, max_length=512)]
 
 
 class _Recall(Row):
@@ -74,18 +74,21 @@ class _Calibration(Row):
     frontier: list[_FrontierRow] = Field(default=[], max_length=4096)
 
 
-_ROWS: dict[str, TypeAdapter[Any]] = {
+_CELLS: dict[str, TypeAdapter[Any]] = {
     "ppl": TypeAdapter(list[PplCell]),
     "needle": TypeAdapter(list[NeedleRow]),
     "lm-eval": TypeAdapter(list[TaskRow]),
     "correction": TypeAdapter(list[CorrectionCell]),
-    "decode": TypeAdapter(list[_DecodeRow]),
-    "ops": TypeAdapter(list[_OperationRow]),
 }
-_SUMMARIES: dict[str, TypeAdapter[Any]] = {  # what `--json` says of cells
-    "ppl": TypeAdapter(list[PplSummary]),
-    "correction": TypeAdapter(list[CorrectionRow]),
+_PRINTED: dict[str, tuple[set[str], TypeAdapter[Any]]] = {
+    "decode": ({"step_ms"}, TypeAdapter(list[_DecodeRow])),
+    "ops": ({"operation", "us"}, TypeAdapter(list[_OperationRow])),
+    "ppl": ({"nll", "full_nll", "windows"}, TypeAdapter(list[PplSummary])),
+    "needle": ({"correct", "total", "accuracy"}, TypeAdapter(list[NeedleRow])),
+    "correction": ({"mode", "length", "speedup", "differing"}, TypeAdapter(list[CorrectionRow])),
+    "lm-eval": ({"task", "metrics"}, TypeAdapter(list[TaskRow])),
 }
+"""Rows of JSON objects: the fields of the first one by which a kind is known, and all that they must have."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,14 @@ class Result:
 
     Attributes:
         file: its path in the folder, with `/`.
+        kind: as in `_PRINTED`, `recall`, `calibration`, `plan`, or `values`, which are shown as they are.
         fields: everything beside the rows and the environments.
         rows: checked for the kind.
         environments: command, versions and device of each run that wrote it.
     """
 
     file: str
-    kind: Kind
+    kind: str
     fields: dict[str, Any]
     rows: list[dict[str, Any]]
     environments: list[dict[str, Any]]
@@ -110,9 +114,21 @@ class Result:
         """Whether it holds the cells of an evaluation, and not what `--json` said of them."""
         return self.file.endswith(".jsonl")
 
+    @property
+    def model(self) -> str:
+        """The model's name, or the file's where it names none."""
+        return written(self.fields.get("model") or self.file)
 
-_BARS = "bars"
-"""Folder of files that say which bars results have met: they hold no results of their own."""
+    @property
+    def context(self) -> int | None:
+        """Tokens of a window, where the file says them."""
+        context = self.fields.get("context")
+        return context if isinstance(context, int) else None
+
+    @property
+    def devices(self) -> str:
+        """On what it was measured."""
+        return " and ".join(dict.fromkeys(str(made["device"]) for made in self.environments if made.get("device")))
 
 
 @dataclass(frozen=True)
@@ -147,9 +163,11 @@ def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
         try:
             results.append(_read(path, name))
         except ValidationError as error:
-            skipped.append(Skipped(name, _reason(error)))
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            skipped.append(Skipped(name, f"not as expected at {place}: {first['msg']}"))
         except (InputError, ValueError, RecursionError, OSError) as error:
-            skipped.append(Skipped(name, _first_line(error)))
+            skipped.append(Skipped(name, (str(error) or type(error).__name__).splitlines()[0]))
     if not results:
         raise InputError(f"{folder} has nothing that is understood; {skipped[0].file}: {skipped[0].reason}")
     return [result for result in results if not any(_says_the_same(result, other) for other in results)], skipped
@@ -179,13 +197,13 @@ def _read_cells(path: Path, name: str) -> Result:
     except InputError:
         raise InputError("no cells of an evaluation, or the first line is damaged") from None
     kind = header.pop("kind")
-    if kind not in ("ppl", "needle", "lm-eval", "correction"):
+    if kind not in _CELLS:
         raise InputError(f"cells of an unknown kind, {kind!r}")
     if not rows:
         raise InputError("no cells yet")
     header.pop("key")
     environments = [environment for environment in header.pop("environments") if isinstance(environment, dict)]
-    return Result(name, kind, header, _checked(kind, rows, _ROWS[kind]), environments)
+    return Result(name, kind, header, _checked(kind, rows, _CELLS[kind]), environments)
 
 
 def _read_json(path: Path, name: str) -> Result:
@@ -198,52 +216,45 @@ def _read_json(path: Path, name: str) -> Result:
     kind = _kind(content)
     environment = {key: content.pop(key) for key in ("command", "versions", "device") if key in content}
     rows = []
-    if kind in _ROWS:
+    if kind in _PRINTED:
         rows = content.pop("rows")
         rows = content.pop("cells") if kind == "needle" else rows  # its rows are sums of its cells
-        rows = _checked(kind, rows, _SUMMARIES.get(kind, _ROWS[kind]))
+        rows = _checked(kind, rows, _PRINTED[kind][1])
     return Result(name, kind, content, rows, [environment] if environment else [])
 
 
-def _kind(content: dict[str, Any]) -> Kind:
+def _kind(content: Mapping[str, Any]) -> str:
     """What an object is by what it holds; it is ours if it says how it was made, or holds rows or a measure of ours."""
-    first = content["rows"][0] if isinstance(content.get("rows"), list) and content["rows"] else None
-    if isinstance(first, dict) and "step_ms" in first:
-        return "decode"
-    if isinstance(first, dict) and {"operation", "us"} <= first.keys():
-        return "ops"
-    if isinstance(first, dict) and {"nll", "full_nll", "windows"} <= first.keys():
-        return "ppl"
-    if isinstance(first, dict) and {"correct", "total", "accuracy"} <= first.keys() and content.get("cells"):
-        return "needle"
-    if isinstance(first, dict) and {"mode", "length", "speedup", "differing"} <= first.keys():
-        return "correction"
-    if isinstance(first, dict) and {"task", "metrics"} <= first.keys():
-        return "lm-eval"
+    rows = content.get("rows")
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    for kind, (marks, _) in _PRINTED.items():
+        if marks <= first.keys() and (kind != "needle" or content.get("cells")):
+            return kind
     if "recall" in content:
         coherence = TypeAdapter(_Recall).validate_python(content)
-        for matrix in (coherence.recall, *coherence.recalls.values()):
-            if {len(row) for row in matrix} != {len(matrix)}:
-                raise InputError("recall is no square matrix")
+        if any(len(row) != len(of) for of in (coherence.recall, *coherence.recalls.values()) for row in of):
+            raise InputError("recall is no square matrix")
         return "recall"
     if "calibration_gap" in content:
         TypeAdapter(_Calibration).validate_python(content)
         return "calibration"
-    if isinstance(first, dict) or "versions" in content:
-        return "other"
+    if {"roles", "selection", "token_budget"} <= content.keys():
+        return "plan"
+    if first or "versions" in content:
+        return "values"
     raise InputError("no results of tidaldecode")
 
 
-def _checked(kind: str, rows: Any, expected: TypeAdapter[Any]) -> list[dict[str, Any]]:
-    expected.validate_python(rows)
+def _checked(kind: str, rows: Any, declared: TypeAdapter[Any]) -> list[dict[str, Any]]:
+    declared.validate_python(rows)
     if kind == "correction" and rows and "window" in rows[0]:
         rows_of(rows)  # there is a window to show
     if kind == "ppl" and len({(len(row["nll_by_position"]), row["bin_tokens"]) for row in rows}) > 1:
         raise InputError("windows of different lengths")
-    return _with_plans_told_apart(rows)
+    return plans_told_apart(rows)
 
 
-def _with_plans_told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def plans_told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Plans that share a name get their digest behind it: a plan file may have changed between two runs."""
     digests: dict[str | None, set[str | None]] = {}
     for row in rows:
@@ -253,13 +264,3 @@ def _with_plans_told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row | {"plan": f"{row['plan']} ({str(row.get('plan_digest'))[:6]})"} if row.get("plan") in shared else row
         for row in rows
     ]
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"not as expected at {place}: {first['msg']}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
