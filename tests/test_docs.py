@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import pkgutil
 import re
 import shlex
 import tomllib
@@ -112,6 +113,20 @@ def test_the_guides_imports():
         for block in blocks(str(page.relative_to(ROOT)), "python"):
             for line in re.findall(r"^(?:from|import) tidaldecode.*", block, flags=re.M):
                 exec(line, {})
+
+
+def test_names():
+    """What a page calls by its full name is there."""
+    for page in PAGES:
+        for name in re.findall(r"`(tidaldecode(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+            pkgutil.resolve_name(name)
+
+
+def test_the_floors_of_the_guide():
+    """They are those of the contract."""
+    floors = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    page = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    assert "\n".join(floors[0]["layers"]).replace(" : ", ", ") in page
 
 
 def test_the_benchmarks_imports(monkeypatch):
