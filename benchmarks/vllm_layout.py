@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ModelShape, TidalPlan
+from tidaldecode.bench.methods import sdpa
 from tidaldecode.bench.roofline import read_bandwidth_gbs
-from tidaldecode.bench.sdpa import sdpa
 from tidaldecode.bench.timing import Timing, time_gpu
 from tidaldecode.ops import KV
 from tidaldecode.results.environment import environment

@@ -16,7 +16,7 @@ from families import FAMILIES
 from tidaldecode import InputError, TidalCache, TidalPlan, apply, ops
 from tidaldecode.bench import caches as caches_module
 from tidaldecode.bench import decode as decode_module
-from tidaldecode.bench import hardware, layers, operations, roofline, timing
+from tidaldecode.bench import hardware, layers, operations, roofline, timing, timing_report
 from tidaldecode.bench.caches import CacheShape, LayerCaches
 from tidaldecode.bench.decode import bench_decode
 from tidaldecode.bench.layers import layer_workloads
@@ -32,6 +32,7 @@ from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import check_architecture, check_dtype, model_shape
 from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
+from tidaldecode.results.timings import DecodeRow
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(heads=6, kv_heads=3, head_dim=16, batch=2, context=40, dtype=torch.float32)
@@ -436,7 +437,7 @@ def test_bench_operations():
     ],
 )
 def test_wrong_operations_are_refused_before_the_first(changes, message, monkeypatch):
-    monkeypatch.setattr(operations, "read_bandwidth_gbs", lambda device: 1 / 0)
+    monkeypatch.setattr(timing_report, "read_bandwidth_gbs", lambda device: 1 / 0)
     with pytest.raises(InputError, match=message):
         bench_operations(replace(SETTINGS, **changes), CPU, torch.float32)
 
@@ -503,16 +504,28 @@ def test_the_dtype_is_checked_first(module, bench, monkeypatch):
         raise InputError(f"no {dtype}")
 
     monkeypatch.setattr(module, "check_dtype", refuse)
-    monkeypatch.setattr(module, "read_bandwidth_gbs", lambda device: 1 / 0)
+    monkeypatch.setattr(timing_report, "read_bandwidth_gbs", lambda device: 1 / 0)
     with pytest.raises(InputError, match="no torch.bfloat16"):
         bench(torch.bfloat16)
 
 
 def test_the_base_is_the_faster_full_attention():
-    row = decode_module.DecodeRow("full", 64, None, 4.0, 0.0, 1.0, 4.0, None, 1.0, True)
-    rows = [row, replace(row, method="sdpa", step_ms=3.0), replace(row, method="tidal", step_ms=1.5)]
+    row = DecodeRow(
+        method="full", context=64, budget=None, step_ms=4.0, spread=0.0, floor_ms=1.0, over_floor=4.0,
+        speedup_vs_full=None, kv_read_fraction=1.0, captured=True,
+    )  # fmt: skip
+    others = [row.model_copy(update={"method": name, "step_ms": ms}) for name, ms in (("sdpa", 3.0), ("tidal", 1.5))]
+    rows = [row, *others]
     assert [row.speedup_vs_full for row in decode_module._with_speedups(rows)] == [0.75, 1.0, 2.0]
     assert [row.speedup_vs_full for row in decode_module._with_speedups(rows[2:])] == [None]
+
+
+def test_sets_that_overlap_read_more_than_there_is():
+    """A row of results all the same, which the report takes."""
+    settings = replace(DECODE, contexts=(40,), budgets=(39,), methods=("tidal",))
+    (row,) = bench_decode(RandomModel("tiny"), settings, CPU, torch.float32).to_json()["rows"]
+    assert row["kv_read_fraction"] == pytest.approx((4 * 40 + 2 * 2 * 39) / (6 * 40), abs=1e-5)
+    assert DecodeRow.model_validate(row).kv_read_fraction > 1
 
 
 @pytest.mark.parametrize("method", TIMED_METHODS)
@@ -545,7 +558,7 @@ def test_sliding_windows_are_not_measured():
 
 
 def test_a_cache_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(decode_module, "read_bandwidth_gbs", lambda device: 1 / 0)
+    monkeypatch.setattr(timing_report, "read_bandwidth_gbs", lambda device: 1 / 0)
     settings = replace(DECODE, contexts=(100_000_000,))
     with pytest.raises(InputError, match=r"tiny, batch 1: \d+\.\d GiB of memory are needed, .*: lower --contexts"):
         bench_decode(RandomModel("tiny"), settings, CPU, torch.float32)
@@ -731,8 +744,7 @@ def test_plots_show_every_line(tmp_path):
 )
 def test_bad_options(run, command, options, words, monkeypatch):
     """Found before anything is measured or made."""
-    monkeypatch.setattr(operations, "read_bandwidth_gbs", lambda device: 1 / 0)
-    monkeypatch.setattr(decode_module, "read_bandwidth_gbs", lambda device: 1 / 0)
+    monkeypatch.setattr(timing_report, "read_bandwidth_gbs", lambda device: 1 / 0)
     device = [] if "--device" in options else ["--device", "cpu"]
     assert_one_line(run("bench", command, *device, *options), *words)
 

@@ -107,3 +107,7 @@ class LayerCaches:
     def kv(self, layer: int) -> KV:
         """A layer's cache as the operations take it: one block per sequence, [B, T, Hkv, D]."""
         return KV(self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2), self.block_table, self.lengths)
+
+    def inputs(self, layer: int) -> tuple[Tensor, KV, float]:
+        """A layer's query, cache and factor of the scores, as attention takes them."""
+        return self.queries[layer], self.kv(layer), self.scale

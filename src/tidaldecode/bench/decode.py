@@ -3,100 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tidaldecode.bench.hardware import GIB, check_memory, measuring
 from tidaldecode.bench.methods import step_attention
-from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
+from tidaldecode.bench.roofline import floor_us, kv_bytes, weight_bytes
 from tidaldecode.bench.settings import REPEATS, WARM_UP, DecodeSettings
+from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.bench.timing import Timing, time_steps
+from tidaldecode.bench.timing_report import TimingReport, measured_on
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
-from tidaldecode.methods.tidal import Attention
-from tidaldecode.models import check_architecture, check_dtype, check_plan, model_shape
+from tidaldecode.models import ModelFiles, check_architecture, check_dtype, check_plan, model_shape
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
-from tidaldecode.results.environment import environment
+from tidaldecode.results.timings import DecodeRow
 
 _WORKSPACE = GIB  # activations, index sets, kernels' scratch memory
 _MEND = "lower --contexts or --batch"
 
 
-class BenchModel(Protocol):
-    """A `tidaldecode.models.ModelFiles`, or a `tidaldecode.bench.shapes.RandomModel`."""
-
-    @property
-    def name(self) -> str: ...
-
-    def config(self) -> PreTrainedConfig: ...
-
-    def model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel: ...
-
-
 @dataclass(frozen=True)
-class DecodeRow:
-    """Decode steps by one method.
+class DecodeReport(TimingReport[DecodeRow]):
+    """Times of decode steps.
 
     Attributes:
-        context: tokens of each sequence in the cache before the first step.
-        budget: tokens, or a fraction of the context; `None` for full attention.
-        step_ms: median milliseconds from a token to the next, embedding and argmax included.
-        spread: interquartile range over the median.
-        floor_ms: milliseconds in which the weights, and the K and V that the method needs, can be read.
-        over_floor: time over the floor.
-        speedup_vs_full: time of the faster full attention, `full` or `sdpa`, over the method's; `None` where neither
-            was measured.
-        kv_read_fraction: share of the KV cache that the method reads.
-        captured: whether the step ran in a CUDA graph.
-    """
-
-    method: str
-    context: int
-    budget: int | float | None
-    step_ms: float
-    spread: float
-    floor_ms: float
-    over_floor: float
-    speedup_vs_full: float | None
-    kv_read_fraction: float
-    captured: bool
-
-
-@dataclass(frozen=True)
-class DecodeReport:
-    """Rows with what they were measured on.
-
-    Attributes:
-        environment: command, versions, device.
         model: name of the model or of its shape.
         plan: of `tidal`.
-        read_bandwidth_gbs: measured before, in 1e9 bytes a second.
         weight_gb: of the weights that a step reads, in 1e9 bytes.
         sets_per_kv_head: of `plan`, see `TidalPlan.sets_per_kv_head`: a budget is that of one set.
     """
 
-    environment: dict[str, object]
     model: str
-    dtype: str
     plan: str | None
     batch: int
-    read_bandwidth_gbs: float
     weight_gb: float
     sets_per_kv_head: float
-    rows: tuple[DecodeRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as one flat object with a list of rows."""
-        fields = asdict(self)
-        return {**fields.pop("environment"), **fields}
 
 
 def bench_decode(
-    source: BenchModel,
+    source: ModelFiles | RandomModel,
     settings: DecodeSettings,
     device: torch.device,
     dtype: torch.dtype,
@@ -124,28 +73,26 @@ def bench_decode(
     with measuring(device, _MEND):
         check_memory(_memory(config, settings, dtype), device, f"{source.name}, batch {settings.batch}", _MEND)
         on_progress("read bandwidth")
-        bandwidth_gbs = round(read_bandwidth_gbs(device), 1)
+        measured = measured_on(device, dtype)
         on_progress(f"making {source.name}")
         torch.manual_seed(settings.seed)
         model = apply(source.model(device, dtype), plan)
         report = DecodeReport(
-            environment=environment(device),
+            **measured,
             model=source.name,
-            dtype=str(dtype).removeprefix("torch."),
             plan=plan.name,
             batch=settings.batch,
-            read_bandwidth_gbs=bandwidth_gbs,
             weight_gb=round(weight_bytes(model, settings.batch) / 1e9, 4),
             sets_per_kv_head=round(plan.sets_per_kv_head(model_shape(config)), 4),
-            rows=(),
         )
-        engine = _Engine(model, TidalCache(model.config, plan, settings.capacity), plan, settings, bandwidth_gbs)
+        cache = TidalCache(model.config, plan, settings.capacity)
+        engine = _Engine(model, cache, plan, settings, report.read_bandwidth_gbs)
         for context in settings.contexts:
             rows = []
             for method, budget in settings.runs():
                 on_progress(f"{source.name}: {method}{f' {budget}' if budget else ''}, {context:,} tokens")
                 rows.append(engine.measure(method, budget, context))
-            report = replace(report, rows=report.rows + _with_speedups(rows))
+            report = report.with_rows(_with_speedups(rows))
             on_report(report)
     return report
 
@@ -185,10 +132,13 @@ class _Engine:
 
     def measure(self, method: str, budget: int | float | None, context: int) -> DecodeRow:
         """The row of one method at one context, its speed-up left open."""
-        attention = step_attention(method, self.plan, model_shape(self.model.config), budget, context)
+        shape, batch = model_shape(self.model.config), self.settings.batch
+        attention = step_attention(method, self.plan, shape, budget, context)
         self.cache.attention = attention
         timing = self._time(context)
-        floor_ms = floor_us(self._floor_bytes(attention, context), self.bandwidth_gbs) / 1000
+        tokens = sum(min(tokens, context) for tokens in attention.tokens_read(context).values())
+        read = kv_bytes(tokens, batch, shape.num_kv_heads, shape.head_dim, self.model.dtype)
+        floor_ms = floor_us(weight_bytes(self.model, batch) + read, self.bandwidth_gbs) / 1000
         return DecodeRow(
             method=method,
             context=context,
@@ -215,16 +165,10 @@ class _Engine:
 
         return time_steps(decode, model.device, WARM_UP, settings.steps, REPEATS)
 
-    def _floor_bytes(self, attention: Attention, context: int) -> float:
-        shape, batch = model_shape(self.model.config), self.settings.batch
-        tokens = sum(min(tokens, context) for tokens in attention.tokens_read(context).values())
-        cache = kv_bytes(tokens, batch, shape.num_kv_heads, shape.head_dim, self.model.dtype)
-        return weight_bytes(self.model, batch) + cache
 
-
-def _with_speedups(rows: list[DecodeRow]) -> tuple[DecodeRow, ...]:
+def _with_speedups(rows: list[DecodeRow]) -> list[DecodeRow]:
     """The rows of one context, compared with the faster of the full attentions among them."""
     base_ms = min((row.step_ms for row in rows if row.method in ("full", "sdpa")), default=None)
     if base_ms is None:
-        return tuple(rows)
-    return tuple(replace(row, speedup_vs_full=round(base_ms / row.step_ms, 4)) for row in rows)
+        return rows
+    return [row.model_copy(update={"speedup_vs_full": round(base_ms / row.step_ms, 4)}) for row in rows]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 
@@ -13,69 +12,24 @@ from tidaldecode import ops
 from tidaldecode.bench.caches import CacheShape, LayerCaches
 from tidaldecode.bench.hardware import measuring
 from tidaldecode.bench.layers import layer_workloads
-from tidaldecode.bench.roofline import floor_us, read_bandwidth_gbs
+from tidaldecode.bench.roofline import floor_us
 from tidaldecode.bench.settings import OperationsSettings
 from tidaldecode.bench.steps import SDPA_STEP, step_workloads
 from tidaldecode.bench.timing import time_gpu
+from tidaldecode.bench.timing_report import TimingReport, measured_on
 from tidaldecode.models import check_dtype
-from tidaldecode.results.environment import environment
+from tidaldecode.results.timings import OperationRow
 
 
 @dataclass(frozen=True)
-class OperationRow:
-    """One operation at one shape.
+class OperationsReport(TimingReport[OperationRow]):
+    """Times of operations.
 
     Attributes:
-        operation: `sdpa` is torch's scaled_dot_product_attention; `select` is `importance` and `selection` together;
-            `step ...` is the attention of a whole decode step.
-        context: tokens of each sequence.
-        budget: tokens, or a fraction of the context; `None` where there is no budget.
-        us: median microseconds.
-        spread: interquartile range over the median.
-        floor_us: microseconds in which the bytes that must be read can be read.
-        over_sdpa: time over that of `sdpa` for an operation, of `step full (sdpa)` for a step.
-        speedup_vs_full: of a step, the time of `step full (sdpa)` over its own.
-        caches: distinct layer caches that the calls went through.
-        captured: whether the calls ran in a CUDA graph.
-    """
-
-    operation: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    batch: int
-    context: int
-    budget: int | float | None
-    us: float
-    spread: float
-    floor_us: float
-    over_sdpa: float
-    speedup_vs_full: float | None
-    caches: int
-    captured: bool
-
-
-@dataclass(frozen=True)
-class OperationsReport:
-    """Rows with what they were measured on.
-
-    Attributes:
-        environment: command, versions, device.
-        dtype: of queries and caches.
         layers: layers of a decode step.
-        read_bandwidth_gbs: measured before, in 1e9 bytes a second.
     """
 
-    environment: dict[str, object]
-    dtype: str
     layers: int
-    read_bandwidth_gbs: float
-    rows: tuple[OperationRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as one flat object with a list of rows."""
-        fields = asdict(self)
-        return {**fields.pop("environment"), **fields}
 
 
 def bench_operations(
@@ -109,16 +63,10 @@ def bench_operations(
         for shape in shapes:  # before the first is measured
             _caches_that_fit(shape, settings, device)
         on_progress("read bandwidth")
-        report = OperationsReport(
-            environment=environment(device),
-            dtype=str(dtype).removeprefix("torch."),
-            layers=settings.layers,
-            read_bandwidth_gbs=round(read_bandwidth_gbs(device), 1),
-            rows=(),
-        )
+        report = OperationsReport(**measured_on(device, dtype), layers=settings.layers)
         for shape in shapes:
             rows = _shape_rows(shape, settings, device, report.read_bandwidth_gbs, on_progress)
-            report = replace(report, rows=report.rows + tuple(rows))
+            report = report.with_rows(rows)
             on_report(report)
     return report
 

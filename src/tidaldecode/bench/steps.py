@@ -42,8 +42,7 @@ def _step(
 
     def step() -> None:
         for layer in range(num_layers):
-            cache = layer % len(caches)
-            attention.attend(layer, caches.queries[cache], caches.kv(cache), caches.scale)
+            attention.attend(layer, *caches.inputs(layer % len(caches)))
 
     reads = (min(tokens, shape.context) for tokens in attention.tokens_read(shape.context).values())
     return Workload(name, budget, shape.kv_bytes(sum(reads)), [step] * _STEPS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from tidaldecode.bench.caches import LayerCaches
 from tidaldecode.bench.timing import Call
 
 
@@ -23,3 +25,17 @@ class Workload:
     budget: int | float | None
     floor_bytes: float
     calls: Sequence[Call]
+
+    @classmethod
+    def on_layers(
+        cls,
+        caches: LayerCaches,
+        name: str,
+        call: Callable[[int], object],
+        budget: int | float | None = None,
+        floor_bytes: float | None = None,
+    ) -> Workload:
+        """An operation on each layer, whose index `call` takes; by default it must read all K and V of it."""
+        everything = caches.shape.kv_bytes(caches.shape.context)
+        calls = [partial(call, layer) for layer in range(len(caches))]
+        return cls(name, budget, everything if floor_bytes is None else floor_bytes, calls)

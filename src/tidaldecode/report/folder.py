@@ -16,36 +16,15 @@ from tidaldecode.results.cells import read_cells
 from tidaldecode.results.correction import CorrectionCell, CorrectionRow, rows_of
 from tidaldecode.results.needles import NeedleRow
 from tidaldecode.results.perplexity import PplCell, PplSummary
-from tidaldecode.results.rows import Budget, Count, Name, Number, Positive, Row, Share, Time
+from tidaldecode.results.rows import Count, Name, Number, Positive, Row, Share, Time
 from tidaldecode.results.tasks import TaskRow
+from tidaldecode.results.timings import DecodeRow, OperationRow
 
 _LARGEST = 2**26  # bytes of a file
 _BARS = "bars"  # folder of files that say which bars results have met: they hold no results of their own
 
 _Shares = Annotated[list[Share | None], Field(min_length=1, max_length=512)]
 _Matrix = Annotated[list[_Shares], Field(min_length=1, max_length=512)]
-
-
-class _DecodeRow(Row):
-    method: Name
-    context: Positive
-    budget: Budget
-    step_ms: Time
-    floor_ms: Time
-    speedup_vs_full: Number | None
-    kv_read_fraction: Share
-
-
-class _OperationRow(Row):
-    operation: Name
-    kv_heads: Positive
-    batch: Positive
-    context: Positive
-    budget: Budget
-    us: Time
-    floor_us: Time
-    over_sdpa: Number | None
-    speedup_vs_full: Number | None
 
 
 class _Recall(Row):
@@ -81,8 +60,8 @@ _CELLS: dict[str, TypeAdapter[Any]] = {
     "correction": TypeAdapter(list[CorrectionCell]),
 }
 _PRINTED: dict[str, tuple[set[str], TypeAdapter[Any]]] = {
-    "decode": ({"step_ms"}, TypeAdapter(list[_DecodeRow])),
-    "ops": ({"operation", "us"}, TypeAdapter(list[_OperationRow])),
+    "decode": ({"step_ms"}, TypeAdapter(list[DecodeRow])),
+    "ops": ({"operation", "us"}, TypeAdapter(list[OperationRow])),
     "ppl": ({"nll", "full_nll", "windows"}, TypeAdapter(list[PplSummary])),
     "needle": ({"correct", "total", "accuracy"}, TypeAdapter(list[NeedleRow])),
     "correction": ({"mode", "length", "speedup", "differing"}, TypeAdapter(list[CorrectionRow])),
