@@ -421,7 +421,7 @@ def test_bench_operations():
         assert row.us > 0 and row.spread >= 0 and not row.captured
         assert (row.heads, row.head_dim, row.batch, row.caches) == (4, 8, 2, 4)
     (full,) = [row for row in report.rows if (row.operation, row.kv_heads, row.context) == ("full", 4, 40)]
-    assert full.floor_us == pytest.approx(2 * 2 * 4 * 40 * 8 * 4 / report.read_bandwidth_gbs / 1000, abs=1e-3)
+    assert full.floor_us == pytest.approx(2 * 2 * 4 * 40 * 8 * 4 / report.about["read_bandwidth_gbs"] / 1000, abs=1e-3)
     answer = json.loads(json.dumps(report.to_json()))
     assert {"command", "versions", "device", "dtype", "layers", "read_bandwidth_gbs", "rows"} == answer.keys()
     assert len(answer["rows"]) == len(report.rows)
@@ -458,7 +458,7 @@ def test_bench_decode():
     assert [len(part.rows) for part in seen] == [8, 16]
     assert "tiny: quest 16, 64 tokens" in progress
     weights = (6 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64 + 256 * 64) * 4
-    assert report.weight_gb == pytest.approx(weights / 1e9, abs=1e-4)
+    assert report.about["weight_gb"] == pytest.approx(weights / 1e9, abs=1e-4)
     for row in report.rows:
         base = min(other.step_ms for other in report.rows if other.context == row.context and other.budget is None)
         assert row.speedup_vs_full == pytest.approx(base / row.step_ms, rel=1e-2)
@@ -467,7 +467,7 @@ def test_bench_decode():
     full, tidal = report.rows[8], report.rows[10]
     for row, tokens in ((full, 6 * 64), (tidal, 4 * 64 + 2 * 32)):  # two query heads of a KV head, 16 tokens each
         assert row.floor_ms == pytest.approx(
-            (weights + tokens * 2 * 2 * 16 * 4) / report.read_bandwidth_gbs / 1e6, abs=1e-4
+            (weights + tokens * 2 * 2 * 16 * 4) / report.about["read_bandwidth_gbs"] / 1e6, abs=1e-4
         )
         assert row.kv_read_fraction == pytest.approx(tokens / (6 * 64), abs=1e-5)
     answer = json.loads(json.dumps(report.to_json()))

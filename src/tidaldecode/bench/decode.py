@@ -14,7 +14,7 @@ from tidaldecode.bench.roofline import floor_us, kv_bytes, weight_bytes
 from tidaldecode.bench.settings import REPEATS, WARM_UP, DecodeSettings
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.bench.timing import Timing, time_steps
-from tidaldecode.bench.timing_report import TimingReport, measured_on
+from tidaldecode.bench.timing_report import TimingReport
 from tidaldecode.errors import InputError
 from tidaldecode.hf import TidalCache, apply
 from tidaldecode.models import ModelFiles, check_architecture, check_dtype, check_plan, model_shape
@@ -26,32 +26,14 @@ _WORKSPACE = GIB  # activations, index sets, kernels' scratch memory
 _MEND = "lower --contexts or --batch"
 
 
-@dataclass(frozen=True)
-class DecodeReport(TimingReport[DecodeRow]):
-    """Times of decode steps.
-
-    Attributes:
-        model: name of the model or of its shape.
-        plan: of `tidal`.
-        weight_gb: of the weights that a step reads, in 1e9 bytes.
-        sets_per_kv_head: of `plan`, see `TidalPlan.sets_per_kv_head`: a budget is that of one set.
-    """
-
-    model: str
-    plan: str | None
-    batch: int
-    weight_gb: float
-    sets_per_kv_head: float
-
-
 def bench_decode(
     source: ModelFiles | RandomModel,
     settings: DecodeSettings,
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[str], None] = lambda what: None,
-    on_report: Callable[[DecodeReport], None] = lambda report: None,
-) -> DecodeReport:
+    on_report: Callable[[TimingReport[DecodeRow]], None] = lambda report: None,
+) -> TimingReport[DecodeRow]:
     """Times decode steps of one model by every method, all through the same cache and the same engine.
 
     The cache is filled with random K and V: what a step costs does not depend on what they are.
@@ -73,20 +55,19 @@ def bench_decode(
     with measuring(device, _MEND):
         check_memory(_memory(config, settings, dtype), device, f"{source.name}, batch {settings.batch}", _MEND)
         on_progress("read bandwidth")
-        measured = measured_on(device, dtype)
+        report = TimingReport[DecodeRow].on(device, dtype)
         on_progress(f"making {source.name}")
         torch.manual_seed(settings.seed)
         model = apply(source.model(device, dtype), plan)
-        report = DecodeReport(
-            **measured,
+        report = report.with_about(
             model=source.name,
             plan=plan.name,
             batch=settings.batch,
-            weight_gb=round(weight_bytes(model, settings.batch) / 1e9, 4),
+            weight_gb=round(weight_bytes(model, settings.batch) / 1e9, 4),  # that a step reads
             sets_per_kv_head=round(plan.sets_per_kv_head(model_shape(config)), 4),
         )
         cache = TidalCache(model.config, plan, settings.capacity)
-        engine = _Engine(model, cache, plan, settings, report.read_bandwidth_gbs)
+        engine = _Engine(model, cache, plan, settings, report.about["read_bandwidth_gbs"])
         for context in settings.contexts:
             rows = []
             for method, budget in settings.runs():

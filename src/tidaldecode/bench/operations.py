@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -16,20 +15,9 @@ from tidaldecode.bench.roofline import floor_us
 from tidaldecode.bench.settings import OperationsSettings
 from tidaldecode.bench.steps import SDPA_STEP, step_workloads
 from tidaldecode.bench.timing import time_gpu
-from tidaldecode.bench.timing_report import TimingReport, measured_on
+from tidaldecode.bench.timing_report import TimingReport
 from tidaldecode.models import check_dtype
 from tidaldecode.results.timings import OperationRow
-
-
-@dataclass(frozen=True)
-class OperationsReport(TimingReport[OperationRow]):
-    """Times of operations.
-
-    Attributes:
-        layers: layers of a decode step.
-    """
-
-    layers: int
 
 
 def bench_operations(
@@ -37,8 +25,8 @@ def bench_operations(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[str], None] = lambda what: None,
-    on_report: Callable[[OperationsReport], None] = lambda report: None,
-) -> OperationsReport:
+    on_report: Callable[[TimingReport[OperationRow]], None] = lambda report: None,
+) -> TimingReport[OperationRow]:
     """Times every operation at every shape.
 
     Args:
@@ -63,9 +51,9 @@ def bench_operations(
         for shape in shapes:  # before the first is measured
             _caches_that_fit(shape, settings, device)
         on_progress("read bandwidth")
-        report = OperationsReport(**measured_on(device, dtype), layers=settings.layers)
+        report = TimingReport[OperationRow].on(device, dtype).with_about(layers=settings.layers)
         for shape in shapes:
-            rows = _shape_rows(shape, settings, device, report.read_bandwidth_gbs, on_progress)
+            rows = _shape_rows(shape, settings, device, report.about["read_bandwidth_gbs"], on_progress)
             report = report.with_rows(rows)
             on_report(report)
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -15,19 +15,28 @@ from tidaldecode.results.rows import Row
 R = TypeVar("R", bound=Row)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TimingReport(Generic[R]):
     """Rows with what they were measured on.
 
     Attributes:
-        environment: command, versions, device.
-        read_bandwidth_gbs: measured before, in 1e9 bytes a second.
+        about: what all rows share, as results name it: command, versions, device, dtype, `read_bandwidth_gbs` (in 1e9
+            bytes a second), and what the benchmark adds.
     """
 
-    environment: dict[str, object]
-    dtype: str
-    read_bandwidth_gbs: float
+    about: dict[str, Any]
     rows: tuple[R, ...] = ()
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype) -> Self:
+        """A report without rows; measures the bandwidth."""
+        bandwidth = round(read_bandwidth_gbs(device), 1)
+        name = str(dtype).removeprefix("torch.")
+        return cls({**environment(device), "dtype": name, "read_bandwidth_gbs": bandwidth})
+
+    def with_about(self, **about: Any) -> Self:
+        """The report, and more that its rows share."""
+        return replace(self, about={**self.about, **about})
 
     def with_rows(self, rows: Iterable[R]) -> Self:
         """The report with more rows."""
@@ -35,15 +44,4 @@ class TimingReport(Generic[R]):
 
     def to_json(self) -> dict[str, Any]:
         """The report as one flat object with a list of rows."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        rows = [row.model_dump() for row in values.pop("rows")]
-        return {**values.pop("environment"), **values, "rows": rows}
-
-
-def measured_on(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The fields of a report but for its rows; measures the bandwidth."""
-    return {
-        "environment": environment(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "read_bandwidth_gbs": round(read_bandwidth_gbs(device), 1),
-    }
+        return {**self.about, "rows": [row.model_dump() for row in self.rows]}

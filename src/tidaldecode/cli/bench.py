@@ -25,8 +25,7 @@ from tidaldecode.whole_file import is_stream
 if TYPE_CHECKING:
     import torch
 
-    from tidaldecode.bench.decode import DecodeReport
-    from tidaldecode.bench.operations import OperationsReport
+    from tidaldecode.bench.timing_report import TimingReport
 
 bench = typer.Typer(help="Measures operations and decode steps on a GPU.", no_args_is_help=True)
 
@@ -50,7 +49,7 @@ class _Outputs:
     figure: Path | None
     json: bool
 
-    def keep(self, report: OperationsReport | DecodeReport) -> None:
+    def keep(self, report: TimingReport[Any]) -> None:
         """Keeps what has been measured so far, should the run be stopped; a stream gets all of it once, at the end."""
         from tidaldecode.results.rows import save_results
 
