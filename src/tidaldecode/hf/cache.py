@@ -59,15 +59,17 @@ class TidalCache(Cache):
         self.rounds: Rounds | None = None
         self._drafts: TidalCache | None = None
         self._one_mask = self._mask_seen = False
+        attention = self._attention_of(plan)
         windows = sliding_windows(config)
-        first, num_global = windows.index(None), windows.count(None)
         super().__init__(
             layers=[
-                TidalLayer(self.sequences, num_global, layer == first) if window is None else WindowLayer(window)
+                TidalLayer(self.sequences, windows.count(None), first=layer == windows.index(None))
+                if window is None
+                else WindowLayer(window)
                 for layer, window in enumerate(windows)
             ]
         )
-        self.session = Session(self.sequences, self.layers, self._attention_of(plan))
+        self.session = Session(self.sequences, self.layers, attention)
 
     def _attention_of(self, plan: PlanLike) -> DecodeAttention:
         plan = find_plan(plan, self.config)
@@ -170,8 +172,7 @@ class TidalCache(Cache):
             layer.check_growth(wanted)
             capacity = wanted
         layer.check_growth(capacity)
-        self.session.prepared = False
-        self.session.graphs.clear()  # they read what lies elsewhere now
+        self.session.moved()  # before, so that its graphs hold no memory
         for layer in self.layers:
             layer.grow(capacity)
         self.sequences.capacity = capacity
@@ -192,15 +193,10 @@ class TidalCache(Cache):
         """
         lengths = self.sequences.lengths
         self.sequences.begin(batch, new_tokens, device, new_lengths)
-        if self.sequences.lengths is not lengths:
-            self._moved()
+        if self.sequences.lengths is not lengths:  # another number of sequences, or device
+            self.session.moved()
+            self._drafts = None
         self.session.begin(kind, new_tokens)
-
-    def _moved(self) -> None:
-        """Captured passes read what does not lie there any more."""
-        self.session.graphs.clear()
-        self.session.prepared = False
-        self._drafts = None
 
     def count(self, tokens: int) -> None:
         """Counts, on the host, the tokens per sequence that a captured pass adds on the device."""
@@ -360,7 +356,8 @@ class TidalCache(Cache):
         for layer in self.layers:
             layer.take(rows)
         self.sequences.take(rows)
-        self._moved()
+        self.session.moved()
+        self._drafts = None
         if self.correction is not None:
             self.correction.take(rows)
 

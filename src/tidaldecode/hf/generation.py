@@ -83,29 +83,14 @@ def tidal_generate(
     by_place = inspect.signature(plain_method(model, "generate")).bind_partial(inputs, generation_config, *args)
     kwargs |= {name: value for name, value in by_place.arguments.items() if value is not None}
     call = _Call(model, kwargs)
-    if (call.setting("num_beams") or 1) > 1:
-        raise InputError("tidaldecode can't decode with beam search: use greedy decoding or sampling (num_beams=1)")
-    if call.setting("use_cache") is False:
-        raise InputError("tidaldecode decodes from the KV cache: leave out use_cache=False")
-    call.refuse(_UNSUPPORTED)
-    _refuse_virtual_tokens(model, lossless)
+    _refuse_modes(model, call, lossless)
     cache = kwargs.get("past_key_values")
-    if cache is not None and not isinstance(cache, TidalCache):
-        raise InputError(f"past_key_values must be a tidaldecode.TidalCache or left out, not a {type(cache).__name__}")
     tokens = _history(cache, call)
     new_tokens = call.setting("max_new_tokens") or (call.setting("max_length") or 0) - call.tokens
     new_tokens = new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS
     length = None if lossless is None else DraftLength(lossless, most=new_tokens)
     correction = None if correction_interval is None else Correction(correction_interval)
-    if length is not None and correction is not None:
-        raise InputError("lossless decoding corrects the cache in each round: leave out correction_interval")
-    if length is not None:
-        check_second_pass(model.config, "lossless")
-        if cache is not None and cache.correction is not None:
-            raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
-        call.refuse(_UNSUPPORTED_BY_LOSSLESS)
-    if correction is not None:
-        check_second_pass(model.config, "correction_interval")
+    _check_second_pass(model, call, length, correction)
     capacity = tokens + new_tokens
     if length is not None and (cache is None or call.sequences > 1):
         # one sequence may be done while another one still drafts; and a last, shorter round can be verified by the
@@ -136,6 +121,33 @@ def _corrected(model: PreTrainedModel, cache: TidalCache, correction: Correction
         return plain_method(model, "generate")(**kwargs)
     finally:
         cache.correction = before
+
+
+def _refuse_modes(model: PreTrainedModel, call: _Call, lossless: Lossless | None) -> None:
+    if (call.setting("num_beams") or 1) > 1:
+        raise InputError("tidaldecode can't decode with beam search: use greedy decoding or sampling (num_beams=1)")
+    if call.setting("use_cache") is False:
+        raise InputError("tidaldecode decodes from the KV cache: leave out use_cache=False")
+    call.refuse(_UNSUPPORTED)
+    _refuse_virtual_tokens(model, lossless)
+    cache = call.arguments.get("past_key_values")
+    if cache is not None and not isinstance(cache, TidalCache):
+        raise InputError(f"past_key_values must be a tidaldecode.TidalCache or left out, not a {type(cache).__name__}")
+
+
+def _check_second_pass(
+    model: PreTrainedModel, call: _Call, length: DraftLength | None, correction: Correction | None
+) -> None:
+    if length is not None and correction is not None:
+        raise InputError("lossless decoding corrects the cache in each round: leave out correction_interval")
+    if correction is not None:
+        check_second_pass(model.config, "correction_interval")
+    if length is not None:
+        check_second_pass(model.config, "lossless")
+        cache = call.arguments.get("past_key_values")
+        if cache is not None and cache.correction is not None:
+            raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
+        call.refuse(_UNSUPPORTED_BY_LOSSLESS)
 
 
 def _history(cache: TidalCache | None, call: _Call) -> int:

@@ -60,6 +60,11 @@ class Session:
         self.graphs.pop(STEP, None)
         self.refused.discard(STEP)
 
+    def moved(self) -> None:
+        """What captured passes read, and what the attention looked at, lies elsewhere or is other sequences'."""
+        self.graphs.clear()
+        self.prepared = False
+
     def prepare(self) -> None:
         """Lets the attention look at the K of a prompt, once, before the first step behind it."""
         if self.prepared:
@@ -135,11 +140,11 @@ class Session:
             kind: "step", or "full" for a chunk.
         """
         tokens = token_ids.shape[1]
-        key, what = (STEP, "the decode step")
-        if kind == "full":
-            key, what = tokens, f"the pass over {tokens} tokens with full attention"
-        else:
+        if kind == "step":
+            key, what = STEP, "the decode step"
             self.prepare()
+        else:
+            key, what = tokens, f"the pass over {tokens} tokens with full attention"
         graph = self.graphs.get(key)  # `None` in a copy of a cache
         if graph is not None and graph.serves(model, self.sequences):
             return graph
@@ -162,12 +167,11 @@ class Session:
 
     def _obstacle(self, model: PreTrainedModel, tokens: int) -> str | None:
         """Why a pass can't be captured, if that is known beforehand."""
-        first = self.layers[0]
         if not all(isinstance(layer, TidalLayer) for layer in self.layers):
             return "some layers keep a sliding window, whose cache counts on the host"
         if model.training:
             return "the model is in training mode: call model.eval()"
-        if not ops.has_kernel(first.keys):
+        if not ops.has_kernel(self.layers[0].keys):
             return "its attention has no kernels"
         if tokens > ops.MOST_CHUNK_TOKENS:
             return f"there is no kernel for chunks of more than {ops.MOST_CHUNK_TOKENS} tokens"
