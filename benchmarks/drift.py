@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def read(model, windows, decode):
-    """A cache that holds the prompts of all windows, as `evaluate.windows.read_prompt` leaves it for one."""
+    """A cache that holds the prompts of all windows, as `evaluate.prompt.read_prompt` leaves it for one."""
     cache = TidalCache(model.config, find_plan("full", model.config), windows.shape[1])
     with torch.no_grad():
         model(windows[:, : -decode - 1], past_key_values=cache, logits_to_keep=1)

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 import tidaldecode
+from tidaldecode.evaluate.prompt import read_prompt
 from tidaldecode.hf import TidalCache
 from tidaldecode.models import find_model
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.environment import environment
 from tidaldecode.texts.text import Text, paul_graham_essays
-from tidaldecode.texts.windows import Windows, read_prompt
+from tidaldecode.texts.windows import Windows
 from tidaldecode.whole_file import whole_file
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tidaldecode.evaluate.needle import NeedleSettings, needle_cases
 from tidaldecode.models import find_model
+from tidaldecode.texts.haystack import NeedleSettings, needle_cases
 from tidaldecode.texts.text import Text, paul_graham_essays
 
 

@@ -299,13 +299,13 @@ def test_the_frontier_loses_less_the_more_it_reads(tiny):
 
 
 def test_the_held_out_gap_is_that_of_eval_ppl(tiny):
-    from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
-    from tidaldecode.results.cells import Cells
+    from tidaldecode.evaluate.perplexity import perplexity
+    from tidaldecode.evaluate.study import measure
 
     model = apply(tiny(), "full")
     found = calibrate(model, text(), text(1), settings())
     method = Method("tidal", None, found.chosen.plan)
-    _, row = perplexity(model, text(1), settings().heldout(text(1)), [method], Cells(CELL_KEY))
+    _, row = measure(perplexity(text(1), settings().heldout(text(1)), [method]), model)
     assert (found.chosen.heldout_gap, found.chosen.heldout_error) == (row.gap, row.gap_stderr)
 
 

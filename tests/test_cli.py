@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import ModelShape, TidalPlan
-from tidaldecode.cli.sets import print_sets, sets_per_kv_head
+from tidaldecode.cli.sets import print_sets
+from tidaldecode.evaluate.study import sets_per_kv_head
 from tidaldecode.methods.method import METHODS, every_method
 from tidaldecode.models import ModelFiles, check_architecture
 from tidaldecode.results.environment import environment

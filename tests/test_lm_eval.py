@@ -13,16 +13,11 @@ from rich.console import Console
 from command_line import assert_one_line
 from families import plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
-from tidaldecode.cli.eval_lm_eval import _print
-from tidaldecode.evaluate.lm_eval_tasks import (
-    CELL_KEY,
-    LmEvalReport,
-    TaskSettings,
-    evaluate_tasks,
-    find_tasks,
-    load_tasks,
-    results_by_method,
-)
+from tidaldecode.cli.eval_lm_eval import print_tasks
+from tidaldecode.evaluate.study import Report, measure, quiet
+from tidaldecode.evaluate.task_files import find_tasks, load_tasks
+from tidaldecode.evaluate.task_settings import TaskSettings
+from tidaldecode.evaluate.tasks import tasks
 from tidaldecode.methods.method import Method
 from tidaldecode.models import model_shape
 from tidaldecode.results.cells import Cells, read_cells
@@ -140,8 +135,14 @@ def instances(kind, *arguments):
     return [Instance(kind, {}, entry, index) for index, entry in enumerate(arguments)]
 
 
-def in_memory():
-    return Cells.open(None, {}, CELL_KEY)
+def evaluate_tasks(model, tokenizer, loaded, settings, methods, cells=None, on_progress=quiet):
+    return measure(tasks(tokenizer, loaded, settings, methods), model, cells, on_progress)
+
+
+def results_by_method(rows, methods, loaded, settings):
+    """Of a single method, too, by its label."""
+    results = tasks(None, loaded, settings, methods).to_json(rows)["results"]
+    return {methods[0].label: results} if len(methods) == 1 else results
 
 
 def tidal(model, budget=12):
@@ -249,11 +250,11 @@ def test_scores_of_full_attention_are_lm_evals_own(folder, llama, own, byte_toke
     names = ("qa", "choice", "rolling")
     loaded, settings = loaded_tasks(folder, llama, *names)
     methods = [Method("full"), tidal(llama)]
-    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, methods, in_memory())
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, methods)
     assert [(row["task"], row["method"], row["samples"]) for row in rows] == [
         (name, method, 3) for name in names for method in ("full", "tidal")
     ]
-    results = results_by_method(rows, methods, loaded)
+    results = results_by_method(rows, methods, loaded, settings)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     expected = simple_evaluate(own, tasks=list(names), task_manager=manager)["results"]
     assert results["full"].keys() == expected.keys()
@@ -274,17 +275,17 @@ def test_groups_limits_and_examples(folder, llama, byte_tokenizer, monkeypatch):
     assert list(loaded.tasks) == ["qa", "choice"] and list(loaded.groups) == ["both"]
     methods, progress = [Method("full")], []
     rows = evaluate_tasks(
-        llama, byte_tokenizer, loaded, settings, methods, in_memory(), lambda *what: progress.append(what)
+        llama, byte_tokenizer, loaded, settings, methods, on_progress=lambda *what: progress.append(what)
     )
     assert [row["samples"] for row in rows] == [2, 2]
-    results = results_by_method(rows, methods, loaded)["full"]
+    results = results_by_method(rows, methods, loaded, settings)["full"]
     assert results["both"]["acc,none"] == results["choice"]["acc,none"]
     assert [done for done, _, _ in progress] == sorted(done for done, _, _ in progress)
     assert progress[0] == (0, 4, "qa: full") and progress[-1] == (4, 4, "done")
     assert (2, 4, "choice: full") in progress
     none, _ = loaded_tasks(folder, llama, "both", limit=2)
-    assert none.tasks["qa"].get_config("num_fewshot") == 0
-    assert none.digests["qa"] != loaded.digests["qa"]
+    assert none.tasks["qa"].task.get_config("num_fewshot") == 0
+    assert none.tasks["qa"].digest != loaded.tasks["qa"].digest
 
 
 def test_what_lm_eval_would_warn_of_is_in_the_cells(folder, llama, byte_tokenizer, caplog):
@@ -292,7 +293,7 @@ def test_what_lm_eval_would_warn_of_is_in_the_cells(folder, llama, byte_tokenize
     logger = logging.getLogger("lm_eval")
     level = logger.level
     loaded, settings = loaded_tasks(folder, llama, "qa", "choice", "rolling")
-    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")], in_memory())
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")])
     assert [row["truncated"] for row in rows] == [1, 3, 0]
     assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
     assert logger.level == level
@@ -301,7 +302,7 @@ def test_what_lm_eval_would_warn_of_is_in_the_cells(folder, llama, byte_tokenize
 def test_a_metric_that_fails(folder, llama, byte_tokenizer):
     (folder / "own.py").write_text("def said(doc, results):\n    return {'said': {}[\"no\\nkey\"]}\n")
     loaded, settings = loaded_tasks(folder, llama, "choice", "qa", limit=1)
-    cells = in_memory()
+    cells = Cells(tasks(byte_tokenizer, loaded, settings, ()).key)
     with pytest.raises(InputError, match=r"task 'qa' by full failed: .*no.*key") as caught:
         evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")], cells)
     assert "\n" not in str(caught.value) and [row["task"] for row in cells.rows] == ["choice"]
@@ -313,8 +314,8 @@ def test_a_metric_that_is_not_finite(folder, llama, byte_tokenizer, monkeypatch)
     (folder / "own.py").write_text("def said(doc, results):\n    return {'said': float('inf')}\n")
     (folder / "both.yaml").write_text(BOTH.replace("metric: acc,", "metric: said,"))
     loaded, settings = loaded_tasks(folder, llama, "both", limit=2)
-    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")], in_memory())
-    results = results_by_method(rows, [Method("full")], loaded)["full"]
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")])
+    results = results_by_method(rows, [Method("full")], loaded, settings)["full"]
     assert results["qa"]["said,none"] is results["both"]["said,none"] is None
     assert results["both"]["sample_len"] == 4
     json.dumps(results, allow_nan=False)
@@ -331,28 +332,28 @@ def test_a_task_without_documents(folder, llama, monkeypatch):
 
 
 def test_a_stopped_run_goes_on(folder, llama, byte_tokenizer, tmp_path, monkeypatch):
-    from tidaldecode.evaluate import lm_eval_tasks as module
+    from lm_eval import evaluator
 
-    original, ran = module._run, []
+    original, ran, stop = evaluator.evaluate, [], 1
 
-    def run(lm, name, task, settings):
-        if len(ran) == 1:
+    def run(lm, **options):
+        if len(ran) == stop:
             raise KeyboardInterrupt
-        ran.append((name, lm.method.name))
-        return original(lm, name, task, settings)
+        ran.append(lm.method.name)
+        return original(lm=lm, **options)
 
     methods, path = [Method("full"), Method("streaming", 12)], tmp_path / "lm-eval.jsonl"
 
     def go_on():
         loaded, settings = loaded_tasks(folder, llama, "choice")
-        with Cells.open(path, {"kind": "lm-eval"}, CELL_KEY) as cells:
+        with Cells.open(path, {"kind": "lm-eval"}, tasks(None, loaded, settings, ()).key) as cells:
             return evaluate_tasks(llama, byte_tokenizer, loaded, settings, methods, cells)
 
-    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(evaluator, "evaluate", run)
     with pytest.raises(KeyboardInterrupt):
         go_on()
     assert [row["method"] for row in read_cells(path).rows] == ["full"]
-    monkeypatch.setattr(module, "_run", lambda *arguments: ran.append(arguments) or original(*arguments))
+    stop = None
     rows = go_on()
     assert len(ran) == 2 and go_on() == rows and len(ran) == 2
     write_documents(folder, ANSWERS[::-1])  # the same task by name, and other documents
@@ -445,9 +446,9 @@ def test_the_tables_fit_80_columns():
         | {"samples": 200}
         for method in methods
     ]
-    report = LmEvalReport({}, "smollm2-135m", "float32", TaskSettings((name,)), 1.0, {}, tuple(rows))
+    report = Report(None, {"model": "smollm2-135m"}, rows, {})
     console = Console(width=80, file=io.StringIO())
-    _print(console, report)
+    print_tasks(console, report)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and not [line for line in lines if "\N{HORIZONTAL ELLIPSIS}" in line]
     assert sum(f"smollm2-135m, {name}: " in line for line in lines) == 2
@@ -470,4 +471,4 @@ def test_plans_of_one_name_are_never_mixed(folder, llama, byte_tokenizer):
     method = tidal(llama)
     other = Method("tidal", 12, method.plan.model_copy(update={"sink_tokens": 2}))
     with pytest.raises(InputError, match="two plans are named 'p'"):
-        evaluate_tasks(llama, byte_tokenizer, loaded, settings, [method, other], in_memory())
+        evaluate_tasks(llama, byte_tokenizer, loaded, settings, [method, other])

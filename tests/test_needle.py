@@ -13,11 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from command_line import assert_one_line
 from families import plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
-from tidaldecode.evaluate import needle as module
-from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
+from tidaldecode.evaluate import study
+from tidaldecode.evaluate.needle import needles
+from tidaldecode.evaluate.prompt import HeldPrompt
+from tidaldecode.evaluate.study import measure
 from tidaldecode.methods.method import Method, every_method
 from tidaldecode.models import model_shape
 from tidaldecode.results.cells import Cells, read_cells
+from tidaldecode.texts.haystack import NeedleSettings, needle_cases
 from tidaldecode.texts.text import Text
 
 SETTINGS = NeedleSettings(lengths=(120, 160), depths=3, repeats=2)
@@ -39,8 +42,8 @@ def cases(byte_tokenizer, haystack, llama):
     return needle_cases(byte_tokenizer, haystack, SETTINGS, llama.config)
 
 
-def in_memory():
-    return Cells.open(None, {}, CELL_KEY)
+def find_needles(model, haystack, cases, methods, cells=None, on_progress=study.quiet):
+    return measure(needles(haystack, cases, SETTINGS, methods), model, cells, on_progress)
 
 
 def methods_for(model, *budgets):
@@ -116,7 +119,7 @@ def test_found_is_what_generate_says(llama, cases, haystack):
     said = [generated(llama, cases[0].prompt(haystack), method, 8) for method in methods]
     assert len(set(said)) > 2
     asked = [replace(cases[0], repeat=index, answer=answer) for index, answer in enumerate(dict.fromkeys(said))]
-    cells = in_memory()
+    cells = Cells(needles(haystack, asked, SETTINGS, ()).key)
     find_needles(llama, haystack, asked, methods, cells)
     for case in asked:
         keys = ({"length": 120, "depth": 0.0, "repeat": case.repeat, **method.key()} for method in methods)
@@ -124,7 +127,7 @@ def test_found_is_what_generate_says(llama, cases, haystack):
 
 
 def test_summaries(llama, cases, haystack):
-    full, streaming = find_needles(llama, haystack, cases, [Method("streaming", 8)], in_memory())
+    full, streaming = find_needles(llama, haystack, cases, [Method("streaming", 8)])
     assert (full.variant.method, full.budget, streaming.variant.method, streaming.budget) == (
         "full", None, "streaming", 8
     )  # fmt: skip
@@ -137,27 +140,27 @@ def test_summaries(llama, cases, haystack):
 
 def test_a_stopped_run_goes_on(llama, cases, haystack, tmp_path, monkeypatch):
     methods, path, cases = methods_for(llama, 8)[:2], tmp_path / "needle.jsonl", cases[:3]
-    read, decoded = [], []
-    read_prompt, says_answer = module.read_prompt, module._says_answer
+    key = needles(haystack, cases, SETTINGS, ()).key
+    read, decoded, stop = [], [], 4
+    read_prompt, attend_by = HeldPrompt.read, HeldPrompt.attend_by
 
-    def counted_read(model, cache, prompt, decode):
+    def counted_read(held, prompt, decode):
         read.append(prompt)
-        return read_prompt(model, cache, prompt, decode)
+        read_prompt(held, prompt, decode)
 
-    def counted_says(model, cache, last, case, method):
-        if len(decoded) == 4:
+    def counted_decode(held, method, context):
+        if len(decoded) == stop:
             raise KeyboardInterrupt
-        decoded.append((case, method.name))
-        return says_answer(model, cache, last, case, method)
+        decoded.append((context, method.name))
+        attend_by(held, method, context)
 
-    monkeypatch.setattr(module, "read_prompt", counted_read)
-    monkeypatch.setattr(module, "_says_answer", counted_says)
-    with Cells.open(path, {"kind": "needle"}, CELL_KEY) as cells, pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(HeldPrompt, "read", counted_read)
+    monkeypatch.setattr(HeldPrompt, "attend_by", counted_decode)
+    with Cells.open(path, {"kind": "needle"}, key) as cells, pytest.raises(KeyboardInterrupt):
         find_needles(llama, haystack, cases, methods, cells)
     assert len(read_cells(path).rows) == 4
-    monkeypatch.setattr(module, "_says_answer", lambda *arguments: decoded.append(arguments[3:]) or False)
-    progress = []
-    with Cells.open(path, {"kind": "needle"}, CELL_KEY) as cells:
+    stop, progress = None, []
+    with Cells.open(path, {"kind": "needle"}, key) as cells:
         find_needles(llama, haystack, cases, methods, cells, lambda *what: progress.append(what))
         assert len(decoded) == 9 and len(read) == 2 + 2  # the second case was read, and is read again
         find_needles(llama, haystack, cases, methods, cells)
@@ -170,7 +173,7 @@ def test_plans_of_one_name_are_never_mixed(llama, cases, haystack):
     plan = plan_for(llama.config).model_copy(update={"name": "p"})
     methods = [Method("tidal", 16, plan), Method("tidal", 16, plan.model_copy(update={"sink_tokens": 2}))]
     with pytest.raises(InputError, match="two plans are named 'p'"):
-        find_needles(llama, haystack, cases, methods, in_memory())
+        find_needles(llama, haystack, cases, methods)
 
 
 # ---- the command

@@ -15,8 +15,10 @@ import torch
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
-from tidaldecode.evaluate import perplexity as module
-from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
+from tidaldecode.evaluate import study
+from tidaldecode.evaluate.perplexity import perplexity
+from tidaldecode.evaluate.prompt import HeldPrompt
+from tidaldecode.evaluate.study import measure
 from tidaldecode.methods.method import METHOD_KEY, Method, check_methods, check_plan_names, every_method
 from tidaldecode.models import model_shape
 from tidaldecode.results.cells import Cells, read_cells
@@ -32,8 +34,11 @@ def llama(tiny):
     return apply(tiny("llama"), "full")
 
 
-def in_memory():
-    return Cells.open(None, {}, CELL_KEY)
+KEY = perplexity(TEXT, SETTINGS, ()).key
+
+
+def scored(model, methods, cells=None, on_progress=study.quiet, settings=SETTINGS):
+    return measure(perplexity(TEXT, settings, methods), model, cells, on_progress)
 
 
 def methods_for(model, *budgets):
@@ -57,7 +62,7 @@ def step_by_step(model, method, window):
 
 def test_scores_are_those_of_decode_steps(llama):
     methods = methods_for(llama, 16)
-    rows = perplexity(llama, TEXT, SETTINGS, methods, in_memory())
+    rows = scored(llama, methods)
     assert [(row.variant.method, row.budget, row.windows) for row in rows] == [
         ("full", None, 3), ("tidal", 16, 3), ("streaming", 16, 3)
     ]  # fmt: skip
@@ -77,7 +82,7 @@ def test_scores_are_those_of_decode_steps(llama):
 
 def test_full_attention_is_the_models_own(llama, tiny):
     """No cache, no plan: the likelihoods of the last tokens of each window."""
-    (row,) = perplexity(llama, TEXT, SETTINGS, (), in_memory())
+    (row,) = scored(llama, ())
     means = []
     for start in SETTINGS.starts:
         window = TEXT.window(start, 64)
@@ -88,15 +93,15 @@ def test_full_attention_is_the_models_own(llama, tiny):
 
 
 def test_each_window_is_read_once(llama, monkeypatch):
-    read, original = [], module.read_prompt
+    read, original = [], HeldPrompt.read
 
-    def read_prompt(model, cache, window, decode):
+    def read_prompt(held, window, decode):
         read.append(window[0, 0].item())
-        return original(model, cache, window, decode)
+        original(held, window, decode)
 
-    monkeypatch.setattr(module, "read_prompt", read_prompt)
+    monkeypatch.setattr(HeldPrompt, "read", read_prompt)
     progress = []
-    perplexity(llama, TEXT, SETTINGS, methods_for(llama, 16, 24), in_memory(), lambda *what: progress.append(what))
+    scored(llama, methods_for(llama, 16, 24), on_progress=lambda *what: progress.append(what))
     assert read == [TEXT.tokens[start].item() for start in (5, 35, 65)]
     assert [done for done, _, _ in progress] == list(range(19))
     assert {total for _, total, _ in progress} == {18}
@@ -106,42 +111,42 @@ def test_each_window_is_read_once(llama, monkeypatch):
 
 def test_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
     methods, path = methods_for(llama, 16), tmp_path / "ppl.jsonl"
-    expected = perplexity(llama, TEXT, SETTINGS, methods, in_memory())
-    original, scored = module._cell, []
+    expected = scored(llama, methods)
+    original, done = HeldPrompt.attend_by, []
 
     def stop_at(count):
-        def cell(model, cache, rest, start, method, cells):
-            if len(scored) == count:
+        def attend_by(held, method, context):
+            if len(done) == count:
                 raise KeyboardInterrupt
-            scored.append((start, method.name))
-            return original(model, cache, rest, start, method, cells)
+            done.append((held.window[0, 0].item(), method.name))
+            original(held, method, context)
 
-        monkeypatch.setattr(module, "_cell", cell)
+        monkeypatch.setattr(HeldPrompt, "attend_by", attend_by)
 
     for count in (2, 7):
         stop_at(count)
-        with Cells.open(path, {"kind": "ppl"}, CELL_KEY) as cells, pytest.raises(KeyboardInterrupt):
-            perplexity(llama, TEXT, SETTINGS, methods, cells)
+        with Cells.open(path, {"kind": "ppl"}, KEY) as cells, pytest.raises(KeyboardInterrupt):
+            scored(llama, methods, cells)
         assert len(read_cells(path).rows) == count
     stop_at(None)
-    with Cells.open(path, {"kind": "ppl"}, CELL_KEY) as cells:
-        found = perplexity(llama, TEXT, SETTINGS, methods, cells)
-        assert len(scored) == len(set(scored)) == 9
+    with Cells.open(path, {"kind": "ppl"}, KEY) as cells:
+        found = scored(llama, methods, cells)
+        assert len(done) == len(set(done)) == 9
         for row, wanted in zip(found, expected, strict=True):
             assert row.nll == pytest.approx(wanted.nll, abs=1e-6)
         # other windows and budgets of the same file are left out
-        perplexity(llama, TEXT, Windows(64, 40, 1, 20), methods_for(llama, 24), cells)
-        assert perplexity(llama, TEXT, SETTINGS, methods, cells) == found
-    assert len(scored) == 12
+        scored(llama, methods_for(llama, 24), cells, settings=Windows(64, 40, 1, 20))
+        assert scored(llama, methods, cells) == found
+    assert len(done) == 12
 
 
 def test_plans_of_one_name_are_never_mixed(llama):
-    cells, plan = in_memory(), plan_for(llama.config).model_copy(update={"name": "p"})
-    perplexity(llama, TEXT, SETTINGS, [Method("tidal", 16, plan)], cells)
-    perplexity(llama, TEXT, SETTINGS, [Method("tidal", 24, plan.with_budget(32))], cells)  # only the budget differs
+    cells, plan = Cells(KEY), plan_for(llama.config).model_copy(update={"name": "p"})
+    scored(llama, [Method("tidal", 16, plan)], cells)
+    scored(llama, [Method("tidal", 24, plan.with_budget(32))], cells)  # only the budget differs
     other = plan.model_copy(update={"sink_tokens": 2})
     with pytest.raises(InputError, match="two plans are named 'p'"):
-        perplexity(llama, TEXT, SETTINGS, [Method("tidal", 16, other)], cells)
+        scored(llama, [Method("tidal", 16, other)], cells)
     with pytest.raises(InputError, match="two plans are named 'p'"):
         check_methods([Method("tidal", 16, plan), Method("tidal", 16, other)], llama.config, 64)
     check_plan_names([Method("full").key(), Method("quest", 64).key()])
@@ -150,12 +155,12 @@ def test_plans_of_one_name_are_never_mixed(llama):
 def test_a_likelihood_that_is_not_finite_is_no_result(llama, tmp_path):
     llama.half().lm_head.weight.data.mul_(60000)
     overflows = pytest.raises(InputError, match="float16 overflows; give --dtype bfloat16 or float32")
-    with Cells.open(tmp_path / "ppl.jsonl", {"kind": "ppl"}, CELL_KEY) as cells, overflows:
-        perplexity(llama, TEXT, SETTINGS, [], cells)
+    with Cells.open(tmp_path / "ppl.jsonl", {"kind": "ppl"}, KEY) as cells, overflows:
+        scored(llama, [], cells)
     assert read_cells(tmp_path / "ppl.jsonl").rows == []
     llama.float().lm_head.weight.data.fill_(math.nan)
     with pytest.raises(InputError, match="full at token 5: .* weights are damaged"):
-        perplexity(llama, TEXT, SETTINGS, [], in_memory())
+        scored(llama, [])
 
 
 def test_what_tells_methods_apart(llama):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import tidaldecode
-from tidaldecode.evaluate.needle import CELL_KEY, NeedleSettings, find_needles, needle_cases
-from tidaldecode.evaluate.perplexity import CELL_KEY as PPL_KEY
+from tidaldecode.evaluate.needle import needles
 from tidaldecode.evaluate.perplexity import perplexity
+from tidaldecode.evaluate.study import measure
 from tidaldecode.methods.method import Method
 from tidaldecode.plans import shipped_plans
-from tidaldecode.results.cells import Cells
+from tidaldecode.texts.haystack import NeedleSettings, needle_cases
 from tidaldecode.texts.text import Text, paul_graham_essays
 from tidaldecode.texts.windows import Windows
 
@@ -37,9 +37,10 @@ def test_needles(demo_model, demo_tokenizer, essays):
     plans = shipped_plans()
     tidaldecode.apply(demo_model, "full")
     haystack = Text.tokenize(demo_tokenizer, [essays])
-    cases = needle_cases(demo_tokenizer, haystack, NeedleSettings(lengths=(2000,), depths=10), demo_model.config)
+    settings = NeedleSettings(lengths=(2000,), depths=10)
+    cases = needle_cases(demo_tokenizer, haystack, settings, demo_model.config)
     methods = [Method("tidal", 64, plans[name]) for name in ("smollm2-135m", "smollm2-135m-paper")]
-    full, shipped, paper = find_needles(demo_model, haystack, cases, methods, Cells.open(None, {}, CELL_KEY))
+    full, shipped, paper = measure(needles(haystack, cases, settings, methods), demo_model)
     assert full.correct >= 9
     assert shipped.correct >= 0.9 * full.correct
     assert paper.correct <= 1
@@ -54,7 +55,7 @@ def test_perplexity_of_a_text_that_the_plan_was_not_found_on(demo_model, demo_to
     text = Text.tokenize(demo_tokenizer, [DOCUMENT.read_text(encoding="utf-8")])
     methods = [Method("tidal", None, shipped_plans()["smollm2-135m"])]
     settings = Windows(context=2048, decode=96, windows=1)
-    full, shipped = perplexity(demo_model, text, settings, methods, Cells.open(None, {}, PPL_KEY))
+    full, shipped = measure(perplexity(text, settings, methods), demo_model)
     assert full.nll < 3.7
     assert shipped.gap < 0.06
 

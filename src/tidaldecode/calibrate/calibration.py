@@ -18,12 +18,12 @@ from tidaldecode.calibrate.search import Layers, Search
 from tidaldecode.calibrate.settings import RECENT_TOKENS, SINK_TOKENS, CalibrationSettings, check_apart
 from tidaldecode.calibrate.stretches import Stretch, with_probes
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.perplexity import CELL_KEY, perplexity
+from tidaldecode.evaluate.perplexity import perplexity
+from tidaldecode.evaluate.study import measure
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan, recent_among
-from tidaldecode.results.cells import Cells
 from tidaldecode.texts.text import Text
 
 OnProgress = Callable[[int, int, str], None]
@@ -233,6 +233,7 @@ class _Run:
             self.on_progress(self.total + done, self.total + total, f"held-out {what}")
 
         methods = [Method("tidal", None, plan) for plan in plans]
-        rows = perplexity(self.model, heldout, self.settings.heldout(heldout), methods, Cells(CELL_KEY), on_progress)
+        study = perplexity(heldout, self.settings.heldout(heldout), methods)
+        rows = measure(study, self.model, on_progress=on_progress)
         for key, row in zip(keys, rows[1:], strict=True):
             self.points.best[key] = replace(self.points.best[key], heldout_gap=row.gap, heldout_error=row.gap_stderr)

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from tidaldecode.calibrate.settings import Probes
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.prompt import read_prompt
 from tidaldecode.evaluate.scoring import not_finite, step_logits
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.cache import Mark
 from tidaldecode.methods.tidal import Attention, DecodeAttention
 from tidaldecode.models import model_shape
 from tidaldecode.plans.find import find_plan
-from tidaldecode.texts.windows import read_prompt
 
 Kept = TypeVar("Kept")
 

@@ -2,162 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from contextlib import redirect_stdout
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text as Words
 
-from tidaldecode.cli import eval_options, options
-from tidaldecode.cli.outline import outline_of
-from tidaldecode.cli.sets import print_sets, sets_per_kv_head
-from tidaldecode.errors import InputError
-from tidaldecode.evaluate.lm_eval_there import check_lm_eval
-from tidaldecode.models import find_model
+from tidaldecode.cli.command import command
+from tidaldecode.cli.output import print_json
+from tidaldecode.cli.progress import progress
+from tidaldecode.cli.sets import print_sets
+from tidaldecode.cli.study import StudyOptions, print_table
+from tidaldecode.evaluate.task_settings import TaskMethods, TaskSettings
 from tidaldecode.report.labels import budget_label
-from tidaldecode.results.tasks import lm_eval_summary
+from tidaldecode.results.tasks import TaskScore, lm_eval_summary
 
 if TYPE_CHECKING:
-    from tidaldecode.evaluate.lm_eval_tasks import LmEvalReport
+    from tidaldecode.evaluate.study import Report
 
-Methods = Annotated[
-    str, typer.Option("--method", metavar="M,...", help="Of full, tidal, quest, streaming, oracle. Only these run.")
-]
+_COLUMNS = ("method", "budget", "documents", "score", "standard error")
 
 
-def lm_eval(
-    tasks: Annotated[str, typer.Option("--tasks", metavar="T,...", help="Tasks, groups, tags, patterns with *.")],
-    include_path: Annotated[
-        str | None, typer.Option("--include-path", metavar="DIR", help="Folder of task files (YAML) of your own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="First documents of each task.")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="Solved examples before each question.")
-    ] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
-    ] = False,
-    metadata: Annotated[
-        str | None,
-        typer.Option("--metadata", metavar="JSON", help='Passed on to tasks; of RULER: {"max_seq_lengths": [4096]}.'),
-    ] = None,
-    method: Methods = "full,tidal",
-    budget: eval_options.Budgets = None,
-    plan: eval_options.Plans = "auto",
-    selection: eval_options.Selections = "per_head",
-    page_size: eval_options.PageSize = 16,
-    full_layers: eval_options.FullLayers = None,
-    model: options.Model = "smollm2-135m",
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    seed: options.Seed = 1234,
-    output: eval_options.Output = None,
-    json_output: options.Json = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-) -> None:
+@command
+def lm_eval(settings: TaskSettings, methods: TaskMethods, options: StudyOptions) -> None:
     """Runs tasks of lm-eval (LongBench, RULER, your own); what is answered is decoded by each method."""
-    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    extra = _parse_metadata(metadata)
-    results = eval_options.results_file(output, "lm-eval.jsonl")
-    task_folder = None if include_path is None else Path(include_path)
-    check_lm_eval(task_folder)
-    eval_options.check_names(method, budget, plan, outline_of(model))
+    results = options.results("lm-eval.jsonl", figures=False)
+    options.check(methods.plans)
     console = Console(stderr=True)
     # lm-eval and its tasks print what they like, and stdout is for the one JSON object
-    with redirect_stdout(sys.stderr), console.status("starting") as status:
-        from tidaldecode.evaluate.lm_eval_tasks import (
-            CELL_KEY,
-            LmEvalReport,
-            TaskSettings,
-            cell_identity,
-            evaluate_tasks,
-            find_tasks,
-            finished,
-            load_tasks,
-            results_by_method,
-            tokenizer_metadata,
-        )
-        from tidaldecode.hf import apply
-        from tidaldecode.methods.method import check_methods
-        from tidaldecode.models import model_shape
-        from tidaldecode.results.cells import Cells
-        from tidaldecode.results.environment import environment
+    with redirect_stdout(sys.stderr), progress(console) as on_progress:
+        from tidaldecode.evaluate.study import run_study
+        from tidaldecode.evaluate.tasks import tasks_of
 
-        target = options.parse_device(device)
-        precision = options.parse_dtype(dtype, target)
-        files = find_model(model, trust_remote_code=trust_remote_code)
-        config = files.config()
-        methods = eval_options.make_methods(config, method, budget, plan, selection, page_size, full_layers)
-        check_methods(methods, config, config.max_position_embeddings)
-        tokenizer = files.tokenizer()
-        settings = TaskSettings(names, task_folder, limit, num_fewshot, chat_template, extra, seed)
-        settings.check(tokenizer)
-        status.update("loading the tasks")
-        with tokenizer_metadata(tokenizer) as known:
-            manager, names = find_tasks(settings, known)
-            loaded = load_tasks(manager, names, settings, config)
-        where = environment(target)
-        identity = cell_identity(settings, files.identity(config, target, precision))
-        with Cells.open(results, identity, CELL_KEY, where) as cells:
-            rows, began = finished(loaded, methods, cells), time.perf_counter()
-            if rows is None:
-                status.update("loading the model")
-                weights = apply(files.model(target, precision), "full")
-                status.stop()
-                began = time.perf_counter()
-                with eval_options.progress_bar(console) as on_progress:
-                    rows = evaluate_tasks(weights, tokenizer, loaded, settings, methods, cells, on_progress)
-        report = LmEvalReport(
-            environment=where,
-            model=files.title,
-            dtype=str(precision).removeprefix("torch."),
-            settings=settings,
-            seconds=round(time.perf_counter() - began, 3),
-            results=results_by_method(rows, methods, loaded),
-            rows=tuple(rows),
-        )
-    _print(console, report)
-    sets = sets_per_kv_head(methods, model_shape(config))
-    print_sets(console, sets)
-    if json_output:
-        print(json.dumps({**report.to_json(), "sets_per_kv_head": sets}))
+        report = run_study(partial(tasks_of, settings, methods), options.model, settings.seed, results, on_progress)
+        content = report.to_json()  # lm-eval computes groups
+    print_tasks(console, report)
+    print_sets(console, report.sets_per_kv_head)
+    print_json(options.json_output, content)
 
 
-def _parse_metadata(text: str | None) -> dict[str, Any]:
-    try:
-        metadata = {} if text is None else json.loads(text)
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise InputError(f'--metadata {text!r} is no JSON object: give one such as {{"max_seq_lengths": [4096]}}')
-    return metadata
-
-
-def _print(console: Console, report: LmEvalReport) -> None:
+def print_tasks(console: Console, report: Report) -> None:
     """A table for each task and metric: the names of both are long, and the methods are what is compared."""
     scores = lm_eval_summary(report.rows)
     for task, metric in dict.fromkeys((score.task, score.metric) for score in scores):
-        table = Table(title=Words(f"{report.model}, {task}: {metric.removesuffix(',none')}"))
-        table.add_column("method")
-        for column in ("budget", "documents", "score", "standard error"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for score in scores:
-            if (score.task, score.metric) == (task, metric):
-                table.add_row(
-                    Words(score.variant.label),
-                    budget_label(score.budget),
-                    f"{score.samples:,}",
-                    f"{score.value:.4f}",
-                    "" if score.stderr is None else f"{score.stderr:.4f}",
-                )
-        console.print(table)
+        rows = [_cells(score) for score in scores if (score.task, score.metric) == (task, metric)]
+        title = f"{report.about['model']}, {task}: {metric.removesuffix(',none')}"
+        print_table(console, title, _COLUMNS, rows, no_wrap=True)
     cut = {row["task"]: row["truncated"] for row in report.rows if row.get("truncated")}  # by every method the same
     for task, requests in cut.items():
         what = "1 request" if requests == 1 else f"{requests:,} requests"
         console.print(Words(f"{task}: {what} did not fit the model's positions and lost the prompt's start"))
+
+
+def _cells(score: TaskScore) -> tuple[str, ...]:
+    error = "" if score.stderr is None else f"{score.stderr:.4f}"
+    return score.variant.label, budget_label(score.budget), f"{score.samples:,}", f"{score.value:.4f}", error

@@ -21,8 +21,11 @@ def print_json(wanted: bool, content: dict[str, Any]) -> None:
         print(json.dumps(content))
 
 
-def results_file(option: str, folder: Path | None, name: str) -> Path | None:
-    """The results file in a folder, which need not exist; figures are drawn beside it.
+def results_file(option: str, folder: Path | None, name: str, figures: bool = True) -> Path | None:
+    """The results file in a folder, which need not exist.
+
+    Args:
+        figures: whether figures are drawn beside it.
 
     Raises:
         InputError: the folder is a file, or there is no matplotlib.
@@ -31,7 +34,8 @@ def results_file(option: str, folder: Path | None, name: str) -> Path | None:
         return None
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{option} {folder} is a file: give a folder")
-    check_matplotlib()
+    if figures:
+        check_matplotlib()
     return folder / name
 
 

@@ -2,25 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from tidaldecode.methods.method import Method
-    from tidaldecode.plan import ModelShape
-
-
-def sets_per_kv_head(methods: Iterable[Method], shape: ModelShape) -> dict[str, float]:
-    """Sets of tokens that the query heads of one KV head read in a sparse layer, by what reads more than one."""
-    sets = {}
-    for method in methods:
-        if (count := method.sets_per_kv_head(shape)) > 1:
-            what = method.plan.name or "plan" if method.plan is not None else method.selection.replace("_", " ")
-            sets[f"{method.name}, {what}"] = round(count, 4)
-    return sets
 
 
 def print_sets(console: Console, sets: dict[str, float]) -> None:

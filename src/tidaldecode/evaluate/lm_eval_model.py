@@ -14,13 +14,9 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.errors import InputError
-from tidaldecode.evaluate.scoring import score_tokens
-from tidaldecode.hf import TidalCache
+from tidaldecode.evaluate.prompt import HeldPrompt
 from tidaldecode.methods.method import Method
-from tidaldecode.methods.tidal import Attention
-from tidaldecode.models import model_shape
 from tidaldecode.plan import tokens_of
-from tidaldecode.plans.find import find_plan
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Of lm-eval: context and continuation as text, and as token ids."""
@@ -56,8 +52,8 @@ class MethodLM(HFLM):
         self.method = Method("full")
         self.on_request: Callable[[int, int], None] = lambda done, total: None
         self.truncated = 0
-        self._cache: TidalCache | None = None
-        self._attends: tuple[Method, int | None] | None = None
+        self._held: HeldPrompt | None = None
+        self._attends: Method | None = None
         self._done, self._total = 0, 0
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -80,11 +76,10 @@ class MethodLM(HFLM):
         return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        prompt = context.shape[1]
-        cache = self._empty_cache(max_length)
-        self._attend(cache, prompt)
-        self._read(cache, context[:, :-1])
-        output = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+        held = self._hold(max_length)
+        self._attend(held, context.shape[1])
+        held.read(context, decode=0)
+        output = super()._model_generate(context, max_length, stop, past_key_values=held.cache, **options)
         self._count_request()
         return output
 
@@ -99,18 +94,16 @@ class MethodLM(HFLM):
         if override_bs is None:  # else one window of many, of `loglikelihood_rolling`
             self._done, self._total = 0, len(requests)
         texts = [self._fitting(context, continuation) for _, context, continuation in requests]
-        cache = self._empty_cache(max(map(len, texts)))
-        read: list[int] = []
+        held = self._hold(max(map(len, texts)))
+        read: list[int] | None = None
         answers = []
         for (_, _, continuation), text in zip(requests, texts, strict=True):
-            prompt, rest = text[: -len(continuation) - 1], text[-len(continuation) - 1 :]
-            if prompt != read:  # choices of one question share it
-                cache.reset()
-                self._read(cache, torch.tensor([prompt]))
-                read = prompt
-            self._attend(cache, len(text))
-            scores = score_tokens(self.model, cache, torch.tensor([rest]))
-            cache.crop(len(prompt) - cache.get_seq_length())
+            decode = len(continuation)
+            if text[: -decode - 1] != read:  # choices of one question share it
+                read = text[: -decode - 1]
+                held.read(torch.tensor([text]), decode)
+            self._attend(held, len(text))
+            scores = held.scores(torch.tensor([text[-decode - 1 :]]))
             answers.append((float(scores.log_probs.sum()), bool(scores.greedy.all())))
             if override_bs is None:
                 self._count_request()
@@ -135,30 +128,20 @@ class MethodLM(HFLM):
             self._count_request()
         return answers
 
-    def _empty_cache(self, capacity: int) -> TidalCache:
+    def _hold(self, capacity: int) -> HeldPrompt:
         """The cache of the requests before, or a larger one."""
-        if self._cache is None or self._cache.capacity < capacity:
-            self._cache = self._attends = None  # frees it before the next is allocated
-            self._cache = TidalCache(self.model.config, find_plan("full", self.model.config), capacity)
-        self._cache.reset()
-        return self._cache
+        if self._held is None or self._held.cache.capacity < capacity:
+            self._held = self._attends = None  # frees it before the next is allocated
+            self._held = HeldPrompt(self.model, capacity)
+        return self._held
 
-    def _attend(self, cache: TidalCache, context: int) -> None:
+    def _attend(self, held: HeldPrompt, context: int) -> None:
         """Lets the cache go on by the method; a captured decode step stays valid where nothing changes."""
-        method = self.method
-        tokens = _budget_in_tokens(method, context)
-        if self._attends != (method, tokens):
-            cache.attention = self._attention(method, tokens, context)
-            self._attends = (method, tokens)
-
-    def _attention(self, method: Method, tokens: int | None, context: int) -> Attention:
-        method = method if tokens is None else replace(method, budget=tokens)
-        return method.attention(model_shape(self.model.config), context)
-
-    def _read(self, cache: TidalCache, prompt: Tensor) -> None:
-        if prompt.shape[1]:
-            with torch.no_grad():
-                self.model(prompt.to(self.model.device), past_key_values=cache, logits_to_keep=1)
+        tokens = _budget_in_tokens(self.method, context)
+        method = self.method if tokens is None else replace(self.method, budget=tokens)
+        if self._attends != method:
+            held.attend_by(method, context)
+            self._attends = method
 
     def _count_request(self) -> None:
         self._done += 1

@@ -101,7 +101,7 @@ def _row_of(pairs: Sequence[tuple[Fields, Fields]]) -> CorrectionRow:
     gap, error = mean_and_error([mine["nll"] - base["nll"] for mine, base in pairs])
     accepted = [mine["accepted_per_round"] for mine, _ in pairs if mine["mode"] == "lossless"]
     ms, full_ms = (statistics.median(cell["ms_per_token"] for cell in column) for column in zip(*pairs, strict=True))
-    return CorrectionRow(
+    return CorrectionRow.model_construct(
         mode=first["mode"],
         length=first["length"],
         budget=first["budget"],

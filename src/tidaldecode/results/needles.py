@@ -69,7 +69,7 @@ def needle_summary(rows: Iterable[Fields]) -> list[NeedleSummary]:
     Args:
         rows: several of one length and depth are added up.
     """
-    return [NeedleSummary(**method, cells=_added_up(group)) for method, group in by_method(rows)]
+    return [NeedleSummary.model_construct(**method, cells=_added_up(group)) for method, group in by_method(rows)]
 
 
 def _added_up(rows: Iterable[Fields]) -> tuple[NeedleCell, ...]:

@@ -56,7 +56,7 @@ class PplSummary(PplRow):
         """The summary of a method's cells."""
         gap, error = mean_and_error([cell["nll"] - cell["full_nll"] for cell in cells])
         positions = zip(*(cell["nll_by_position"] for cell in cells), strict=True)
-        return cls(
+        return cls.model_construct(
             **method,
             nll=statistics.fmean(cell["nll"] for cell in cells),
             full_nll=statistics.fmean(cell["full_nll"] for cell in cells),

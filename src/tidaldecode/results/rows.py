@@ -27,7 +27,10 @@ Fields = Mapping[str, Any]
 
 
 class Row(BaseModel):
-    """Rows may have more fields than are declared; the wrong type of one makes the file foreign."""
+    """A file's rows may have more fields than are declared; the wrong type of one makes the file foreign.
+
+    Who writes a row makes it by `model_construct`: what was measured is a result, however large.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 

@@ -46,7 +46,7 @@ class TaskScore(MethodRow):
 def lm_eval_summary(rows: Iterable[Fields]) -> list[TaskScore]:
     """Every metric of every task, method and budget, standard errors beside what they are of."""
     return [
-        TaskScore.model_validate({**row, "metric": metric, "value": value, "stderr": _stderr_of(metric, row)})
+        TaskScore.model_construct(**{**row, "metric": metric, "value": value, "stderr": _stderr_of(metric, row)})
         for row in rows
         for metric, value in row["metrics"].items()
         if isinstance(value, int | float) and "_stderr" not in metric

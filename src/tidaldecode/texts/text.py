@@ -72,7 +72,10 @@ class TextSource:
 
     text: Annotated[
         Path | None,
-        Option("A text, or a folder of .txt files. Default: Paul Graham's essays.", metavar="F|DIR"),
+        Option(
+            "A text, or a folder of .txt files, read whole, in the order of names. Default: Paul Graham's essays.",
+            metavar="F|DIR",
+        ),
     ] = None
 
     @property

@@ -10,10 +10,7 @@ from tidaldecode.options import Option
 from tidaldecode.texts.text import Text
 
 if TYPE_CHECKING:  # they take seconds to import, and wrong numbers are told without them
-    from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from tidaldecode.hf import TidalCache
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -69,27 +66,6 @@ class Windows:
                 f"the text has {there} tokens, {needed - there} too few for {self.windows} windows of {self.context} "
                 f"tokens, one every {self.stride} from token {self.offset} on: lower windows, stride or context"
             )
-
-
-def read_prompt(model: PreTrainedModel, cache: TidalCache, window: Tensor, decode: int) -> Tensor:
-    """Fills the cache with a window's prompt but for its last token, which is decoded. Returns the rest.
-
-    Args:
-        model: with a plan applied.
-        cache: emptied first.
-        window: [1, context], int64.
-        decode: tokens of the window that decode steps predict; 0 where what they predict lies behind it.
-
-    Returns:
-        [1, decode + 1].
-    """
-    import torch
-
-    cache.reset()
-    prompt, rest = window[:, : -decode - 1], window[:, -decode - 1 :]
-    with torch.inference_mode():
-        model(prompt.to(model.device), past_key_values=cache, logits_to_keep=1)
-    return rest
 
 
 def check_context(tokens: int, positions: int) -> None:
