@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from tidaldecode.cli.sets import print_sets
+from tidaldecode.cli.tables import print_sets, print_table
 
 if TYPE_CHECKING:
     from tidaldecode.bench.timing_report import TimingReport
     from tidaldecode.results.timings import DecodeRow, OperationRow
+
+
+_OPERATIONS = ("operation", "budget", "µs", "floor", "over SDPA", "speed-up")
+_DECODE = ("method", "context", "budget", "ms", "floor", "over it", "speed-up", "KV read")
 
 
 def print_operations(console: Console, report: TimingReport[OperationRow]) -> None:
@@ -21,25 +23,23 @@ def print_operations(console: Console, report: TimingReport[OperationRow]) -> No
     shapes = dict.fromkeys((row.kv_heads, row.context) for row in report.rows)
     for kv_heads, context in shapes:
         rows = [row for row in report.rows if (row.kv_heads, row.context) == (kv_heads, context)]
-        title = f"{rows[0].heads} query heads, {kv_heads} KV heads, batch {rows[0].batch}, {context:,} tokens"
-        table = _table(title, "operation", "budget", "µs", "floor", "over SDPA", "speed-up")
-        for row in rows:
-            figures = (f"{row.us:,.1f}", f"{row.floor_us:,.1f}", _ratio(row.over_sdpa), _ratio(row.speedup_vs_full))
-            table.add_row(row.operation, _budget(row.budget), *figures)
-        console.print(table)
-        if rows[0].heads > kv_heads:
-            print_sets(console, {"per_head, and step tidal": rows[0].heads / kv_heads})
+        heads = rows[0].heads
+        title = f"{heads} query heads, {kv_heads} KV heads, batch {rows[0].batch}, {context:,} tokens"
+        print_table(console, title, _OPERATIONS, map(_operation, rows), no_wrap=True)
+        if heads > kv_heads:
+            print_sets(console, {"per_head, and step tidal": heads / kv_heads})
+
+
+def _operation(row: OperationRow) -> tuple[str, ...]:
+    times = f"{row.us:,.1f}", f"{row.floor_us:,.1f}"
+    return row.operation, _budget(row.budget), *times, _ratio(row.over_sdpa), _ratio(row.speedup_vs_full)
 
 
 def print_decode(console: Console, report: TimingReport[DecodeRow]) -> None:
     """One table."""
     console.print(_title(report.about), highlight=False, soft_wrap=True, markup=False)
     title = f"{report.about['model']}, batch {report.about['batch']}"
-    table = _table(title, "method", "context", "budget", "ms", "floor", "over it", "speed-up", "KV read")
-    for row in report.rows:
-        figures = (f"{row.step_ms:,.3f}", f"{row.floor_ms:,.3f}", _ratio(row.over_floor), _ratio(row.speedup_vs_full))
-        table.add_row(row.method, f"{row.context:,}", _budget(row.budget), *figures, f"{row.kv_read_fraction:.1%}")
-    console.print(table)
+    print_table(console, title, _DECODE, map(_step, report.rows), no_wrap=True)
     sets = report.about["sets_per_kv_head"]
     if sets > 1 and any(row.method == "tidal" for row in report.rows):
         print_sets(console, {f"tidal, {report.about['plan'] or 'plan'}": sets})
@@ -47,12 +47,9 @@ def print_decode(console: Console, report: TimingReport[DecodeRow]) -> None:
         console.print("the steps did not run in a CUDA graph")
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=Text(title))
-    table.add_column(first, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def _step(row: DecodeRow) -> tuple[str, ...]:
+    times = f"{row.step_ms:,.3f}", f"{row.floor_ms:,.3f}", _ratio(row.over_floor), _ratio(row.speedup_vs_full)
+    return row.method, f"{row.context:,}", _budget(row.budget), *times, f"{row.kv_read_fraction:.1%}"
 
 
 def _title(about: dict[str, Any]) -> str:

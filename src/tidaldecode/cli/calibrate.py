@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text as Words
 
 from tidaldecode.calibrate.settings import CalibrationSettings
@@ -15,7 +14,7 @@ from tidaldecode.cli.command import command
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Json, output_file, print_json, results_file
 from tidaldecode.cli.progress import progress
-from tidaldecode.cli.sets import print_sets
+from tidaldecode.cli.tables import print_sets, print_table
 from tidaldecode.errors import InputError
 from tidaldecode.models import ModelOptions
 from tidaldecode.options import Option
@@ -23,6 +22,7 @@ from tidaldecode.texts.text import TextSource
 from tidaldecode.whole_file import is_stream
 
 if TYPE_CHECKING:
+    from tidaldecode.calibrate.points import Point
     from tidaldecode.calibrate.written import CalibrationReport
 
 _STOPPED = 130
@@ -79,25 +79,25 @@ def _draw(report: CalibrationReport) -> None:
 
 def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None:
     settings, found = report.settings, report.found
-    table = Table(title=Words(f"{report.model}: nats per token above full attention, {settings.context:,} tokens"))
-    for column in ("full + select", "budget", "KV read", "loss", "on text", "gap", "gap, held-out text"):
-        table.add_column(column, justify="right")
-    for point in found.frontier:
-        roles, error = point.plan.roles, "" if point.heldout_error is None else f" ± {point.heldout_error:.3f}"
-        table.add_row(
-            f"{roles.count('full')} + {roles.count('select')}",
-            f"{point.plan.token_budget:,}",
-            f"{point.kv_read_fraction:.1%}",
-            f"{point.loss.divergence:.3f}",
-            f"{point.loss.text_divergence:.3f}",
-            f"{point.loss.gap:+.3f}",
-            "" if point.heldout_gap is None else f"{point.heldout_gap:+.3f}{error}",
-            style="bold" if point is found.chosen else None,
-        )
-    console.print(table)
+    columns = ("full + select", "budget", "KV read", "loss", "on text", "gap", "gap, held-out text")
+    title = f"{report.model}: nats per token above full attention, {settings.context:,} tokens"
+    print_table(console, title, columns, map(_cells, found.frontier), False, found.frontier.index(found.chosen))
     if settings.max_gap is not None and found.chosen.loss.text_divergence > settings.max_gap:
         console.print(Words(f"no plan loses at most {settings.max_gap} nats: the best one was kept"), soft_wrap=True)
     stopped = "stopped; the best plan so far" if found.stopped else "plan"
     console.print(Words(f"{stopped}: {plan_file} ({found.tried} tried in {report.seconds:,.0f} s)"), soft_wrap=True)
     if report.sets_per_kv_head > 1:
         print_sets(console, {"the plan": report.sets_per_kv_head})
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    roles, error = point.plan.roles, "" if point.heldout_error is None else f" ± {point.heldout_error:.3f}"
+    return (
+        f"{roles.count('full')} + {roles.count('select')}",
+        f"{point.plan.token_budget:,}",
+        f"{point.kv_read_fraction:.1%}",
+        f"{point.loss.divergence:.3f}",
+        f"{point.loss.text_divergence:.3f}",
+        f"{point.loss.gap:+.3f}",
+        "" if point.heldout_gap is None else f"{point.heldout_gap:+.3f}{error}",
+    )

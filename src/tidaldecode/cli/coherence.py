@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text as Words
 
 from tidaldecode.calibrate.settings import CoherenceSettings
 from tidaldecode.cli.command import command
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Folder, Json, print_json, results_file
 from tidaldecode.cli.progress import progress
+from tidaldecode.cli.tables import print_table
 from tidaldecode.models import ModelOptions
 from tidaldecode.texts.text import TextSource
 
@@ -58,12 +57,10 @@ def _draw(report: CoherenceReport) -> None:
 def _print(console: Console, report: CoherenceReport) -> None:
     settings = report.settings
     title = f"{report.model}, {report.text}: recall of {settings.tokens:,} of {settings.windows.context:,} tokens"
-    table = Table(title=Words(title))
-    table.add_column("layers apart", justify="right")
-    for rule in settings.selections:
-        table.add_column(rule, justify="right")
-    distances = report.coherence.distances.values()
-    for distance, shares in enumerate(zip(*distances, strict=True)):
-        if distance.bit_count() == 1:  # 1, 2, 4, ...
-            table.add_row(str(distance), *("" if share is None else f"{share:.3f}" for share in shares))
-    console.print(table)
+    distances = enumerate(zip(*report.coherence.distances.values(), strict=True))
+    rows = (
+        (str(distance), *("" if share is None else f"{share:.3f}" for share in shares))
+        for distance, shares in distances
+        if distance.bit_count() == 1  # 1, 2, 4, ...
+    )
+    print_table(console, title, ("layers apart", *settings.selections), rows, names=False)
