@@ -680,6 +680,7 @@ def test_plots_show_every_line(tmp_path):
     from matplotlib.figure import Figure
 
     from tidaldecode.report import speeds
+    from tidaldecode.report.drawing import save_png
 
     rows = [
         {"operation": name, "kv_heads": 2, "heads": 4, "batch": 1, "context": context, "budget": budget, "us": us}
@@ -698,7 +699,7 @@ def test_plots_show_every_line(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", keep)
-        speeds.plot_operations({"rows": rows, "layers": 3, "device": "x", "dtype": "y"}, tmp_path / "a.png")
+        save_png(speeds.operation_times, {"rows": rows, "layers": 3}, tmp_path / "a.png", "x, y")
     steps, layer = kept[0].axes
     assert [line.get_label() for line in steps.lines] == ["step full (sdpa)"]
     assert [line.get_label() for line in layer.lines] == [

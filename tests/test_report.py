@@ -346,7 +346,7 @@ def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
     write_cells(path, "needle", ("length", "depth", "method"), NEEDLES)
     path.write_text(path.read_text()[:-20])
     report = write_report(bare, tmp_path / "report.html")
-    assert report.skipped == () and "is damaged and skipped" in caplog.text
+    assert report.skipped == [] and "is damaged and skipped" in caplog.text
     text = Page(report.output.read_text(encoding="utf-8")).text  # the last cell was Quest's
     note = "Left out: 1 case of 6 that not every method and budget has."
     assert f"1 is every needle, 0 none. {note}" in text
@@ -392,7 +392,7 @@ def test_a_folder_of_one_file(tmp_path):
         json.dumps(DECODE | {"rows": [DECODE["rows"][1] | {"speedup_vs_full": None}]})
     )
     report = write_report(tmp_path / "results", tmp_path / "report.html")
-    assert [name for name, _ in report.figures] == ["r2-position", "r1-steps"]
+    assert [figure["id"] for figure in report.figures] == ["r2-perplexity-over-position", "r1-step-times"]
     page = Page(report.output.read_text(encoding="utf-8"))
     assert page.open == [] and "At a glance" not in page.text
 
@@ -494,7 +494,7 @@ def test_shares_of_k_and_v_stand_beside_budgets_where_they_are_known(tmp_path):
         for row in rows:
             cells.append(row)
     report = write_report(tmp_path / "results", tmp_path / "report.html")
-    assert report.skipped == () and report.figures[0][0] == "opening-loss"
+    assert report.skipped == [] and report.figures[0]["id"] == "opening-loss-over-share"
     text = Page(report.output.read_text(encoding="utf-8")).text
     for method in methods[:4]:
         share = method.attention(shape, 128).kv_read_fraction(128)

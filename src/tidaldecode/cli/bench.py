@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from tidaldecode.bench.timing_report import TimingReport
+    from tidaldecode.report.drawing import Draw
 
 bench = typer.Typer(help="Measures operations and decode steps on a GPU.", no_args_is_help=True)
 
@@ -56,14 +56,15 @@ class _Outputs:
         if self.results is not None and not is_stream(self.results):
             save_results(report.to_json(), self.results)
 
-    def finish(self, content: dict[str, Any], plot: Callable[[dict[str, Any], Path], None]) -> None:
+    def finish(self, content: dict[str, Any], draw: Draw, title: str) -> None:
         """Writes what is written at the end."""
+        from tidaldecode.report.drawing import save_png
         from tidaldecode.results.rows import save_results
 
         if self.results is not None and is_stream(self.results):
             save_results(content, self.results)
         if self.figure is not None:
-            plot(content, self.figure)
+            save_png(draw, content, self.figure, title)
         print_json(self.json, content)
 
 
@@ -75,13 +76,14 @@ def ops(settings: OperationsSettings, where: DeviceOptions, options: _OutputOpti
     console = Console(stderr=True)
     with progress(console) as show:  # PyTorch takes seconds to import
         from tidaldecode.bench.operations import bench_operations
-        from tidaldecode.report.speeds import plot_operations
+        from tidaldecode.report.speeds import operation_times
 
         device = _device(where)
         dtype = where.find_dtype(device)
         report = bench_operations(settings, device, dtype, lambda what: show(0, 0, what), outputs.keep)
     print_operations(console, report)
-    outputs.finish(report.to_json(), plot_operations)
+    content = report.to_json()
+    outputs.finish(content, operation_times, f"{content['device']}, {content['dtype']}")
 
 
 @bench.command()
@@ -96,13 +98,15 @@ def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions
     console = Console(stderr=True)
     with progress(console) as show:  # PyTorch and Transformers take seconds to import
         from tidaldecode.bench.decode import bench_decode
-        from tidaldecode.report.speeds import plot_decode
+        from tidaldecode.report.speeds import step_times
 
         device = _device(where)
         dtype = where.find_dtype(device)
         report = bench_decode(source.find(), settings, device, dtype, lambda what: show(0, 0, what), outputs.keep)
     print_decode(console, report)
-    outputs.finish(report.to_json(), plot_decode)
+    content = report.to_json()
+    title = f"{report.model}, batch {report.batch}: {content['device']}, {report.dtype}"
+    outputs.finish(content, step_times, title)
 
 
 def _device(where: DeviceOptions) -> torch.device:

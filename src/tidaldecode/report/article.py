@@ -2,86 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidaldecode.report import losses, scores, speeds
 from tidaldecode.report.drawing import NARROW, WIDE, Draw, to_svg
 from tidaldecode.report.folder import Result
 from tidaldecode.report.labels import budget_label, flattened, percent, ratio, written
-
-_CAPTIONS: dict[Draw, tuple[str, str, str]] = {
-    losses.loss_over_share: (
-        "loss",
-        "Loss over what is read",
-        "Nats per token above full attention over the share of K and V that a decode step reads: the lower left is "
-        "better. Both scales are logarithmic, that of losses linear near 0. The oracle, dashed, reads the best tokens "
-        "that scores can choose and saves no time: it is the floor. Bars are one standard error over windows.",
-    ),
-    speeds.speed_ups: (
-        "speed",
-        "Speed over context",
-        "How many times as fast as full attention, the dashed line, a decode step is: whole steps of a model, from a "
-        "token to the next, or the attention in them alone, by batch.",
-    ),
-    losses.loss_over_budget: (
-        "budgets",
-        "Gap to full attention at each token budget",
-        "Nats per token above full attention, which is the dashed line; bars are one standard error over windows.",
-    ),
-    losses.perplexity_over_position: (
-        "position",
-        "Perplexity over position",
-        "Perplexity of the decoded tokens by their position in the context, one panel for each budget.",
-    ),
-    losses.correction_panels: (
-        "correction",
-        "Tokens between two passes with full attention",
-        "Nats per token above full attention, milliseconds per token, and tokens that come out of a round of lossless "
-        "decoding; one colour a budget, lossless decoding dashed. Bars are one standard error over windows.",
-    ),
-    losses.frontier: (
-        "frontier",
-        "Loss over cost",
-        "The best plans found: nats per token over the share of K and V that a step reads. Numbers at the points are "
-        "full and select layers; bars are one standard error over windows.",
-    ),
-    scores.needle_heatmaps: (
-        "needles",
-        "Share of the needles found",
-        "One panel for each method and budget; columns are prompt lengths, rows the depth at which the needle lies. "
-        "1 is every needle, 0 none.",
-    ),
-    scores.task_scores: (
-        "tasks",
-        "Score of each task",
-        "One point for each method and budget; bars are one standard error over the task's documents.",
-    ),
-    scores.recall_heatmaps: (
-        "recall",
-        "Recall between layers",
-        "Share of the column layer’s attention that the row layer’s choice of tokens covers, 0 to 1.",
-    ),
-    scores.recall_over_distance: (
-        "distance",
-        "Recall over distance",
-        "The mean over all pairs of layers so far apart.",
-    ),
-    speeds.step_times: (
-        "steps",
-        "Time of a decode step",
-        "Milliseconds from a token to the next over the context, a line for each method and budget; dashed: the time "
-        "in which the bytes that the method needs can be read.",
-    ),
-    speeds.operation_times: (
-        "operations",
-        "Time of a step’s attention, and of one layer’s operations",
-        "Microseconds over the context, a line for each method or operation and budget; both scales are logarithmic.",
-    ),
-}
-"""Of each figure the end of its id, its title, and what it shows."""
 
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "budget": ("budget", lambda budget: budget_label(budget) or "–"),
@@ -192,9 +121,9 @@ def drawn(prefix: str, figures: Figures, note: str = "") -> list[PageFigure]:
     """
     found = []
     for draw, rows in figures.items():
-        suffix, title, description = _CAPTIONS[draw]
-        name = f"{prefix}{suffix}"
+        title, description, *_ = (inspect.getdoc(draw) or "").split("\n\n")
+        name = f"{prefix}{draw.__name__.replace('_', '-')}"
         wide, narrow = (to_svg(draw, rows, inches, f"{name}-{inches:.0f}") for inches in (WIDE, NARROW))
-        if wide is not None and narrow is not None:
-            found.append(PageFigure(name, title, description + note, wide, narrow))
+        if wide:
+            found.append(PageFigure(name, title.rstrip("."), " ".join(description.split()) + note, wide, narrow))
     return found

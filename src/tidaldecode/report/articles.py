@@ -103,7 +103,7 @@ def decode_steps(result: Result, name: str, shares: SharesRead) -> Article:
     """Milliseconds per token by method and context."""
     rows = [row | {"share": row["kv_read_fraction"]} for row in sorted(result.rows, key=lambda row: row["context"])]
     fields = "context method budget share step_ms floor_ms speedup_vs_full"
-    figures = drawn(name, {speeds.step_times: result.rows})
+    figures = drawn(name, {speeds.step_times: {"rows": result.rows}})
     table = Table.of("Decode steps", rows, fields)
     return article(result, f"Decode steps of {result.model}", figures, (table,), "model")
 

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,7 +47,10 @@ COLOR_MAP = "cividis"
 """Tells more from less for colour-blind readers too."""
 
 Draw = Callable[[Any, float], "Figure | None"]
-"""Draws rows as a figure so many inches wide; `None` where there is nothing to draw."""
+"""Draws rows, where there are any, as a figure so many inches wide; `None` where there is nothing to draw.
+
+The first line of its docstring is the figure's title, the paragraph below it what the figure shows.
+"""
 
 
 class LineStyle(NamedTuple):
@@ -84,6 +87,22 @@ def palette() -> dict[str, str]:
     return dict(_COLORS)
 
 
+class Line(NamedTuple):
+    """A line of a panel.
+
+    Attributes:
+        errors: of the values, drawn as bars; `None` where they have none.
+        more: what matplotlib is told beside.
+    """
+
+    label: str | None
+    style: LineStyle
+    xs: Sequence[float]
+    ys: Sequence[float]
+    errors: Sequence[float | None] | None = None
+    more: Mapping[str, Any] = {}
+
+
 def panels(width: float, height: float, count: int = 1, columns: int = 1, **subplots: Any) -> tuple[Figure, list[Axes]]:
     """A figure of so many inches and its axes, row by row, without those that the last row has too many."""
     from matplotlib.figure import Figure
@@ -95,24 +114,35 @@ def panels(width: float, height: float, count: int = 1, columns: int = 1, **subp
     return figure, axes[:count]
 
 
-def draw_line(
-    axis: Axes,
-    xs: Sequence[float],
-    ys: Sequence[float],
-    style: LineStyle,
-    label: str | None,
-    errors: Sequence[float | None] | None = None,
-    **more: Any,
-) -> None:
-    """A line with its markers, and with bars where values have errors."""
-    more = {"color": style.color, "marker": style.marker, "label": label} | more
-    if errors is None:
-        axis.plot(xs, ys, **more)
-    else:
-        axis.errorbar(xs, ys, [error or 0.0 for error in errors], capsize=2.5, elinewidth=1, **more)
+def line_panels(
+    width: float, height: float, shown: Sequence[tuple[str, Iterable[Line]]], xlabel: str, ylabel: str,
+    columns: int = 1, level: float | None = None, scales: Mapping[str, Any] | None = None, **subplots: Any,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """Titles with lines below them, and a legend of all lines.
+
+    Args:
+        width, height: inches, the height that of a row of panels.
+        level: where full attention is, drawn as a dashed line.
+        scales: what `Axes.set` is told before lines are drawn.
+    """
+    figure, axes = panels(width, height * -(-len(shown) // columns) + 0.4, len(shown), columns, **subplots)
+    for axis, (title, lines) in zip(axes, shown, strict=True):
+        if level is not None:
+            axis.axhline(level, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label="full attention")
+        axis.set(**scales or {})
+        axis.set_title(title)
+        for label, style, xs, ys, errors, more in lines:
+            look = {"color": style.color, "marker": style.marker, "label": label} | dict(more)
+            if errors is None:
+                axis.plot(xs, ys, **look)
+            else:
+                axis.errorbar(xs, ys, [error or 0.0 for error in errors], capsize=2.5, elinewidth=1, **look)
+    label_panels(axes, columns, xlabel, ylabel)
+    add_legend(figure, width)
+    return figure, axes
 
 
-def set_ticks(axis: Axes, ticks: dict[float, str]) -> None:
+def set_ticks(axis: Axes, ticks: Mapping[float, str]) -> None:
     """Marks these places of the x axis, and no others."""
     from matplotlib.ticker import NullLocator
 
@@ -153,17 +183,16 @@ def save_png(draw: Draw, rows: Any, path: Path, title: str) -> bool:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure = draw(rows, WIDE)
-        if figure is None:
-            return False
-        figure.suptitle(title, fontsize=10)
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=160)
-    return True
+        figure = draw(rows, WIDE) if rows else None
+        if figure is not None:
+            figure.suptitle(title, fontsize=10)
+            with whole_file(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=160)
+    return figure is not None
 
 
-def to_svg(draw: Draw, rows: Any, width: float, name: str) -> str | None:
-    """The figure as an `<svg>` element to put into a page, which says what the colours are.
+def to_svg(draw: Draw, rows: Any, width: float, name: str) -> str:
+    """The figure as an `<svg>` element to put into a page, which says what the colours are; "" of nothing to draw.
 
     Colours become the CSS variables of `palette`, text takes the page's font, and all ids begin with the name.
     """
@@ -171,9 +200,9 @@ def to_svg(draw: Draw, rows: Any, width: float, name: str) -> str | None:
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts have more than those that measure here
-        figure, buffer = draw(rows, width), io.StringIO()
+        figure, buffer = draw(rows, width) if rows else None, io.StringIO()
         if figure is None:
-            return None
+            return ""
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

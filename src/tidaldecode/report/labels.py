@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 _LONGEST = 160  # characters of a value
@@ -70,12 +70,7 @@ def written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e6 <= abs(value) < 1e15 else f"{value:,.6g}"
     if isinstance(value, list):
-        return _listed(value)
+        short = len(value) <= _MOST and not any(isinstance(item, list | dict) for item in value)
+        return ", ".join(map(written, value)) if short else f"{len(value)} values"
     text = " ".join(str(value).split())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-
-
-def _listed(values: Sequence[Any]) -> str:
-    if len(values) > _MOST or any(isinstance(value, list | dict) for value in values):
-        return f"{len(values)} values"
-    return ", ".join(written(value) for value in values)

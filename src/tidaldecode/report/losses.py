@@ -7,24 +7,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.report.drawing import (
-    INK,
-    MUTED,
-    LineStyle,
-    add_legend,
-    draw_line,
-    label_panels,
-    line_styles,
-    panels,
-    set_ticks,
-)
+from tidaldecode.report.drawing import INK, MUTED, Line, LineStyle, line_panels, line_styles, set_ticks
 from tidaldecode.report.labels import budget_label, budget_words
 from tidaldecode.results.correction import CorrectionRow
 from tidaldecode.results.perplexity import PplSummary
 from tidaldecode.results.rows import MethodSettings, budgets_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LEAST = 0.01  # nats: below it the scale of losses is linear, and goes through 0
@@ -35,22 +24,26 @@ _FRONTIER = {
 }
 
 
-def loss_over_share(groups: Mapping[str, Mapping[PplSummary, float]], width: float) -> Figure | None:
-    """The gap to full attention over the share of K and V that a step reads, a panel for each group of windows.
+def loss_over_share(groups: Mapping[str, Mapping[PplSummary, float]], width: float) -> Figure:
+    """Loss over what is read.
+
+    Nats per token above full attention over the share of K and V that a decode step reads: the lower left is better.
+    Both scales are logarithmic, that of losses linear near 0. The oracle, dashed, reads the best tokens that scores can
+    choose and saves no time: it is the floor. Bars are one standard error over windows.
 
     Args:
-        groups: by title, the share of each method and budget.
+        groups: by title, the share of each method at each budget.
         width: inches.
     """
-    if not groups:
-        return None
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, axes = panels(width, 4.0 * len(groups) + 0.4, len(groups))
-    for axis, (title, shares) in zip(axes, groups.items(), strict=True):
-        _gaps(axis, {summary: 100 * share for summary, share in shares.items()})
-        axis.set_title(textwrap.fill(title, int(width * 12)))
-        axis.set(xscale="log", xlabel="K and V that a step reads, %", ylabel="loss, nats per token")
+    shown = [
+        (textwrap.fill(title, int(width * 12)), _gaps({s: 100 * share for s, share in shares.items()}))
+        for title, shares in groups.items()
+    ]
+    labels = "K and V that a step reads, %", "loss, nats per token"
+    figure, axes = line_panels(width, 3.8, shown, *labels, level=0, scales={"xscale": "log"})
+    for axis, shares in zip(axes, groups.values(), strict=True):
         axis.set_yscale("symlog", linthresh=_LEAST)
         lowest = min(summary.gap - (summary.gap_stderr or 0) for summary in shares)
         axis.set_ylim(min(0, 1.5 * lowest), max(_LEAST, 1.5 * max(summary.gap for summary in shares)))
@@ -58,126 +51,129 @@ def loss_over_share(groups: Mapping[str, Mapping[PplSummary, float]], width: flo
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
-    add_legend(figure, width)
     return figure
 
 
 def loss_over_budget(summaries: Sequence[PplSummary], width: float) -> Figure | None:
-    """The gap to full attention over the budget, a line for each method; `None` of full attention alone."""
+    """Gap to full attention at each token budget.
+
+    Nats per token above full attention, which is the dashed line; bars are one standard error over windows.
+    """
     places = {summary: _budget_tokens(summary) for summary in summaries if summary.budget is not None}
     if not places:
         return None
-    figure, (axis,) = panels(width, 3.5)
-    _gaps(axis, places)
-    axis.set(xscale="log", xlabel="token budget", ylabel="gap, nats per token")
+    labels = "token budget", "gap, nats per token"
+    figure, (axis,) = line_panels(width, 3.1, [("", _gaps(places))], *labels, level=0, scales={"xscale": "log"})
     set_ticks(axis, {tokens: budget_label(summary.budget) for summary, tokens in places.items()})
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    add_legend(figure, width)
     return figure
 
 
-def perplexity_over_position(summaries: Sequence[PplSummary], width: float) -> Figure | None:
-    """Perplexity over the position in the context, a panel for each budget; full attention in each."""
-    if not summaries:
-        return None
+def perplexity_over_position(summaries: Sequence[PplSummary], width: float) -> Figure:
+    """Perplexity over position.
+
+    Perplexity of the decoded tokens by their position in the context, one panel for each budget.
+    """
     styles = _styles(summaries)
     full = [summary for summary in summaries if summary.budget is None]
-    budgets = [budget_label(budget) for budget in budgets_of(summaries)]
-    shown = [[s for s in summaries if budget_label(s.budget) == budget] for budget in budgets] or [[]]
-    columns = min(len(shown), 3 if width > 5 else 1)
-    height = 0.6 + (2.0 if width > 5 else 1.6) * math.ceil(len(shown) / columns) + 0.17 * len(styles)
-    figure, axes = panels(width, height, len(shown), columns, sharex=True, sharey=True)
-    for axis, own in zip(axes, shown, strict=True):
+    shown = []
+    for budget in dict.fromkeys(map(budget_label, budgets_of(summaries))) or [""]:
+        own = [summary for summary in summaries if budget and budget_label(summary.budget) == budget]
+        lines = []
         for summary in [*full, *own]:
             values = [math.exp(nll) for nll in summary.nll_by_position]
             middles = [summary.first_position + (bin_ + 0.5) * summary.bin_tokens for bin_ in range(len(values))]
-            draw_line(
-                axis, middles, values, styles[summary.variant], summary.variant.label, markersize=2.5, linewidth=1.2,
-                zorder=_height(summary.variant),
-            )  # fmt: skip
-        axis.set_title(f"budget {budget_words(own[0].budget)}" if own else "all tokens")
+            more = {"markersize": 2.5, "linewidth": 1.2, "zorder": _height(summary.variant)}
+            lines.append(Line(summary.variant.label, styles[summary.variant], middles, values, None, more))
+        shown.append((f"budget {budget_words(own[0].budget)}" if own else "all tokens", lines))
+    columns = min(len(shown), 3 if width > 5 else 1)
+    height = (2.0 if width > 5 else 1.6) + 0.17 * len(styles) / -(-len(shown) // columns)
+    labels = "position, tokens", "perplexity"
+    figure, axes = line_panels(width, height, shown, *labels, columns, sharex=True, sharey=True)
+    for axis in axes:
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.locator_params(axis="x", nbins=4)
-    label_panels(axes, columns, "position, tokens", "perplexity")
-    add_legend(figure, width)
     return figure
 
 
-def frontier(rows: Sequence[Mapping[str, Any]], width: float) -> Figure | None:
-    """Nats per token over the share of K and V that a decode step reads, a line for each measure.
+def frontier(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
+    """Loss over cost.
+
+    The best plans found: nats per token over the share of K and V that a step reads. Numbers at the points are full and
+    select layers; bars are one standard error over windows.
 
     Args:
         rows: `kv_read_fraction`, `text_divergence`, `calibration_gap`, `heldout_gap`, `heldout_error`, `full_layers`,
             `select_layers` and `token_budget` of each plan; held-out values may be `None`.
         width: inches.
     """
-    if not rows:
-        return None
-    figure, (axis,) = panels(width, 3.5)
+    lines = []
     for (key, label), style in zip(_FRONTIER.items(), line_styles(["oracle", "full", "tidal"]), strict=True):
         known = [row for row in rows if row[key] is not None]
         errors = [row["heldout_error"] for row in known] if key == "heldout_gap" else None
-        shares, values = [100 * row["kv_read_fraction"] for row in known], [row[key] for row in known]
-        if known:
-            draw_line(axis, shares, values, style, label, errors, linewidth=1.6 if errors else 1.0)
+        shares = [100 * row["kv_read_fraction"] for row in known]
+        lines += [Line(label, style, shares, [row[key] for row in known], errors)] if known else []
+    labels = "K and V read in a step, % of full attention’s (full + select layers)", "nats per token"
+    figure, (axis,) = line_panels(width, 3.1, [("", lines)], *labels)
     if width > 5 and len(rows) <= 12:
         budgets = len({row["token_budget"] for row in rows}) > 1
         for row in rows:
             text = f"{row['full_layers']}+{row['select_layers']}" + (f", {row['token_budget']}" if budgets else "")
             place = 100 * row["kv_read_fraction"], row["text_divergence"]
             axis.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=8, color=INK)
-    axis.set(xlabel="K and V read in a step, % of full attention’s (full + select layers)", ylabel="nats per token")
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    add_legend(figure, width)
     return figure
 
 
 def correction_panels(rows: Sequence[CorrectionRow], width: float) -> Figure:
-    """Gap, milliseconds per token and tokens per round over the tokens between two full passes.
+    """Tokens between two passes with full attention.
 
-    The gap of a few windows may be below 0. A plan and budget has a colour; lossless decoding is dashed.
+    Nats per token above full attention, milliseconds per token, and tokens that come out of a round of lossless
+    decoding; one colour a budget, lossless decoding dashed. Bars are one standard error over windows.
     """
-    figure, axes = panels(width, 3.4 if width > 5 else 8, 3, 3 if width > 5 else 1)
     lengths = sorted({row.length for row in rows if row.length is not None})
-    places: dict[int | None, int] = {length: place for place, length in enumerate([*lengths, None])}
+    places = {str(length): place for place, length in enumerate([*lengths, None])}
     ways = list(dict.fromkeys((row.plan, row.budget) for row in rows if row.mode != "full"))
     several = len({plan for plan, _ in ways}) > 1
-    for (plan, budget), style in zip(ways, line_styles(["tidal", *["spare"] * (len(ways) - 1)]), strict=True):
-        own = sorted((row for row in rows if (row.plan, row.budget) == (plan, budget)), key=lambda r: places[r.length])
-        corrected, lossless = [r for r in own if r.mode != "lossless"], [r for r in own if r.mode == "lossless"]
-        name = (f"{plan}, " if several else "") + f"budget {budget_label(budget)}"
-        for axis, field, shown in (
-            (axes[0], "gap", corrected),
-            (axes[1], "ms_per_token", corrected),
-            (axes[1], "ms_per_token", lossless),
-            (axes[2], "accepted_per_round", lossless),
-        ):
-            way, dashes = ("lossless", "--") if shown is lossless else ("correction", "-")
-            where, values = [places[row.length] for row in shown], [getattr(row, field) for row in shown]
-            errors = [row.gap_stderr for row in shown] if field == "gap" else None
-            draw_line(axis, where, values, style, f"{name}, {way}", errors, linestyle=dashes)
-    for row in rows:
-        if row.mode == "full":
-            axes[1].axhline(row.ms_per_token, color=MUTED, linestyle=":", label="full attention")
-    most = "T + 1, the most there can be"
-    axes[2].plot(range(len(lengths)), [length + 1 for length in lengths], color=MUTED, linestyle=":", label=most)
-    for axis, title in zip(axes, ("nats per token above full", "ms per token", "tokens out per round"), strict=True):
-        set_ticks(axis, {place: "none" if length is None else str(length) for length, place in places.items()})
-        axis.set(title=title, xlabel="tokens between full passes", ylim=(min(0, axis.get_ylim()[0]), None))
-    axes[2].set_xlim(axes[0].get_xlim())
-    add_legend(figure, width)
+    gaps, times, rounds = [], [], []
+    for way, style in zip(ways, line_styles(["tidal", *["spare"] * (len(ways) - 1)]), strict=True):
+        name = (f"{way[0]}, " if several else "") + f"budget {budget_label(way[1])}"
+        for lossless in (False, True):
+            own = [r for r in rows if (r.plan, r.budget) == way and (r.mode == "lossless") == lossless]
+            own.sort(key=lambda row: places[str(row.length)])
+            where = [places[str(row.length)] for row in own]
+            label, more = (
+                f"{name}, {'lossless' if lossless else 'correction'}",
+                {"linestyle": "--" if lossless else "-"},
+            )
+            times.append(Line(label, style, where, [row.ms_per_token for row in own], None, more))
+            if lossless:
+                rounds.append(Line(label, style, where, [row.accepted_per_round or 0 for row in own], None, more))
+            else:
+                gaps.append(Line(label, style, where, [r.gap for r in own], [r.gap_stderr for r in own], more))
+    dotted, ends = {"linestyle": ":"}, (0, len(lengths))
+    full = [[row.ms_per_token] * 2 for row in rows if row.mode == "full"]
+    times += [Line("full attention", LineStyle(MUTED, ""), ends, level, None, dotted) for level in full]
+    most = [length + 1 for length in lengths]
+    rounds.append(Line("T + 1, the most there can be", LineStyle(MUTED, ""), range(len(most)), most, None, dotted))
+    shown = [("nats per token above full", gaps), ("ms per token", times), ("tokens out per round", rounds)]
+    columns, height = (3, 3.0) if width > 5 else (1, 2.5)
+    figure, axes = line_panels(width, height, shown, "tokens between full passes", "", columns)
+    for axis in axes:
+        set_ticks(axis, {place: name.replace("None", "none") for name, place in places.items()})
+        axis.set(ylim=(min(0, axis.get_ylim()[0]), None), xlim=axes[0].get_xlim())
     return figure
 
 
-def _gaps(axis: Axes, places: Mapping[PplSummary, float]) -> None:
-    """A line for each method, the oracle's dashed; bars are standard errors. Full attention is the line at 0."""
-    axis.axhline(0, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label="full attention")
+def _gaps(places: Mapping[PplSummary, float]) -> list[Line]:
+    """A line for each method over places, the oracle's dashed, with standard errors."""
+    lines = []
     for variant, style in _styles(list(places)).items():
-        own = sorted((s for s in places if s.variant == variant and s.budget is not None), key=places.__getitem__)
-        draw_line(
-            axis, [places[s] for s in own], [s.gap for s in own], style, variant.label, [s.gap_stderr for s in own],
-            zorder=_height(variant), linestyle="--" if variant.method == "oracle" else "-",
-        )  # fmt: skip
+        own = sorted((summary for summary in places if summary.variant == variant), key=places.__getitem__)
+        more = {"zorder": _height(variant), "linestyle": "--" if variant.method == "oracle" else "-"}
+        gaps, errors = [summary.gap for summary in own], [summary.gap_stderr for summary in own]
+        lines.append(Line(variant.label, style, [places[summary] for summary in own], gaps, errors, more))
+    return lines
 
 
 def _styles(summaries: Sequence[PplSummary]) -> dict[MethodSettings, LineStyle]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,21 +53,17 @@ class Report:
     """A page that was written.
 
     Attributes:
-        figures: id on the page, and title, of each figure.
+        figures: `id` on the page, and `title`, of each figure.
         skipped: files that are not on it.
     """
 
     output: Path
-    figures: tuple[tuple[str, str], ...]
-    skipped: tuple[Skipped, ...]
+    figures: list[dict[str, str]]
+    skipped: list[Skipped]
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return {
-            "output": str(self.output),
-            "figures": [{"id": name, "title": title} for name, title in self.figures],
-            "skipped": [{"file": skipped.file, "reason": skipped.reason} for skipped in self.skipped],
-        }
+        return asdict(self) | {"output": str(self.output)}
 
 
 def write_report(folder: Path, output: Path) -> Report:
@@ -105,8 +101,8 @@ def write_report(folder: Path, output: Path) -> Report:
     with whole_file(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     shown = [*opening, *(article for own in sections.values() for article in own)]
-    figures = ((figure.name, f"{article.title}: {figure.title}") for article in shown for figure in article.figures)
-    return Report(output, tuple(figures), tuple(skipped))
+    figures = [{"id": f.name, "title": f"{article.title}: {f.title}"} for article in shown for f in article.figures]
+    return Report(output, figures, skipped)
 
 
 def _summary(results: Sequence[Result]) -> str:

@@ -7,7 +7,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.report.drawing import COLOR_MAP, PAPER, add_legend, draw_line, label_panels, line_styles, panels
+from tidaldecode.report.drawing import (
+    COLOR_MAP,
+    PAPER,
+    Line,
+    add_legend,
+    label_panels,
+    line_panels,
+    line_styles,
+    panels,
+)
 from tidaldecode.report.labels import budget_label, budget_words
 from tidaldecode.results.needles import NeedleSummary
 from tidaldecode.results.tasks import TaskScore
@@ -21,10 +30,12 @@ _LETTER = 0.068  # inches of a letter in a panel's title
 Shares = Sequence[float | None]
 
 
-def needle_heatmaps(summaries: Sequence[NeedleSummary], width: float) -> Figure | None:
-    """Share of the needles found by length and depth, a panel for each method and budget, full attention first."""
-    if not summaries:
-        return None
+def needle_heatmaps(summaries: Sequence[NeedleSummary], width: float) -> Figure:
+    """Share of the needles found.
+
+    One panel for each method and budget; columns are prompt lengths, rows the depth at which the needle lies. 1 is
+    every needle, 0 none.
+    """
     lengths = sorted({cell.length for summary in summaries for cell in summary.cells})
     depths = sorted({cell.depth for summary in summaries for cell in summary.cells})
     shown, columns = _arranged(summaries, max(1, int(width / max(1.2, 0.4 + 0.3 * len(lengths)))))
@@ -50,15 +61,16 @@ def needle_heatmaps(summaries: Sequence[NeedleSummary], width: float) -> Figure 
     return figure
 
 
-def task_scores(scores: Sequence[TaskScore], width: float) -> Figure | None:
-    """The scores of tasks, a panel for each metric, a point for each method and budget; bars are standard errors.
+def task_scores(scores: Sequence[TaskScore], width: float) -> Figure:
+    """Score of each task.
+
+    One point for each method and budget, a panel for each metric; bars are one standard error over the task's
+    documents.
 
     Args:
         scores: of one file, one metric for each task.
         width: inches.
     """
-    if not scores:
-        return None
     runs = list(dict.fromkeys((score.variant, score.budget) for score in scores))
     styles = line_styles([variant.method for variant, _ in runs])
     metrics = list(dict.fromkeys(score.metric for score in scores))
@@ -88,7 +100,9 @@ def task_scores(scores: Sequence[TaskScore], width: float) -> Figure | None:
 
 
 def recall_heatmaps(recalls: Mapping[str, Sequence[Shares]], width: float) -> Figure:
-    """Recall between layers, a panel for each rule: how much of the column layer's choice the row layer's covers.
+    """Recall between layers.
+
+    Share of the column layer’s attention that the row layer’s choice of tokens covers, 0 to 1.
 
     Args:
         recalls: [layers, layers], 0 to 1, by rule; `None` where there is none. A rule may be the empty string.
@@ -106,22 +120,22 @@ def recall_heatmaps(recalls: Mapping[str, Sequence[Shares]], width: float) -> Fi
     return figure
 
 
-def recall_over_distance(distances: Mapping[str, Shares], width: float) -> Figure | None:
-    """Recall over the layers between the one that chooses and the one that attends, a line for each rule.
+def recall_over_distance(distances: Mapping[str, Shares], width: float) -> Figure:
+    """Recall over distance.
+
+    The mean over all pairs of layers so far apart.
 
     Args:
-        distances: the mean over pairs of layers, for each distance from 0 on, by rule; `None` where there is none.
+        distances: for each distance from 0 on, by rule; `None` where there is none.
         width: inches.
     """
-    if not distances:
-        return None
-    figure, (axis,) = panels(width, 3.3)
+    lines = []
     for (rule, shares), style in zip(distances.items(), line_styles(list(distances)), strict=True):
         known = {distance: share for distance, share in enumerate(shares) if share is not None}
-        draw_line(axis, list(known), list(known.values()), style, rule, markersize=3)
-    axis.set(xlabel="layers apart", ylabel="recall", ylim=(0, 1.03))
+        lines.append(Line(rule, style, list(known), list(known.values()), None, {"markersize": 3}))
+    figure, (axis,) = line_panels(width, 2.9, [("", lines)], "layers apart", "recall")
+    axis.set_ylim(0, 1.03)
     axis.locator_params(axis="x", integer=True)
-    add_legend(figure, width)
     return figure
 
 

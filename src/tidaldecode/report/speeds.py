@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.report.drawing import (
-    MUTED,
-    add_legend,
-    draw_line,
-    label_panels,
-    line_styles,
-    panels,
-    save_png,
-    set_ticks,
-)
+from tidaldecode.report.drawing import Line, line_panels, line_styles, set_ticks
 from tidaldecode.report.labels import budget_label, context_label
 
 if TYPE_CHECKING:
@@ -24,100 +14,85 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-_LAYER_OPERATIONS = ("sdpa", "flashinfer", "full", "select", "sparse")
+_OPERATIONS = ("sdpa", "flashinfer", "full", "select", "sparse")
+_LOGARITHMIC = {"xscale": "log", "yscale": "log"}
 _DASHES = ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 
-def plot_operations(results: dict[str, Any], path: Path) -> None:
-    """Writes `operation_times` as a PNG file.
+def speed_ups(shapes: Sequence[tuple[str, Sequence[Row]]], width: float) -> Figure:
+    """Speed over context.
 
-    Args:
-        results: the JSON of `bench ops`.
-        path: the PNG file.
-    """
-    save_png(operation_times, results, path, f"{results['device']}, {results['dtype']}")
-
-
-def plot_decode(results: dict[str, Any], path: Path) -> None:
-    """Writes `step_times` as a PNG file.
-
-    Args:
-        results: the JSON of `bench decode`.
-        path: the PNG file.
-    """
-    title = f"{results['model']}, batch {results['batch']}: {results['device']}, {results['dtype']}"
-    save_png(step_times, results["rows"], path, title)
-
-
-def speed_ups(shapes: Sequence[tuple[str, Sequence[Row]]], width: float) -> Figure | None:
-    """How much faster than full attention each method is over the context, a panel for each shape and batch.
+    How many times as fast as full attention, the dashed line, a decode step is: whole steps of a model, from a token to
+    the next, or the attention in them alone, by batch.
 
     Args:
         shapes: titles, each with the rows of methods that have a budget.
         width: inches.
     """
-    if not shapes:
-        return None
+    among = [row for _, rows in shapes for row in rows]
+    shown = [(title, _lines(rows, "speedup_vs_full", among)) for title, rows in shapes]
     columns = min(len(shapes), 3 if width > 5 else 1)
-    height = 2.1 * -(-len(shapes) // columns) + 0.9
-    figure, axes = panels(width, height, len(shapes), columns, sharey=True)
-    for axis, (title, rows) in zip(axes, shapes, strict=True):
-        axis.axhline(1, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label="full attention")
-        _logarithmic(axis)
-        _lines(axis, rows, "speedup_vs_full", [row for _, own in shapes for row in own])
-        axis.set_title(title, fontsize=7.5)
-    label_panels(axes, columns, "context, tokens", "times as fast")
-    add_legend(figure, width)
+    labels = "context, tokens", "times as fast"
+    figure, axes = line_panels(width, 2.2, shown, *labels, columns, level=1, scales=_LOGARITHMIC, sharey=True)
+    for axis, (_, rows) in zip(axes, shapes, strict=True):
+        axis.title.set_fontsize(7.5)
+        _finish(axis, rows)
     return figure
 
 
-def step_times(rows: Sequence[Row], width: float) -> Figure:
-    """Milliseconds per token over the context, a line for each method and budget, its floor dashed."""
-    figure, (axis,) = panels(width, 3.7)
-    _lines(axis, rows, "step_ms", rows)
-    _lines(axis, rows, "floor_ms", rows, label=None, marker="", linestyle="--", linewidth=1)
-    axis.set(xlabel="context, tokens", ylabel="ms per token; dashed: floor", ylim=(0, None))
-    add_legend(figure, width)
+def step_times(results: Mapping[str, Any], width: float) -> Figure:
+    """Time of a decode step.
+
+    Milliseconds from a token to the next over the context, a line for each method and budget; dashed: the time in which
+    the bytes that the method needs can be read.
+
+    Args:
+        results: the JSON of `bench decode`.
+        width: inches.
+    """
+    rows = results["rows"]
+    floors = _lines(rows, "floor_ms", rows, label=None, marker="", linestyle="--", linewidth=1)
+    shown = [("", [*_lines(rows, "step_ms", rows), *floors])]
+    figure, (axis,) = line_panels(width, 3.3, shown, "context, tokens", "ms per token; dashed: floor")
+    axis.set_ylim(bottom=0)
+    set_ticks(axis, _contexts(rows))
     return figure
 
 
 def operation_times(results: Mapping[str, Any], width: float) -> Figure:
-    """Time of a decode step's attention (above) and of one layer's operations (below) over the context.
+    """Time of a step’s attention, and of one layer’s operations.
+
+    Microseconds over the context, a line for each method or operation and budget; both scales are logarithmic.
 
     Args:
         results: the JSON of `bench ops`; a column for each number of KV heads, where the figure is wide.
         width: inches.
     """
-    rows: list[Row] = results["rows"]
-    shapes = sorted({row["kv_heads"] for row in rows})
-    names = {f"attention of a step of {results['layers']} layers": ("step",), "one layer": _LAYER_OPERATIONS}
-    columns = len(shapes) if width > 5 else 1
-    count = len(shapes) * len(names)
-    figure, axes = panels(width, 3.2 * count / columns + 2, count, columns)
-    panel = iter(axes)
-    for title, operations in names.items():
-        for kv_heads in shapes:
-            axis, own = next(panel), [row for row in rows if row["kv_heads"] == kv_heads]
-            shown = [row for row in own if row["operation"].split()[0] in operations]
-            _logarithmic(axis)
-            _lines(axis, shown, "us", rows)
+    panels = {}
+    for what, names in ((f"attention of a step of {results['layers']} layers", ("step",)), ("one layer", _OPERATIONS)):
+        for kv_heads in sorted({row["kv_heads"] for row in results["rows"]}):
+            own = [row for row in results["rows"] if row["kv_heads"] == kv_heads]
             heads = f"{own[0]['heads']} query heads, {kv_heads} KV heads, batch {own[0]['batch']}"
-            axis.set_title(f"{heads}:\n{title}", fontsize=8)
-    label_panels(axes, columns, "context, tokens", "µs")
-    add_legend(figure, width)
+            panels[f"{heads}:\n{what}"] = [row for row in own if row["operation"].split()[0] in names]
+    shown = [(title, _lines(rows, "us", results["rows"])) for title, rows in panels.items()]
+    columns = len(shown) // 2 if width > 5 else 1
+    figure, axes = line_panels(width, 4, shown, "context, tokens", "µs", columns, scales=_LOGARITHMIC)
+    for axis, rows in zip(axes, panels.values(), strict=True):
+        _finish(axis, rows)
     return figure
 
 
-def _lines(axis: Axes, rows: Sequence[Row], field: str, among: Sequence[Row], **more: Any) -> None:
+def _lines(rows: Sequence[Row], field: str, among: Sequence[Row], **more: Any) -> list[Line]:
     """A line for each method and budget: colour and marker for the one, dashes for the other, as among all rows."""
     names, budgets = (list(dict.fromkeys(values)) for values in zip(*map(_named, among), strict=True))
     styles = dict(zip(names, line_styles([_method(name) for name in names]), strict=True))
+    lines = []
     for name, budget in dict.fromkeys(map(_named, rows)):
         own = sorted((row for row in rows if _named(row) == (name, budget)), key=lambda row: row["context"])
         label = ", ".join(filter(None, (name, budget_label(budget))))
-        style = {"label": label, "linestyle": _DASHES[budgets.index(budget) % len(_DASHES)]} | more
-        draw_line(axis, [row["context"] for row in own], [row[field] for row in own], styles[name], **style)
-    set_ticks(axis, {context: context_label(context) for context in sorted({row["context"] for row in rows})})
+        look = {"linestyle": _DASHES[budgets.index(budget) % len(_DASHES)]} | more
+        lines.append(Line(label, styles[name], [r["context"] for r in own], [r[field] for r in own], None, look))
+    return lines
 
 
 def _named(row: Row) -> tuple[str, int | float | None]:
@@ -128,11 +103,15 @@ def _method(name: str) -> str:
     return "sdpa" if "sdpa" in name else name.removeprefix("step ")
 
 
-def _logarithmic(axis: Axes) -> None:
+def _contexts(rows: Sequence[Row]) -> dict[float, str]:
+    return {context: context_label(context) for context in sorted({row["context"] for row in rows})}
+
+
+def _finish(axis: Axes, rows: Sequence[Row]) -> None:
     """From one sparse layer to a whole step there are orders of magnitude."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set(xscale="log", yscale="log")
+    set_ticks(axis, _contexts(rows))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:,g}")
     axis.yaxis.set_minor_locator(NullLocator())
