@@ -83,7 +83,7 @@ def ops(settings: OperationsSettings, where: DeviceOptions, options: _OutputOpti
         report = bench_operations(settings, device, dtype, lambda what: show(0, 0, what), outputs.keep)
     print_operations(console, report)
     content = report.to_json()
-    outputs.finish(content, operation_times, f"{content['device']}, {content['dtype']}")
+    outputs.finish(content, operation_times, "{device}, {dtype}".format(**content))
 
 
 @bench.command()
@@ -105,7 +105,7 @@ def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions
         report = bench_decode(source.find(), settings, device, dtype, lambda what: show(0, 0, what), outputs.keep)
     print_decode(console, report)
     content = report.to_json()
-    title = f"{report.model}, batch {report.batch}: {content['device']}, {report.dtype}"
+    title = "{model}, batch {batch}: {device}, {dtype}".format(**content)
     outputs.finish(content, step_times, title)
 
 

@@ -92,7 +92,9 @@ def correction(result: Result, name: str, shares: SharesRead) -> Article:
         | {"plan_share": shares.of(result, plans[row.plan], row.budget, result.context) if row.plan in plans else None}
         for row in found
     ]
-    table = f"All numbers; ± is one standard error over {counted(found[0].windows, 'window')}"
+    table = f"All numbers, over {counted(found[0].windows, 'window')}" + "; ± is one standard error" * (
+        found[0].windows > 1
+    )
     fields = "mode plan budget plan_share length gap ms_per_token speedup accepted_per_round differing"
     title = f"Cache correction and lossless decoding, {result.model}"
     figures = drawn(name, {losses.correction_panels: found})

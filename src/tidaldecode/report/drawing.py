@@ -130,7 +130,7 @@ def line_panels(
         if level is not None:
             axis.axhline(level, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label="full attention")
         axis.set(**scales or {})
-        axis.set_title(title)
+        axis.set_title(title, fontsize=9 if columns < 3 else 7.5)
         for label, style, xs, ys, errors, more in lines:
             look = {"color": style.color, "marker": style.marker, "label": label} | dict(more)
             if errors is None:

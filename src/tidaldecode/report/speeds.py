@@ -35,7 +35,6 @@ def speed_ups(shapes: Sequence[tuple[str, Sequence[Row]]], width: float) -> Figu
     labels = "context, tokens", "times as fast"
     figure, axes = line_panels(width, 2.2, shown, *labels, columns, level=1, scales=_LOGARITHMIC, sharey=True)
     for axis, (_, rows) in zip(axes, shapes, strict=True):
-        axis.title.set_fontsize(7.5)
         _finish(axis, rows)
     return figure
 
