@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 
 from tidaldecode import InputError
+from tidaldecode.models import ChosenModel, find_model
 from tidaldecode.models import cache as model_cache
-from tidaldecode.models import find_model
 from tidaldecode.models import gguf as gguf_file
 
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def test_a_model_is_known_by_its_content(tiny_gguf, tmp_path, empty_cache, monke
     assert len(names(empty_cache)) == 2
     logits = [files.model(CPU, torch.float32)(torch.tensor([[1, 2]])).logits for files in (find(copy), second)]
     assert not torch.equal(*logits)
-    identities = [files.identity(files.config(), CPU, torch.float32) for files in (first, second)]
+    identities = [ChosenModel(files, CPU, torch.float32).identity() for files in (first, second)]
     assert identities[0]["model"] == "some file.gguf" and len(identities[0]["model_digest"]) == 16
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tidaldecode import InputError
-from tidaldecode.models import ModelFiles, find_model
+from tidaldecode.models import ChosenModel, ModelFiles, find_model
 from tidaldecode.models import demo as demo_model
 
 
@@ -141,8 +141,7 @@ def test_damaged_config(tmp_path, text):
 
 
 def identity_of(name):
-    files = find_model(str(name))
-    return files.identity(files.config(), torch.device("cpu"), torch.float32)
+    return ChosenModel(find_model(str(name)), torch.device("cpu"), torch.float32).identity()
 
 
 def test_models_of_one_folder_name_are_told_apart(tiny_folder, tmp_path, monkeypatch):
@@ -168,8 +167,7 @@ def test_a_hub_model_is_told_by_its_commit(tiny):
     config = tiny("llama").config
     config._commit_hash = "0123abc"
     files = ModelFiles("somebody/something", "somebody/something")
-    identity = files.identity(config, torch.device("cpu"), torch.float32)
-    assert (identity["model"], identity["model_digest"]) == ("somebody/something", "0123abc")
+    assert (files.title, files.digest(config)) == ("somebody/something", "0123abc")
 
 
 @pytest.mark.parametrize(

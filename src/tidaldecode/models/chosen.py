@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tidaldecode.errors import InputError
+from tidaldecode.models.architecture import model_shape
 from tidaldecode.models.files import ModelFiles
 from tidaldecode.models.find import find_model
 from tidaldecode.options import Option, TrustRemoteCode
@@ -105,8 +106,18 @@ class ChosenModel:
         return str(self.dtype).removeprefix("torch.")
 
     def identity(self) -> dict[str, str | None]:
-        """What the results of the model have in common, see `ModelFiles.identity`."""
-        return self.files.identity(self.config, self.device, self.dtype)
+        """What the results of the model have in common, whatever was measured; nothing is loaded.
+
+        Raises:
+            InputError: a file can't be read.
+        """
+        return {
+            "model": self.files.title,
+            "model_shape": model_shape(self.config).describe(),
+            "model_digest": self.files.digest(self.config),
+            "device_type": self.device.type,
+            "dtype": self.dtype_name,
+        }
 
     def load(self) -> PreTrainedModel:
         """The model with its weights, see `ModelFiles.model`."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from tidaldecode.errors import InputError, one_line
 from tidaldecode.models import demo
-from tidaldecode.models.architecture import model_shape
 from tidaldecode.models.cache import origin_of
 
 if TYPE_CHECKING:  # PyTorch and Transformers take seconds to import, and a wrong name is told without them
@@ -50,28 +49,14 @@ class ModelFiles:
         """What results call the model: of this machine's folders the last alone."""
         return Path(os.path.abspath(self.name)).name if Path(self.name).exists() else self.name
 
-    def identity(self, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        """What the results of a model have in common, whatever was measured; nothing is loaded.
-
-        Args:
-            config: see `config`.
-
-        Raises:
-            InputError: a file can't be read.
-        """
-        return {
-            "model": self.title,
-            "model_shape": model_shape(config).describe(),
-            "model_digest": self._digest(config),
-            "device_type": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-
-    def _digest(self, config: PreTrainedConfig) -> str | None:
+    def digest(self, config: PreTrainedConfig) -> str | None:
         """Tells the files from those of another model of the same name: a hub id's by their commit.
 
         Of a weight file its size and blocks evenly spaced from its start to its end count: reading all would take as
         long as loading it.
+
+        Raises:
+            InputError: a file can't be read.
         """
         folder = Path(self.location)
         if not folder.is_dir():
