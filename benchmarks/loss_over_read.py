@@ -66,7 +66,7 @@ def _compared(file: str) -> Iterator[dict[str, Any]]:
     assert shape is not None
     for row in result["rows"]:
         settings = {name: row[name] for name in ("selection", "page_size", "full_layers") if row[name] is not None}
-        method = Method(row["method"], row["budget"], PLANS.get(row["plan"]), **settings)
+        method = Method.named(row["method"], row["budget"], PLANS.get(row["plan"]), **settings)
         assert method.key()["plan_digest"] == row["plan_digest"], f"{row['plan']} is no longer what was measured"
         share = method.attention(shape, result["context"]).kv_read_fraction(result["context"])
         kept = {name: row[name] for name in ("method", "plan", "selection", "full_layers", "budget", "windows")}

@@ -23,11 +23,10 @@ from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.methods import step_attention
 from tidaldecode.bench.operations import bench_operations
 from tidaldecode.bench.roofline import floor_us, kv_bytes, read_bandwidth_gbs, weight_bytes
-from tidaldecode.bench.settings import DecodeSettings, OperationsSettings
+from tidaldecode.bench.settings import TIMED_METHODS, DecodeSettings, OperationsSettings
 from tidaldecode.bench.shapes import CONFIGS, RandomModel
 from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
-from tidaldecode.methods.names import TIMED_METHODS
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import check_architecture, check_dtype, model_shape
 from tidaldecode.plan import tokens_of

@@ -304,7 +304,7 @@ def test_the_held_out_gap_is_that_of_eval_ppl(tiny):
 
     model = apply(tiny(), "full")
     found = calibrate(model, text(), text(1), settings())
-    method = Method("tidal", None, found.chosen.plan)
+    method = Method.named("tidal", None, found.chosen.plan)
     _, row = measure(perplexity(text(1), settings().heldout(text(1)), [method]), model)
     assert (found.chosen.heldout_gap, found.chosen.heldout_error) == (row.gap, row.gap_stderr)
 

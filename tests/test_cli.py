@@ -92,7 +92,7 @@ def test_budgets_of_several_sets_are_explained_below_tables():
     """Of plans and of the oracle where query heads choose for themselves; of nobody else."""
     shape = ModelShape(num_layers=7, num_query_heads=6, num_kv_heads=2, head_dim=16)
     plans = [TidalPlan.paper(7), TidalPlan.paper(7).model_copy(update={"name": "one", "selection": "unified"})]
-    methods = every_method(METHODS, (64,), plans, ("per_head", "unified"))
+    methods = every_method(METHODS, (64,), plan=plans, selection=("per_head", "unified"))
     sets = sets_per_kv_head(methods, shape)
     assert sets == {"tidal, paper": 3, "oracle, per head": 3}
     console = Console(file=io.StringIO())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from test_ops import Case
-from tidaldecode.methods.pages import page_bounds, page_scores
+from tidaldecode.methods.quest import page_bounds, page_scores
 from tidaldecode.ops import KV, Choice, reference
 
 pytest.importorskip("triton")
@@ -302,13 +302,13 @@ def test_decode_steps_that_share_a_block(rule):
 @pytest.mark.parametrize("lengths", [(160, 161, 175, 176, 177, 290), (290, 5)])
 def test_page_scores_of_sequences_that_share_a_block(lengths):
     """Each sees its own rows alone, whatever pages the others have filled."""
-    pages_kernel = pytest.importorskip("tidaldecode.methods.pages_kernel")
+    quest_kernel = pytest.importorskip("tidaldecode.methods.quest_kernel")
     one, _ = make(torch.float32, 24, 6, 3, 300, (290,))
     query, table = torch.randn(len(lengths), 6, 24, device=DEVICE), one.block_table.expand(len(lengths), 1)
     counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     bounds, scores = page_bounds(one.k_cache, 16), torch.full((len(lengths), 3, 19), torch.nan, device=DEVICE)
     kept = bounds.clone()
-    pages_kernel.launch(query, KV(one.k_cache, one.v_cache, table, counts), bounds, scores, 16)
+    quest_kernel.launch(query, KV(one.k_cache, one.v_cache, table, counts), bounds, scores, 16)
     torch.testing.assert_close(bounds, kept, rtol=0, atol=0, equal_nan=True)
     for b, length in enumerate(lengths):
         pages = one.k_cache[one.block_table[0, 0], :length].split(16)
@@ -320,12 +320,12 @@ def test_page_scores_of_sequences_that_share_a_block(lengths):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_page_scores(dtype):
     case, exact = make(dtype, 24, 6, 3, 300, (290, 1, 64, 33))
-    pages_kernel = pytest.importorskip("tidaldecode.methods.pages_kernel")
+    quest_kernel = pytest.importorskip("tidaldecode.methods.quest_kernel")
     bounds = page_bounds(case.k_cache, 16)
     wanted_bounds = bounds.double()
     scores = torch.full((4, 3, 19), torch.nan, device=DEVICE)
     wanted = scores.double()
-    pages_kernel.launch(case.query, case.kv, bounds, scores, 16)
+    quest_kernel.launch(case.query, case.kv, bounds, scores, 16)
     page_scores(exact.query, exact.kv, wanted_bounds, wanted, 16)
     torch.testing.assert_close(bounds.double(), wanted_bounds, rtol=0, atol=0, equal_nan=True)
     for b, length in enumerate((290, 1, 64, 33)):

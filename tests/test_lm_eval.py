@@ -146,7 +146,7 @@ def results_by_method(rows, methods, loaded, settings):
 
 
 def tidal(model, budget=12):
-    return Method("tidal", budget, plan_for(model.config, "unified").model_copy(update={"name": "p"}))
+    return Method.named("tidal", budget, plan_for(model.config, "unified").model_copy(update={"name": "p"}))
 
 
 # ---- the model
@@ -215,7 +215,7 @@ def test_continuations_are_decoded_under_the_method(lm, llama, byte_tokenizer):
 def test_fractions_of_short_prompts(lm, llama):
     """A tenth of ten tokens is one; a plan with sinks takes the least that it can do with."""
     plan = plan_for(llama.config, "unified", sink_tokens=4, recent_tokens=0.25).model_copy(update={"name": "p"})
-    for method in (Method("tidal", 0.1, plan), Method("streaming", 0.1), Method("quest", 0.1)):
+    for method in (Method.named("tidal", 0.1, plan), Method.named("streaming", 0.1), Method.named("quest", 0.1)):
         lm.method = method
         assert len(lm.generate_until(generate_requests()[-1:])) == 1
         assert lm.loglikelihood(instances("loglikelihood", ("ab", "c")))[0][0] < 0
@@ -249,7 +249,7 @@ def test_scores_of_full_attention_are_lm_evals_own(folder, llama, own, byte_toke
 
     names = ("qa", "choice", "rolling")
     loaded, settings = loaded_tasks(folder, llama, *names)
-    methods = [Method("full"), tidal(llama)]
+    methods = [Method.named("full"), tidal(llama)]
     rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, methods)
     assert [(row["task"], row["method"], row["samples"]) for row in rows] == [
         (name, method, 3) for name in names for method in ("full", "tidal")
@@ -273,7 +273,7 @@ def test_groups_limits_and_examples(folder, llama, byte_tokenizer, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))  # as if lm-eval had these alone
     loaded, settings = loaded_tasks(folder, llama, "both", limit=2, num_fewshot=1)
     assert list(loaded.tasks) == ["qa", "choice"] and list(loaded.groups) == ["both"]
-    methods, progress = [Method("full")], []
+    methods, progress = [Method.named("full")], []
     rows = evaluate_tasks(
         llama, byte_tokenizer, loaded, settings, methods, on_progress=lambda *what: progress.append(what)
     )
@@ -293,7 +293,7 @@ def test_what_lm_eval_would_warn_of_is_in_the_cells(folder, llama, byte_tokenize
     logger = logging.getLogger("lm_eval")
     level = logger.level
     loaded, settings = loaded_tasks(folder, llama, "qa", "choice", "rolling")
-    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")])
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method.named("full")])
     assert [row["truncated"] for row in rows] == [1, 3, 0]
     assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
     assert logger.level == level
@@ -304,7 +304,7 @@ def test_a_metric_that_fails(folder, llama, byte_tokenizer):
     loaded, settings = loaded_tasks(folder, llama, "choice", "qa", limit=1)
     cells = Cells(tasks(byte_tokenizer, loaded, settings, ()).key)
     with pytest.raises(InputError, match=r"task 'qa' by full failed: .*no.*key") as caught:
-        evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")], cells)
+        evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method.named("full")], cells)
     assert "\n" not in str(caught.value) and [row["task"] for row in cells.rows] == ["choice"]
 
 
@@ -314,8 +314,8 @@ def test_a_metric_that_is_not_finite(folder, llama, byte_tokenizer, monkeypatch)
     (folder / "own.py").write_text("def said(doc, results):\n    return {'said': float('inf')}\n")
     (folder / "both.yaml").write_text(BOTH.replace("metric: acc,", "metric: said,"))
     loaded, settings = loaded_tasks(folder, llama, "both", limit=2)
-    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method("full")])
-    results = results_by_method(rows, [Method("full")], loaded, settings)["full"]
+    rows = evaluate_tasks(llama, byte_tokenizer, loaded, settings, [Method.named("full")])
+    results = results_by_method(rows, [Method.named("full")], loaded, settings)["full"]
     assert results["qa"]["said,none"] is results["both"]["said,none"] is None
     assert results["both"]["sample_len"] == 4
     json.dumps(results, allow_nan=False)
@@ -342,7 +342,7 @@ def test_a_stopped_run_goes_on(folder, llama, byte_tokenizer, tmp_path, monkeypa
         ran.append(lm.method.name)
         return original(lm=lm, **options)
 
-    methods, path = [Method("full"), Method("streaming", 12)], tmp_path / "lm-eval.jsonl"
+    methods, path = [Method.named("full"), Method.named("streaming", 12)], tmp_path / "lm-eval.jsonl"
 
     def go_on():
         loaded, settings = loaded_tasks(folder, llama, "choice")
@@ -440,7 +440,7 @@ def test_no_model_is_loaded_for_nothing(run, command, tmp_path, monkeypatch):
 def test_the_tables_fit_80_columns():
     """Names of LongBench are long, and nothing is cut off."""
     name = "longbench_passage_retrieval_en_e"
-    methods = [Method("full"), Method("quest", 1024), Method("oracle", 0.25, selection="per_head")]
+    methods = [Method.named("full"), Method.named("quest", 1024), Method.named("oracle", 0.25, selection="per_head")]
     rows = [
         {"task": name, **method.key(), "metrics": {"score,none": 0.5, "score_stderr,none": 0.025, "em,strict": 0.5}}
         | {"samples": 200}
@@ -469,6 +469,6 @@ def test_without_lm_eval(run, command, monkeypatch):
 def test_plans_of_one_name_are_never_mixed(folder, llama, byte_tokenizer):
     loaded, settings = loaded_tasks(folder, llama, "choice")
     method = tidal(llama)
-    other = Method("tidal", 12, method.plan.model_copy(update={"sink_tokens": 2}))
+    other = Method.named("tidal", 12, method.plan.model_copy(update={"sink_tokens": 2}))
     with pytest.raises(InputError, match="two plans are named 'p'"):
         evaluate_tasks(llama, byte_tokenizer, loaded, settings, [method, other])

@@ -48,7 +48,7 @@ def find_needles(model, haystack, cases, methods, cells=None, on_progress=study.
 
 def methods_for(model, *budgets):
     plan = plan_for(model.config, "unified").model_copy(update={"name": "p"})
-    return tuple(every_method(("tidal", "quest", "streaming", "oracle"), budgets, [plan], page_size=4))
+    return tuple(every_method(("tidal", "quest", "streaming", "oracle"), budgets, plan=[plan], page_size=(4,)))
 
 
 def generated(model, prompt, method, tokens):
@@ -115,7 +115,7 @@ def test_an_answer_that_the_tokenizer_merges_with_the_question(haystack, llama):
 
 def test_found_is_what_generate_says(llama, cases, haystack):
     """Each method's answer in turn is the one that is asked for: that method has found it, and who agrees with it."""
-    methods = (Method("full"), *methods_for(llama, 8), Method("streaming", 0.2))
+    methods = (Method.named("full"), *methods_for(llama, 8), Method.named("streaming", 0.2))
     said = [generated(llama, cases[0].prompt(haystack), method, 8) for method in methods]
     assert len(set(said)) > 2
     asked = [replace(cases[0], repeat=index, answer=answer) for index, answer in enumerate(dict.fromkeys(said))]
@@ -127,7 +127,7 @@ def test_found_is_what_generate_says(llama, cases, haystack):
 
 
 def test_summaries(llama, cases, haystack):
-    full, streaming = find_needles(llama, haystack, cases, [Method("streaming", 8)])
+    full, streaming = find_needles(llama, haystack, cases, [Method.named("streaming", 8)])
     assert (full.variant.method, full.budget, streaming.variant.method, streaming.budget) == (
         "full", None, "streaming", 8
     )  # fmt: skip
@@ -171,7 +171,7 @@ def test_a_stopped_run_goes_on(llama, cases, haystack, tmp_path, monkeypatch):
 
 def test_plans_of_one_name_are_never_mixed(llama, cases, haystack):
     plan = plan_for(llama.config).model_copy(update={"name": "p"})
-    methods = [Method("tidal", 16, plan), Method("tidal", 16, plan.model_copy(update={"sink_tokens": 2}))]
+    methods = [Method.named("tidal", 16, plan), Method.named("tidal", 16, plan.model_copy(update={"sink_tokens": 2}))]
     with pytest.raises(InputError, match="two plans are named 'p'"):
         find_needles(llama, haystack, cases, methods)
 

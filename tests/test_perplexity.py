@@ -43,7 +43,7 @@ def scored(model, methods, cells=None, on_progress=study.quiet, settings=SETTING
 
 def methods_for(model, *budgets):
     return tuple(
-        every_method(("tidal", "streaming"), budgets, [plan_for(model.config).model_copy(update={"name": "p"})])
+        every_method(("tidal", "streaming"), budgets, plan=[plan_for(model.config).model_copy(update={"name": "p"})])
     )
 
 
@@ -67,7 +67,7 @@ def test_scores_are_those_of_decode_steps(llama):
         ("full", None, 3), ("tidal", 16, 3), ("streaming", 16, 3)
     ]  # fmt: skip
     nll = {}
-    for row, method in zip(rows, (Method("full"), *methods), strict=True):
+    for row, method in zip(rows, (Method.named("full"), *methods), strict=True):
         losses = [step_by_step(llama, method, TEXT.tokens[start : start + 64].long()) for start in (5, 35, 65)]
         means = nll[method.name] = [statistics.fmean(window) for window in losses]
         assert row.nll == pytest.approx(statistics.fmean(means), abs=1e-4)
@@ -142,14 +142,14 @@ def test_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
 
 def test_plans_of_one_name_are_never_mixed(llama):
     cells, plan = Cells(KEY), plan_for(llama.config).model_copy(update={"name": "p"})
-    scored(llama, [Method("tidal", 16, plan)], cells)
-    scored(llama, [Method("tidal", 24, plan.with_budget(32))], cells)  # only the budget differs
+    scored(llama, [Method.named("tidal", 16, plan)], cells)
+    scored(llama, [Method.named("tidal", 24, plan.with_budget(32))], cells)  # only the budget differs
     other = plan.model_copy(update={"sink_tokens": 2})
     with pytest.raises(InputError, match="two plans are named 'p'"):
-        scored(llama, [Method("tidal", 16, other)], cells)
+        scored(llama, [Method.named("tidal", 16, other)], cells)
     with pytest.raises(InputError, match="two plans are named 'p'"):
-        check_methods([Method("tidal", 16, plan), Method("tidal", 16, other)], llama.config, 64)
-    check_plan_names([Method("full").key(), Method("quest", 64).key()])
+        check_methods([Method.named("tidal", 16, plan), Method.named("tidal", 16, other)], llama.config, 64)
+    check_plan_names([Method.named("full").key(), Method.named("quest", 64).key()])
 
 
 def test_a_likelihood_that_is_not_finite_is_no_result(llama, tmp_path):
@@ -166,7 +166,9 @@ def test_a_likelihood_that_is_not_finite_is_no_result(llama, tmp_path):
 def test_what_tells_methods_apart(llama):
     plan = plan_for(llama.config).model_copy(update={"name": "p"})
     names = ("full", "tidal", "quest", "streaming", "oracle")
-    methods = list(every_method(names, (32, 0.5), [plan], ("per_head", "unified"), 8, 0))
+    methods = list(
+        every_method(names, (32, 0.5), plan=[plan], selection=("per_head", "unified"), page_size=(8,), full_layers=(0,))
+    )
     keys = [method.key() for method in methods]
     assert [method.label for method in methods] == [
         "full", "tidal p 32", "tidal p 0.5", "quest 32", "quest 0.5", "streaming 32", "streaming 0.5",
@@ -175,11 +177,11 @@ def test_what_tells_methods_apart(llama):
     assert {tuple(key) for key in keys} == {METHOD_KEY}
     assert len({tuple(key.values()) for key in keys}) == len(keys)
     assert [(key["page_size"], key["full_layers"]) for key in keys[3:5]] == [(8, 0)] * 2
-    assert [Method(name, 32, full_layers=layers).key()["full_layers"] for name, layers in (
+    assert [Method.named(name, 32, full_layers=layers).key()["full_layers"] for name, layers in (
         ("quest", None), ("oracle", None), ("oracle", 0), ("oracle", 2), ("streaming", 2)
     )] == [2, None, None, 2, None]  # fmt: skip
     assert keys[1]["plan_digest"] == keys[2]["plan_digest"]
-    (own,) = every_method(("tidal",), (), [plan])
+    (own,) = every_method(("tidal",), plan=[plan])
     assert own.key()["budget"] == plan.token_budget
 
 
@@ -224,7 +226,7 @@ def test_wrong_texts(tmp_path, byte_tokenizer):
 
 def test_models_with_sliding_windows(tiny):
     with pytest.raises(InputError, match="'gemma3_text' has layers with a sliding window"):
-        check_methods([Method("full")], FAMILIES["gemma3_text"](), 64)
+        check_methods([Method.named("full")], FAMILIES["gemma3_text"](), 64)
 
 
 # ---- the command

@@ -480,10 +480,11 @@ def test_shares_of_k_and_v_stand_beside_budgets_where_they_are_known(tmp_path):
     (tmp_path / "results").mkdir()
     plan.save(tmp_path / "results" / "plan.json")
     methods = [
-        Method("tidal", 64, plan), Method("quest", 64), Method("streaming", 64),
-        Method("oracle", 64, selection="unified", full_layers=2), Method("tidal", 64, read_plan("smollm2-135m-paper")),
+        Method.named("tidal", 64, plan), Method.named("quest", 64), Method.named("streaming", 64),
+        Method.named("oracle", 64, selection="unified", full_layers=2),
+        Method.named("tidal", 64, read_plan("smollm2-135m-paper")),
     ]  # fmt: skip
-    rows = [ppl_cell(window, "full", None, 0.0) | Method("full").key() for window in (0, 1)]
+    rows = [ppl_cell(window, "full", None, 0.0) | Method.named("full").key() for window in (0, 1)]
     rows += [ppl_cell(window, "tidal", 64, 0.1) | method.key() for window in (0, 1) for method in methods]
     for row in (rows[6], rows[11]):
         row |= {"plan": "lost", "plan_digest": "0"}

@@ -31,7 +31,7 @@ def mapped(config, **options):
 
 
 def tidal(budget=None, selection="unified", **options):
-    return lambda config: Method("tidal", budget, plan_for(config, selection, **options))
+    return lambda config: Method.named("tidal", budget, plan_for(config, selection, **options))
 
 
 class EachStep:
@@ -42,26 +42,26 @@ class EachStep:
 
 
 METHODS = {
-    "full": lambda config: Method("full"),
+    "full": lambda config: Method.named("full"),
     **{f"tidal {rule}": tidal(16, rule) for rule in ("per_head", "per_group", "unified")},
     "tidal sinks and recent": tidal(24, sink_tokens=2, recent_tokens=0.25),
-    "tidal sources": lambda config: Method("tidal", 16, mapped(config)),
+    "tidal sources": lambda config: Method.named("tidal", 16, mapped(config)),
     "tidal fraction": tidal(0.3),
     "tidal fraction of the plan": tidal(token_budget=0.3, recent_tokens=0.2),
     "tidal fraction of each step": lambda config: EachStep(plan_for(config, "unified", token_budget=0.3)),
     "tidal between": tidal(55),  # of some steps the whole context
     "tidal above": tidal(400, "per_head"),
-    "quest": lambda config: Method("quest", 24, page_size=4),
-    "quest everywhere": lambda config: Method("quest", 32, page_size=8, full_layers=0),
-    "quest fraction": lambda config: Method("quest", 0.6, page_size=8),
-    "quest above": lambda config: Method("quest", 400),
-    "streaming": lambda config: Method("streaming", 16),
-    "streaming fraction": lambda config: Method("streaming", 0.4),
-    "streaming between": lambda config: Method("streaming", 55),
-    "oracle per_head": lambda config: Method("oracle", 6),
-    "oracle unified": lambda config: Method("oracle", 6, selection="unified"),
-    "oracle behind full layers": lambda config: Method("oracle", 6, full_layers=2),
-    "oracle between": lambda config: Method("oracle", 55),
+    "quest": lambda config: Method.named("quest", 24, page_size=4),
+    "quest everywhere": lambda config: Method.named("quest", 32, page_size=8, full_layers=0),
+    "quest fraction": lambda config: Method.named("quest", 0.6, page_size=8),
+    "quest above": lambda config: Method.named("quest", 400),
+    "streaming": lambda config: Method.named("streaming", 16),
+    "streaming fraction": lambda config: Method.named("streaming", 0.4),
+    "streaming between": lambda config: Method.named("streaming", 55),
+    "oracle per_head": lambda config: Method.named("oracle", 6),
+    "oracle unified": lambda config: Method.named("oracle", 6, selection="unified"),
+    "oracle behind full layers": lambda config: Method.named("oracle", 6, full_layers=2),
+    "oracle between": lambda config: Method.named("oracle", 55),
 }
 
 
@@ -231,11 +231,15 @@ def test_wrong_methods(llama):
         ({"name": "oracle", "budget": 1}, "budget 1 is too small"),
         ({"name": "quest", "budget": 31}, "quest: budget 31 is too small: two pages of 16 make 32"),
         ({"name": "oracle", "budget": 1.5}, "lies in"),
+        (
+            {"name": "oracle", "budget": 9, "selection": "per_tail"},
+            "selection 'per_tail' is unknown: give one of unified",
+        ),
         ({"name": "quest", "budget": 64, "page_size": 12}, "page size 12 is no power of two"),
         ({"name": "tidal", "budget": 5, "plan": plan}, "token_budget: 5 is below"),
     ):
         with pytest.raises(InputError, match=message):
-            Method(**arguments).attention(model_shape(llama.config), 64)
+            Method.named(**arguments).attention(model_shape(llama.config), 64)
 
 
 @pytest.mark.parametrize("selection", ["per_head", "per_group", "unified"])

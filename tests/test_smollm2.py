@@ -39,7 +39,7 @@ def test_needles(demo_model, demo_tokenizer, essays):
     haystack = Text.tokenize(demo_tokenizer, [essays])
     settings = NeedleSettings(lengths=(2000,), depths=10)
     cases = needle_cases(demo_tokenizer, haystack, settings, demo_model.config)
-    methods = [Method("tidal", 64, plans[name]) for name in ("smollm2-135m", "smollm2-135m-paper")]
+    methods = [Method.named("tidal", 64, plans[name]) for name in ("smollm2-135m", "smollm2-135m-paper")]
     full, shipped, paper = measure(needles(haystack, cases, settings, methods), demo_model)
     assert full.correct >= 9
     assert shipped.correct >= 0.9 * full.correct
@@ -53,7 +53,7 @@ def test_perplexity_of_a_text_that_the_plan_was_not_found_on(demo_model, demo_to
     """
     tidaldecode.apply(demo_model, "full")
     text = Text.tokenize(demo_tokenizer, [DOCUMENT.read_text(encoding="utf-8")])
-    methods = [Method("tidal", None, shipped_plans()["smollm2-135m"])]
+    methods = [Method.named("tidal", None, shipped_plans()["smollm2-135m"])]
     settings = Windows(context=2048, decode=96, windows=1)
     full, shipped = measure(perplexity(text, settings, methods), demo_model)
     assert full.nll < 3.7

@@ -144,6 +144,7 @@ def test_results_tell_ways_to_draft_apart():
     """Those of plans that draft by their roles keep the digest that they had before there was another way."""
     by_roles = shipped_plans()["smollm2-135m"]
     digests = [
-        Method("tidal", 64, way).key()["plan_digest"] for way in (by_roles, by_roles.with_drafting("verification"))
+        Method.named("tidal", 64, way).key()["plan_digest"]
+        for way in (by_roles, by_roles.with_drafting("verification"))
     ]
     assert digests[0] == "19bac751638c" != digests[1]

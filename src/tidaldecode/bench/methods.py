@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tidaldecode.methods.method import Method
-from tidaldecode.methods.tidal import Attention, DecodeAttention
+from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, TidalPlan, tokens_of
 
@@ -61,8 +62,8 @@ def step_attention(
     if method == "sdpa":
         return SdpaAttention(shape, context)
     if method == "full":
-        return Method(method).attention(shape, context)
+        return Method.named(method).attention(shape, context)
     assert budget is not None
     half = max(1, tokens_of(budget, context) // 2)
     page_size = min(16, 1 << (half.bit_length() - 1))  # two pages in the smallest budgets too
-    return Method(method, budget, plan if method == "tidal" else None, page_size=page_size).attention(shape, context)
+    return Method.named(method, budget, plan=plan, page_size=page_size).attention(shape, context)

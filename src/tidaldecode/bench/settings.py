@@ -8,10 +8,13 @@ from typing import Annotated
 
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.errors import InputError
-from tidaldecode.methods.names import METHODS, TIMED_METHODS
+from tidaldecode.methods.method import METHODS
 from tidaldecode.models import ModelFiles, find_model
 from tidaldecode.options import Option, PlanName, Seed, TrustRemoteCode, budgets, integers, names_of
 from tidaldecode.plan import TidalPlan
+
+TIMED_METHODS = ("full", "sdpa", *(name for name in METHODS if name not in ("full", "oracle")))
+"""`full` is full attention by this package's kernel, `sdpa` by PyTorch's; the oracle saves no time."""
 
 WARM_UP, REPEATS = 5, 2
 """Steps before each repeat, and repeats, of `bench decode`."""
@@ -74,7 +77,7 @@ class DecodeSettings:
     def runs(self) -> Iterator[tuple[str, int | float | None]]:
         """Each method with each of its budgets."""
         for method in self.methods:
-            for budget in self.budgets if method in METHODS[1:] else (None,):
+            for budget in self.budgets if method not in ("full", "sdpa") else (None,):
                 yield method, budget
 
 

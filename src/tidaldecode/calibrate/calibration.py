@@ -232,7 +232,7 @@ class _Run:
         def on_progress(done: int, total: int, what: str) -> None:
             self.on_progress(self.total + done, self.total + total, f"held-out {what}")
 
-        methods = [Method("tidal", None, plan) for plan in plans]
+        methods = [Method.named("tidal", None, plan) for plan in plans]
         study = perplexity(heldout, self.settings.heldout(heldout), methods)
         rows = measure(study, self.model, on_progress=on_progress)
         for key, row in zip(keys, rows[1:], strict=True):

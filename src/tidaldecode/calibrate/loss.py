@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode.calibrate.stretches import Stretch
-from tidaldecode.methods.tidal import Attention
+from tidaldecode.methods.protocol import Attention
 
 
 @dataclass(frozen=True)

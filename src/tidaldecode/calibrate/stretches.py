@@ -17,7 +17,8 @@ from tidaldecode.evaluate.prompt import read_prompt
 from tidaldecode.evaluate.scoring import not_finite, step_logits
 from tidaldecode.hf import TidalCache
 from tidaldecode.hf.cache import Mark
-from tidaldecode.methods.tidal import Attention, DecodeAttention
+from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import model_shape
 from tidaldecode.plans.find import find_plan
 

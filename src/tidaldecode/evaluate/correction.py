@@ -16,6 +16,7 @@ from tidaldecode.evaluate.prompt import HeldPrompt
 from tidaldecode.evaluate.study import Case, Fields, OnProgress, Study
 from tidaldecode.hf.second_pass import check_second_pass
 from tidaldecode.methods.method import METHOD_KEY, Method, check_methods
+from tidaldecode.methods.tidal import Tidal
 from tidaldecode.models import ChosenModel
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
@@ -57,9 +58,9 @@ class Decoding:
 
 def decodings(plan: TidalPlan, budgets: Sequence[int | float], lengths: Sequence[int]) -> Iterator[Decoding]:
     """Full attention, then for each budget the plan alone, and correction and lossless decoding at each length."""
-    yield Decoding("full", None, Method("full"))
+    yield Decoding("full", None, Method.named("full"))
     for budget in budgets:
-        method = Method("tidal", budget, plan)
+        method = Method.named("tidal", budget, plan)
         yield Decoding("plain", None, method)
         yield from (Decoding("correction", length, method) for length in lengths)
         yield from (Decoding("lossless", length, method) for length in lengths)
@@ -78,8 +79,8 @@ def correction(text: Text, windows: Windows, ways: Sequence[Decoding], title: st
     """
     windows.check_text(text)
     capacity = windows.context + max(way.length or 0 for way in ways)
-    plan = ways[-1].method.plan
-    about = {"text": title, "plan": None if plan is None else plan.name, **asdict(windows)}
+    method = ways[-1].method
+    about = {"text": title, "plan": method.plan.name if isinstance(method, Tidal) else None, **asdict(windows)}
     return Study(
         row=CorrectionCell,
         key=("window", "mode", "length", *METHOD_KEY),

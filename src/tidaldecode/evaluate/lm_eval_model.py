@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.prompt import HeldPrompt
 from tidaldecode.methods.method import Method
-from tidaldecode.plan import tokens_of
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Of lm-eval: context and continuation as text, and as token ids."""
@@ -49,7 +48,7 @@ class MethodLM(HFLM):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        self.method = Method("full")
+        self.method = Method.named("full")
         self.on_request: Callable[[int, int], None] = lambda done, total: None
         self.truncated = 0
         self._held: HeldPrompt | None = None
@@ -137,7 +136,7 @@ class MethodLM(HFLM):
 
     def _attend(self, held: HeldPrompt, context: int) -> None:
         """Lets the cache go on by the method; a captured decode step stays valid where nothing changes."""
-        tokens = _budget_in_tokens(self.method, context)
+        tokens = self.method.whole_tokens(context)
         method = self.method if tokens is None else replace(self.method, budget=tokens)
         if self._attends != method:
             held.attend_by(method, context)
@@ -146,13 +145,3 @@ class MethodLM(HFLM):
     def _count_request(self) -> None:
         self._done += 1
         self.on_request(self._done, self._total)
-
-
-def _budget_in_tokens(method: Method, context: int) -> int | None:
-    """A fraction of a short prompt may be too small for a method: then as many tokens as it needs."""
-    budget = method.token_budget
-    if not isinstance(budget, float):
-        return budget
-    if method.plan is not None:
-        return method.plan.with_budget(budget).budget_for(context)
-    return max(tokens_of(budget, context), method.least_tokens)

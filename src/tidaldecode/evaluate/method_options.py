@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tidaldecode.errors import InputError
-from tidaldecode.methods.names import METHODS
+from tidaldecode.methods.method import METHODS
 from tidaldecode.options import Option, budgets, names, names_of
 from tidaldecode.plan import Selection
 
@@ -76,9 +77,14 @@ class MethodOptions:
         from tidaldecode.methods.method import check_methods, every_method
         from tidaldecode.plans.find import find_plan
 
-        plans = [_named(find_plan(plan, config), plan) for plan in self.plans]
-        settings = self.selection, self.page_size, self.full_layers
-        methods = tuple(every_method(self.method, self.budget or (), plans, *settings))
+        choices: dict[str, Sequence[Any]] = {
+            "plan": [_named(find_plan(plan, config), plan) for plan in self.plans],
+            "selection": self.selection,
+            "page_size": (self.page_size,),
+        }
+        if self.full_layers is not None:
+            choices["full_layers"] = (self.full_layers,)
+        methods = tuple(every_method(self.method, self.budget or (), **choices))
         check_methods(methods, config, context)
         return methods
 

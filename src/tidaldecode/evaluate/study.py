@@ -17,6 +17,7 @@ from tidaldecode.models import ChosenModel, ModelOptions, model_shape
 from tidaldecode.results.cells import Cells
 from tidaldecode.results.environment import environment
 from tidaldecode.results.rows import Row
+from tidaldecode.rules import RULES
 
 Fields = Mapping[str, Any]
 
@@ -216,6 +217,6 @@ def sets_per_kv_head(ways: Sequence[Any], shape: Any) -> dict[str, float]:
     sets = {}
     for method in (getattr(way, "method", way) for way in ways):
         if (count := method.sets_per_kv_head(shape)) > 1:
-            what = method.plan.name or "plan" if method.plan is not None else method.selection.replace("_", " ")
-            sets[f"{method.name}, {what}"] = round(count, 4)
+            what = str(method.kind)
+            sets[f"{method.name}, {what.replace('_', ' ') if what in RULES else what}"] = round(count, 4)
     return sets

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.method_options import MethodOptions, Names
-from tidaldecode.methods.names import METHODS
+from tidaldecode.methods.method import METHODS
 from tidaldecode.options import Option, names, names_of
 
 if TYPE_CHECKING:

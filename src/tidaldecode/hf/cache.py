@@ -16,7 +16,8 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.layers import LEFT_IN_THE_MIDDLE, TidalLayer, WindowLayer
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.hf.session import Correction, Kind, Rounds, Session
-from tidaldecode.methods.tidal import Attention, DecodeAttention
+from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
 from tidaldecode.models import check_plan, model_shape, sliding_windows
 from tidaldecode.plans.find import PlanLike, find_plan

@@ -15,7 +15,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.captured import CapturedPass, capture, say_once
 from tidaldecode.hf.layers import TidalLayer, WindowLayer
 from tidaldecode.hf.sequences import Sequences
-from tidaldecode.methods.tidal import Attention
+from tidaldecode.methods.protocol import Attention
 from tidaldecode.methods.verified import VerifiedDrafts
 
 Kind = Literal["full", "step", "steps"]

@@ -6,16 +6,58 @@ are computed first. It shows how much of a method's loss lies in the budget, and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.methods.tidal import map_of_heads, share_read
+from tidaldecode.errors import InputError
+from tidaldecode.methods.method import Method
+from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.step_sets import StepSets, map_of_heads
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection
+from tidaldecode.rules import RULES
 
 
-class OracleAttention:
+@dataclass(frozen=True)
+class Oracle(Method):
+    """The oracle.
+
+    Attributes:
+        selection: whose scores choose, as in a plan.
+        full_layers: how many of the first layers read everything.
+    """
+
+    name = "oracle"
+    selection: Selection = "per_head"
+    full_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.selection not in RULES:
+            raise InputError(f"selection {self.selection!r} is unknown: give one of {', '.join(RULES)}")
+        super().__post_init__()
+
+    @property
+    def kind(self) -> str:
+        """The rule of the choice."""
+        return self.selection
+
+    def settings(self) -> dict[str, str | int | None]:
+        """See `Method`."""
+        return {"selection": self.selection, "full_layers": self.full_layers or None}
+
+    def reading(self, shape: ModelShape, tokens: int) -> Attention:
+        """See `Method`."""
+        return OracleAttention(shape, tokens, self.selection, self.full_layers)
+
+    def sets_per_kv_head(self, shape: ModelShape) -> float:
+        """See `Method`."""
+        return shape.sets_per_kv_head(self.selection)
+
+
+class OracleAttention(Attention):
     """Attention over each layer's own exact top-k; the new token is one of them, and there are no sinks.
 
     Args:
@@ -31,49 +73,38 @@ class OracleAttention:
         self.shape = shape
         self.full_layers = full_layers
         self.token_budget = token_budget
-        self.selection: Selection = selection
-        self._indices: Tensor | None = None
+        self.selection = selection
+        self._sets: StepSets | None = None
         self._capacity = 0
-
-    def prepare(self, layer: int, kv: KV) -> None:
-        """Nothing is kept beside the cache."""
 
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Counts the tokens of a step."""
-        table = self._indices
-        if table is None or len(table) != len(lengths) or table.device != lengths.device or self._capacity != capacity:
-            sets = self.shape.num_sets(self.selection)
+        sets = self._sets
+        alike = sets is not None and sets.counts.shape == lengths.shape and sets.counts.device == lengths.device
+        if sets is None or not alike or self._capacity != capacity:
+            width = min(self.token_budget, capacity)
             with torch.inference_mode(False):
-                self._indices = lengths.new_zeros(len(lengths), sets, min(self.token_budget, capacity))
-                self._counts = torch.zeros_like(lengths)
-                self._map = map_of_heads(self.shape, self.selection, lengths.device)
-                self._choice = Choice.alike(lengths, self.token_budget)
-            self._capacity = capacity
-        torch.minimum(self._choice.budgets, lengths, out=self._counts)
+                choice = Choice.alike(lengths, self.token_budget)
+                sets = StepSets.room(lengths, self.shape.num_sets(self.selection), width, choice)
+                self._head_to_set = map_of_heads(self.shape, self.selection, lengths.device)
+            self._sets, self._capacity = sets, capacity
+        sets.count(lengths)
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
+        """See `Attention`."""
         if self.is_full(layer):
             return ops.full_attention(query, kv, scale)
-        assert self._indices is not None
-        ops.full_attention_with_selection(
-            query, kv, scale, [self.selection], self._choice, self._capacity, self._indices
-        )
-        return ops.sparse_attention(query, kv, self._indices, self._counts, self._map, scale)
+        assert self._sets is not None
+        indices, counts, choice = self._sets.indices, self._sets.counts, self._sets.choice
+        ops.full_attention_with_selection(query, kv, scale, [self.selection], choice, self._capacity, indices)
+        return ops.sparse_attention(query, kv, indices, counts, self._head_to_set, scale)
 
     def is_full(self, layer: int) -> bool:
         """Whether a layer is one of those that read everything."""
         return layer < self.full_layers
 
     def tokens_read(self, context: int) -> dict[int, float]:
-        """Tokens whose K and V each layer reads in one step, per KV head, once they are chosen.
-
-        Query heads of one KV head that choose for themselves read their tokens one by one, and are counted so.
-        """
+        """See `Attention`: once the tokens are chosen."""
         sets = self.shape.sets_per_kv_head(self.selection)
         reads = self.token_budget * sets if self.token_budget < context else context
         return {layer: context if self.is_full(layer) else reads for layer in range(self.shape.num_layers)}
-
-    def kv_read_fraction(self, context: int) -> float:
-        """Share of the KV cache that one step reads at a context of `context` tokens, once the tokens are chosen."""
-        return share_read(self.tokens_read(context), context)

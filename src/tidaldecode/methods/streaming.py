@@ -5,15 +5,31 @@ Tokens keep the positions that they had, as in the comparisons of other papers; 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.methods.method import Method
+from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.step_sets import fits
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape
 
 
-class StreamingAttention:
+@dataclass(frozen=True)
+class Streaming(Method):
+    """StreamingLLM with its four sinks."""
+
+    name = "streaming"
+
+    def reading(self, shape: ModelShape, tokens: int) -> Attention:
+        """See `Method`."""
+        return StreamingAttention(shape, tokens)
+
+
+class StreamingAttention(Attention):
     """Attention over sinks and recent tokens.
 
     Args:
@@ -28,14 +44,10 @@ class StreamingAttention:
         self.sink_tokens = min(sink_tokens, token_budget - 1)
         self._indices: Tensor | None = None
 
-    def prepare(self, layer: int, kv: KV) -> None:
-        """Nothing is kept beside the cache."""
-
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Writes the step's one index set."""
         width = min(self.token_budget, capacity)
-        table = self._indices
-        if table is None or table.shape[::2] != (len(lengths), width) or table.device != lengths.device:
+        if not fits(self._indices, lengths, width):
             with torch.inference_mode(False):
                 self._indices = lengths.new_zeros(len(lengths), 1, width)
                 self._entries = torch.arange(width, dtype=torch.int32, device=lengths.device)
@@ -46,18 +58,10 @@ class StreamingAttention:
         torch.clamp(lengths, max=self.token_budget, out=self._counts)
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        """Attention of the new tokens in one layer; arguments and result as in `DecodeAttention.attend`."""
+        """See `Attention`."""
         assert self._indices is not None
         return ops.sparse_attention(query, kv, self._indices, self._counts, None, scale)
 
-    def is_full(self, layer: int) -> bool:
-        """No layer is."""
-        return False
-
     def tokens_read(self, context: int) -> dict[int, float]:
-        """Tokens whose K and V each layer reads in one step, per KV head, at a context of `context` tokens."""
+        """See `Attention`."""
         return dict.fromkeys(range(self.shape.num_layers), min(self.token_budget, context))
-
-    def kv_read_fraction(self, context: int) -> float:
-        """Share of the KV cache that one step reads at a context of `context` tokens."""
-        return min(self.token_budget, context) / context

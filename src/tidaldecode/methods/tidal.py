@@ -1,69 +1,77 @@
-"""One layer's part of a decode step: its role becomes an operation, and the chosen tokens pass between layers."""
+"""TidalDecode by a plan: a layer's role becomes an operation, and the chosen tokens pass between layers."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tidaldecode import ops
+from tidaldecode.errors import InputError
+from tidaldecode.methods.method import Method
+from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.step_sets import StepSets, choice_like, write_budgets
+from tidaldecode.models.architecture import check_plan
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
 
-
-class Attention(Protocol):
-    """What attends in the layers of a decode step: a plan at work, or a method that it is compared with.
-
-    Arguments and results are those of `DecodeAttention`. Between two calls of `begin` with sequences as many, nothing
-    may be allocated that outlives the step, and nothing on the device may be waited for: the step is captured in a
-    CUDA graph.
-    """
-
-    def prepare(self, layer: int, kv: KV) -> None:
-        """Looks at the prompt's K of a layer, before the first step behind it."""
-
-    def begin(self, lengths: Tensor, capacity: int) -> None:
-        """Starts a decode step."""
-
-    def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        """Attention of the new tokens in one layer."""
-        ...
-
-    def is_full(self, layer: int) -> bool:
-        """Whether a layer reads the whole cache and chooses nothing, so that several positions can attend at once."""
-        ...
-
-    def tokens_read(self, context: int) -> dict[int, float]:
-        """Tokens whose K and V each layer reads in one step, per KV head."""
-        ...
-
-    def kv_read_fraction(self, context: int) -> float:
-        """Share of the KV cache that one step reads."""
-        ...
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
-class StepSets:
-    """Where a step's index sets go.
+class Tidal(Method):
+    """TidalDecode by a plan.
 
     Attributes:
-        indices: [B, num_sets, width], int32; the table of index sets.
-        counts: [B], int32; valid entries of each of a sequence's sets.
-        choice: tokens to choose.
+        budget: default: the plan's own (a fraction is rounded as if it were given here).
+        plan: what each layer does.
     """
 
-    indices: Tensor
-    counts: Tensor
-    choice: Choice
+    name = "tidal"
+    plan: TidalPlan = None  # type: ignore[assignment]
 
-    def of(self, rows: slice) -> StepSets:
-        """The part for some of the sequences."""
-        return StepSets(self.indices[rows], self.counts[rows], self.choice.of(rows))
+    def __post_init__(self) -> None:
+        if self.plan is None:
+            raise InputError("method 'tidal' needs a plan")
+        super().__post_init__()
+
+    @property
+    def token_budget(self) -> int | float:
+        """The budget, or the plan's own where none is given."""
+        return self.plan.token_budget if self.budget is None else self.budget
+
+    @property
+    def kind(self) -> str:
+        """The plan's name."""
+        return self.plan.name or "plan"
+
+    def settings(self) -> dict[str, str | int | None]:
+        """The plan's name and its digest, which tells plans of one name apart, whatever budget they are given."""
+        return {"plan": self.kind, "plan_digest": _digest(self.plan)}
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """See `Method`."""
+        check_plan(self.plan, config)
+
+    def whole_tokens(self, context: int) -> int:
+        """See `Method`; a plan knows how many tokens it needs beside its sinks and recent ones."""
+        budget = self.token_budget
+        return self.plan.with_budget(budget).budget_for(context) if isinstance(budget, float) else budget
+
+    def reading(self, shape: ModelShape, tokens: int) -> Attention:
+        """See `Method`."""
+        return DecodeAttention(self.plan.with_budget(tokens), shape)
+
+    def sets_per_kv_head(self, shape: ModelShape) -> float:
+        """See `Method`."""
+        return self.plan.sets_per_kv_head(shape)
 
 
-class DecodeAttention:
+class DecodeAttention(Attention):
     """Runs a plan's attention, layer by layer, one decode step after another.
 
     The index sets that a step's `select` layers choose lie in one table, [B, num_sets, width]; a sparse layer reads it
@@ -108,16 +116,8 @@ class DecodeAttention:
             return torch.tensor([group[0] for group in groups])
         return torch.tensor(rows)
 
-    def prepare(self, layer: int, kv: KV) -> None:
-        """Nothing is kept beside the cache."""
-
     def begin(self, lengths: Tensor, capacity: int) -> None:
-        """Starts a decode step.
-
-        Args:
-            lengths: [B], int32; lengths of the sequences, the new tokens included.
-            capacity: the longest that the sequences can become; sizes the table, once.
-        """
+        """See `Attention`; the capacity sizes the table, once."""
         table = self.indices
         if (
             table is None
@@ -131,9 +131,9 @@ class DecodeAttention:
     def _allocate(self, rows: int, capacity: int, device: torch.device) -> StepSets:
         """Room for the sets of a step of `rows` sequences."""
         width = min(self.plan.budget_for(capacity), capacity)
-        with torch.inference_mode(False):  # as the cache: written by later steps, in whatever mode
+        with torch.inference_mode(False):
             lengths = torch.zeros(rows, dtype=torch.int32, device=device)
-            return StepSets(lengths.new_zeros(rows, self.num_sets, width), lengths, choice_like(self.plan, lengths))
+            return StepSets.room(lengths, self.num_sets, width, choice_like(self.plan, lengths))
 
     def _use(self, sets: StepSets, capacity: int) -> None:
         """Where this step's sets go."""
@@ -149,17 +149,7 @@ class DecodeAttention:
         torch.minimum(self._choice.budgets, lengths, out=self.counts)
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        """Attention of the new tokens in one layer, after `begin`, with the layer's K and V already in the cache.
-
-        Args:
-            layer: index of the layer; layers are called in order.
-            query: [B, Hq, D].
-            kv: the layer's cache.
-            scale: factor of the scores.
-
-        Returns:
-            [B, Hq, D], dtype of `query`.
-        """
+        """See `Attention`; by the layer's role."""
         if self.plan.roles[layer] == "sparse":
             assert self.indices is not None and self.counts is not None
             rows, sets = self._sets_of(layer)
@@ -195,10 +185,7 @@ class DecodeAttention:
     # ---- what a step reads
 
     def tokens_read(self, context: int) -> dict[int, float]:
-        """Tokens whose K and V each layer with a role reads in one step, per KV head, at a context of `context` tokens.
-
-        Query heads of one KV head that read different sets read them one by one, and are counted so.
-        """
+        """See `Attention`: of the layers with a role."""
         budget = self.plan.budget_for(context)
         reads: dict[int, float] = {}
         for layer, role in enumerate(self.plan.roles):
@@ -207,13 +194,6 @@ class DecodeAttention:
             elif role is not None:
                 reads[layer] = context
         return reads
-
-    def kv_read_fraction(self, context: int) -> float:
-        """Share of the KV cache of all layers with a role that one step reads at a context of `context` tokens.
-
-        Sets of their own for the query heads of a KV head can read a token more than once, and so more than all of it.
-        """
-        return share_read(self.tokens_read(context), context)
 
     def _sets_per_kv_head(self, layer: int) -> float:
         rows = self.head_to_set[layer].tolist()
@@ -224,33 +204,13 @@ class DecodeAttention:
         return sum(len(group) for group in groups) / len(groups)
 
 
-def share_read(reads: dict[int, float], context: int) -> float:
-    """Share of the KV cache of the layers in `reads` that a step reads, from `tokens_read` at a context."""
-    return sum(reads.values()) / (context * len(reads))
-
-
-def map_of_heads(shape: ModelShape, selection: str, device: torch.device) -> Tensor | None:
-    """The map from query heads to all the sets of one rule; `None` where `sparse_attention` needs none."""
-    heads, sets = shape.num_query_heads, shape.num_sets(selection)
-    if sets in (1, shape.num_kv_heads, heads):
-        return None
-    return torch.arange(heads, device=device) * sets // heads
-
-
-def choice_like(plan: TidalPlan, lengths: Tensor) -> Choice:
-    """Room for what a plan chooses for sequences of these lengths, [B]; filled where it goes by no length."""
-    budget = min(plan.budget_for(1), torch.iinfo(torch.int32).max)
-    return Choice.alike(lengths, budget, plan.recent_for(budget), plan.sink_tokens)
-
-
-def write_budgets(plan: TidalPlan, lengths: Tensor, choice: Choice) -> None:
-    """Writes `plan.budget_for` and `plan.recent_for` of every length, on the device, into what `choice_like` made."""
-    if isinstance(plan.token_budget, int):
-        return
-    exact = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
-    choice.budgets.copy_(exact)
-    if isinstance(plan.recent_tokens, float):
-        choice.recents.copy_((exact * plan.recent_tokens).floor().clamp(min=1))
+def _digest(plan: TidalPlan) -> str:
+    """Of everything that decides what a plan reads, but its budget."""
+    left_out = {"name", "origin", "calibration", "model", "token_budget"}
+    if plan.drafting == "plan":  # results that are older than the choice keep their digests
+        left_out.add("drafting")
+    rules = plan.model_dump_json(exclude=left_out)
+    return hashlib.sha256(rules.encode()).hexdigest()[:12]
 
 
 def _as_slice(rows: list[int]) -> slice | None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tidaldecode import ops
-from tidaldecode.methods.tidal import choice_like, map_of_heads, share_read, write_budgets
+from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.step_sets import choice_like, map_of_heads, write_budgets
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, TidalPlan
 
 
-class VerifiedDrafts:
+class VerifiedDrafts(Attention):
     """The attention of draft steps, as `Attention`, and of the verification passes that choose for them.
 
     The sets of all layers lie in one table. A pass writes the chosen tokens, and behind them those that can follow, one
@@ -66,7 +67,7 @@ class VerifiedDrafts:
         with torch.inference_mode(False):  # as the cache: written by later passes, in whatever mode
             self.indices = lengths.new_zeros(self.shape.num_layers, len(lengths), sets, width)
             self.counts, self._past, self._chosen = (torch.zeros_like(lengths) for _ in range(3))
-            self._map = map_of_heads(self.shape, self.plan.selection, lengths.device)
+            self._head_to_set = map_of_heads(self.shape, self.plan.selection, lengths.device)
             self._choice = choice_like(self.plan, lengths)
         self._capacity = capacity
 
@@ -89,9 +90,6 @@ class VerifiedDrafts:
 
     # ---- draft steps, as `Attention`
 
-    def prepare(self, layer: int, kv: KV) -> None:
-        """Nothing is kept of a prompt."""
-
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Starts a draft step, after a verification pass: what came since is read too.
 
@@ -105,23 +103,12 @@ class VerifiedDrafts:
         self.counts.add_(self._chosen).clamp_(min=0)
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        """Attention of the new tokens in one layer, after `begin`; as `DecodeAttention.attend`."""
+        """See `Attention`."""
         assert self.indices is not None and self.counts is not None
-        return ops.sparse_attention(query, kv, self.indices[layer], self.counts, self._map, scale)
-
-    def is_full(self, layer: int) -> bool:
-        """Never."""
-        return False
+        return ops.sparse_attention(query, kv, self.indices[layer], self.counts, self._head_to_set, scale)
 
     def tokens_read(self, context: int) -> dict[int, float]:
-        """Tokens whose K and V each layer reads in one step, per KV head; the most that can have come since included.
-
-        Query heads of one KV head that choose for themselves read their sets one by one, and are counted so.
-        """
+        """See `Attention`; the most tokens that can have come since are counted."""
         count = self.plan.budget_for(context) + self._newest
         read = float(context) if count >= context else count * self.shape.sets_per_kv_head(self.plan.selection)
         return {layer: read for layer, role in enumerate(self.plan.roles) if role is not None}
-
-    def kv_read_fraction(self, context: int) -> float:
-        """Share of the KV cache of all layers with a role that one step reads at a context of `context` tokens."""
-        return share_read(self.tokens_read(context), context)

@@ -22,7 +22,7 @@ class SharesRead:
 
     def __init__(self, results: Iterable[Result]) -> None:
         plans = [*shipped_plans().values(), *_plans_in(results)]
-        self._plans = {Method("tidal", plan=plan).key()["plan_digest"]: plan for plan in plans}
+        self._plans = {Method.named("tidal", plan=plan).key()["plan_digest"]: plan for plan in plans}
         self._shapes = {plain_name(p.model.name): p.model for p in plans if p.model is not None and p.model.name}
 
     def of(self, result: Result, settings: MethodSettings, budget: Budget, context: int | None) -> float | None:
@@ -39,10 +39,8 @@ class SharesRead:
         if plan is not None and plan.mismatch(shape.model_dump(exclude={"name"})) is not None:
             return None
         try:
-            method = Method(
-                settings.method, budget, plan, settings.selection or "per_head",
-                settings.page_size or 16, settings.full_layers,
-            )  # fmt: skip
+            own = {name: getattr(settings, name) for name in ("selection", "page_size", "full_layers")}
+            method = Method.named(settings.method, budget, plan, **own)
             return method.attention(shape, context).kv_read_fraction(context)
         except InputError:
             return None

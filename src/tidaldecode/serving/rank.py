@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tidaldecode import ops
 from tidaldecode.errors import InputError
-from tidaldecode.methods.tidal import DecodeAttention, StepSets, sources_of
+from tidaldecode.methods.step_sets import StepSets
+from tidaldecode.methods.tidal import DecodeAttention, sources_of
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
 from tidaldecode.serving.read_counts import ReadCounts
