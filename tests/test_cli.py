@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from command_line import assert_one_line
 from families import FAMILIES, plan_for
 from tidaldecode import ModelShape, TidalPlan
-from tidaldecode.cli.sets import print_sets
+from tidaldecode.cli.tables import print_sets
 from tidaldecode.evaluate.study import sets_per_kv_head
 from tidaldecode.methods.method import METHODS, every_method
 from tidaldecode.models import ModelFiles, check_architecture

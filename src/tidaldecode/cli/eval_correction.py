@@ -9,7 +9,8 @@ from rich.console import Console
 
 from tidaldecode.cli.command import command
 from tidaldecode.cli.progress import progress
-from tidaldecode.cli.study import STUDY, StudyOptions, draw, print_table
+from tidaldecode.cli.study import STUDY, StudyOptions, draw
+from tidaldecode.cli.tables import print_table
 from tidaldecode.options import Option, PlanName, Seed, budgets, integers
 from tidaldecode.report.labels import budget_label
 from tidaldecode.report.losses import correction_panels

@@ -13,8 +13,8 @@ from rich.text import Text as Words
 from tidaldecode.cli.command import command
 from tidaldecode.cli.output import print_json
 from tidaldecode.cli.progress import progress
-from tidaldecode.cli.sets import print_sets
-from tidaldecode.cli.study import StudyOptions, print_table
+from tidaldecode.cli.study import StudyOptions
+from tidaldecode.cli.tables import print_sets, print_table
 from tidaldecode.evaluate.task_settings import TaskMethods, TaskSettings
 from tidaldecode.report.labels import budget_label
 from tidaldecode.results.tasks import TaskScore, lm_eval_summary

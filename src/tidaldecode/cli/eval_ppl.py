@@ -9,7 +9,8 @@ from rich.console import Console
 
 from tidaldecode.cli.command import command
 from tidaldecode.cli.progress import progress
-from tidaldecode.cli.study import StudyOptions, draw, print_table
+from tidaldecode.cli.study import StudyOptions, draw
+from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.method_options import MethodOptions
 from tidaldecode.options import Seed
 from tidaldecode.report.labels import budget_label

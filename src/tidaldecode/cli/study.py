@@ -1,4 +1,4 @@
-"""What the commands of `tidaldecode eval` share: options, checks that need no PyTorch, figures and tables."""
+"""What the commands of `tidaldecode eval` share: options, checks that need no PyTorch, and figures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text as Words
 
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Json, print_json, results_file
-from tidaldecode.cli.sets import print_sets
+from tidaldecode.cli.tables import print_sets
 from tidaldecode.models import ModelOptions
 from tidaldecode.options import Option
 from tidaldecode.report.drawing import save_png
@@ -68,20 +66,3 @@ def draw(rows: Sequence[Any], results: Path | None, title: str, **drawings: Call
         return []
     files = {results.with_name(f"{name}.png"): drawing for name, drawing in drawings.items()}
     return [str(file) for file, drawing in files.items() if save_png(drawing, rows, file, title)]
-
-
-def print_table(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], **numbers: Any
-) -> None:
-    """A table whose first column holds names, and the others numbers.
-
-    Args:
-        numbers: of `add_column`, for the columns of numbers.
-    """
-    table = Table(title=Words(title))
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right", **numbers)
-    for name, *cells in rows:
-        table.add_row(Words(name), *cells)
-    console.print(table)

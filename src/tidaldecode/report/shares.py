@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from tidaldecode.errors import InputError
-from tidaldecode.methods.method import Method
 from tidaldecode.plan import ModelShape, TidalPlan, plain_name
 from tidaldecode.plans import shipped_plans
 from tidaldecode.report.folder import Result
@@ -21,6 +20,8 @@ class SharesRead:
     """Knows the plans that ship, that calibrations of the folder found, and that lie in it, by their digests."""
 
     def __init__(self, results: Iterable[Result]) -> None:
+        from tidaldecode.methods.method import Method  # takes seconds, and a folder without results is told before
+
         plans = [*shipped_plans().values(), *_plans_in(results)]
         self._plans = {Method.named("tidal", plan=plan).key()["plan_digest"]: plan for plan in plans}
         self._shapes = {plain_name(p.model.name): p.model for p in plans if p.model is not None and p.model.name}
@@ -31,6 +32,8 @@ class SharesRead:
         Returns:
             `None` where the shape of the model or the plan is not known, or the setting is one of another version.
         """
+        from tidaldecode.methods.method import Method
+
         shape, plan = self._shape(result), self._plans.get(settings.plan_digest)
         if settings.method == "full":
             return 1.0
