@@ -1,8 +1,7 @@
-"""How much of the KV cache the decode steps of an engine read: counted on the host, shown and logged."""
+"""How much of the KV cache the decode steps of an engine read: counted on the host, shown and told."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.serving.metrics import Counters
 
-_log = logging.getLogger("vllm.tidaldecode")
 _SECONDS = 10.0  # as often as vLLM logs its throughput
 
 
@@ -21,7 +19,7 @@ class ReadCounts:
 
     Args:
         attention: a plan at work.
-        told: whether to log it from time to time, and to show it on `/metrics`; one rank of all does.
+        told: whether to tell of it from time to time, and to show it on `/metrics`; one rank of all does.
 
     Attributes:
         totals: [3], float64: tokens that were decoded; tokens that the layers read for them, summed over layers; and
@@ -41,11 +39,14 @@ class ReadCounts:
         self._counters: Counters | None = None
         self._logged, self._logged_at = self.totals.copy(), time.monotonic()
 
-    def count(self, lengths: NDArray[np.integer]) -> None:
+    def count(self, lengths: NDArray[np.integer]) -> str | None:
         """Counts a step.
 
         Args:
             lengths: [B]; tokens of the sequences that are decoded, the new ones included; 0 is none.
+
+        Returns:
+            A line for the engine's log, from time to time.
         """
         lengths = lengths[lengths > 0].astype(np.float64)
         budget, least = self._plan.token_budget, self._plan.budget_for(1)
@@ -54,8 +55,7 @@ class ReadCounts:
         read = (lengths * self._other_layers + sparse).sum()
         step = np.array([len(lengths), read, lengths.sum() * (self._other_layers + self._sparse_layers)])
         self.totals += step
-        if self._told:
-            self._tell(step)
+        return self._tell(step) if self._told else None
 
     @property
     def decoded(self) -> int:
@@ -68,18 +68,16 @@ class ReadCounts:
         _, read, full = self.totals
         return read / full if full else math.nan
 
-    def _tell(self, step: NDArray[np.float64]) -> None:
+    def _tell(self, step: NDArray[np.float64]) -> str | None:
         if self._counters is None:  # by the process that decodes; the plan may have been made in another
             self._counters = Counters()
         self._counters.add(step)
         decoded, read, full = self.totals - self._logged
         if time.monotonic() - self._logged_at < _SECONDS or not full:
-            return
-        _log.info(
-            "tidaldecode: %d tokens decoded since the last such line, reading %.1f%% of the KV cache; "
-            "%d tokens since the start, reading %d tokens' K and V over all layers",
-            decoded,
-            100 * read / full,
-            *self.totals[:2],
-        )
+            return None
         self._logged, self._logged_at = self.totals.copy(), time.monotonic()
+        return (
+            f"tidaldecode: {decoded:.0f} tokens decoded since the last such line, reading {read / full:.1%} of the "
+            f"KV cache; {self.decoded} tokens since the start, reading {self.totals[1]:.0f} tokens' K and V over all "
+            "layers"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from tidaldecode.serving.batch import Integers, Prompts, Split, Step, split
 from tidaldecode.vllm.graphs import capture_both
 from tidaldecode.vllm.own_backend import own_backend
 from tidaldecode.vllm.runner import PromptLengths
+
+_log = logging.getLogger("vllm.tidaldecode")
 
 _Builder: Any = own_backend().get_builder_cls()
 
@@ -105,8 +108,8 @@ class TidalDecodeBuilder(_Builder):
 
     def _decodes(self, lengths: Integers) -> bool:
         """Counts a step's sequences, and says whether the plan has a say in it: it has none where all are short."""
-        if self._counts:
-            self.attention.read_counts.count(lengths)
+        if self._counts and (line := self.attention.read_counts.count(lengths)) is not None:
+            _log.info("%s", line)
         return len(lengths) > 0 and not self.attention.is_short(int(lengths.max()))
 
     def _mixed(self, common: Any, parts: Split) -> Step | None:
