@@ -61,11 +61,9 @@ class Assignment:
             select: those of them that choose.
         """
         losses = torch.zeros(self.shape.num_layers, dtype=torch.float64)
-        sparse = [layer for layer in self.layers if layer not in reading]
-        if sparse:
-            columns = sorted(select)
+        if sparse := [layer for layer in self.layers if layer not in reading]:
             losses[sparse] = (
-                self.lost[sparse][:, columns].amin(1).sum(1) if columns else torch.tensor(torch.inf).double()
+                self.lost[sparse][:, sorted(select)].amin(1).sum(1) if select else losses.new_tensor(torch.inf)
             )
         return losses
 
@@ -92,16 +90,11 @@ class Assignment:
 
     def _sources(self, reading: frozenset[int], select: frozenset[int]) -> dict[int, list[tuple[int, int]]]:
         """Of each sparse layer and reader the layer and set that lose least."""
-        columns = sorted(select)
-        sources = {}
-        for layer in self.layers:
-            if layer in reading or not columns:
-                continue
-            chosen = self.lost[layer, columns].argmin(0).tolist()
-            sources[layer] = [
-                (columns[column], int(self.best[layer, columns[column], reader]))
-                for reader, column in enumerate(chosen)
-            ]
+        columns, sources = sorted(select), {}
+        for layer in self.layers if columns else ():
+            if layer not in reading:
+                below = [columns[column] for column in self.lost[layer, columns].argmin(0).tolist()]
+                sources[layer] = [(row, int(self.best[layer, row, reader])) for reader, row in enumerate(below)]
         return sources
 
     def roles(self, reading: frozenset[int], select: frozenset[int]) -> tuple[Role | None, ...]:

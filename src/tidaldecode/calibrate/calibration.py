@@ -108,9 +108,9 @@ class _Run:
         self.stretches: list[Stretch] = []
         self.points = BestPoints(settings.max_gap)
         self.tried = self.done = 0
-        by_number = settings.max_gap is None
-        self.first = settings.most_full + 1
-        self.last = settings.most_full + settings.most_select if by_number else len(self.layers) - 1
+        by_number, (self.full_layers, select_layers) = settings.max_gap is None, settings.most_layers
+        self.first = self.full_layers + 1
+        self.last = self.full_layers + select_layers if by_number else len(self.layers) - 1
         self.begun = settings.windows + len(SINK_TOKENS) + len(RECENT_TOKENS) + 1  # two looks at the attention
         self.per_size = Search.most_tries + len(settings.token_budgets) - 1
         # how many sizes a largest gap takes is not known before: the total grows with each
@@ -139,7 +139,7 @@ class _Run:
         search = Search(
             self.assignment(),
             lambda layers: self.measure(search.assignment, layers),
-            settings.most_full,
+            self.full_layers,
             settings.tries,
         )
         self.choose_shares(search)

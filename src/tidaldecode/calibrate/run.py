@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from tidaldecode.results.rows import save_results
 from tidaldecode.texts.text import Text, TextSource
 from tidaldecode.whole_file import make_results_folder
 
+Found = TypeVar("Found")
 OnProgress = Callable[[int, int, str], None]
 """Told how many parts of how many are done, 0 of 0 while something is loaded, and in words what comes next."""
 
@@ -56,20 +58,16 @@ def report_calibration(
     else:
         heldout, heldout_title = Text.tokenize(tokenizer, heldout_source.parts()), heldout_source.title
     check_apart(text, settings.starts(text), heldout, settings.heldout(heldout))
-    loaded = _load(chosen, settings.seed, "--results", results, on_progress)
-    began = time.perf_counter()
-    found = calibrate(loaded, text, heldout, settings, on_progress)
-    report = CalibrationReport(
-        environment=environment(chosen.device),
-        model=chosen.files.title,
-        dtype=chosen.dtype_name,
-        text=title,
-        heldout_text=heldout_title,
-        settings=settings,
-        seconds=round(time.perf_counter() - began, 3),
-        found=found,
-        figure=None if results is None else str(results.with_suffix(".png")),
+    about, found = _measure(
+        chosen,
+        settings.seed,
+        lambda loaded: calibrate(loaded, text, heldout, settings, on_progress),
+        on_progress,
+        None if results is None else ("--results", results),
     )
+    about |= {"text": title, "heldout_text": heldout_title}
+    figure = None if results is None else str(results.with_suffix(".png"))
+    report = CalibrationReport(about, settings, found, figure)
     report.plan.save(plan_file)
     if results is not None:
         save_results(report.to_json(), results)
@@ -97,31 +95,43 @@ def report_coherence(
     on_progress(0, 0, "reading the text")
     text = Text.tokenize(chosen.files.tokenizer(), source.parts())
     settings.windows.check_text(text)
-    loaded = _load(chosen, settings.seed, "--output", results, on_progress)
-    began = time.perf_counter()
-    found = coherence(loaded, text, settings, on_progress)
-    report = CoherenceReport(
-        environment=environment(chosen.device),
-        model=chosen.files.title,
-        dtype=chosen.dtype_name,
-        text=source.title,
-        settings=settings,
-        seconds=round(time.perf_counter() - began, 3),
-        coherence=found,
-        figure=None if results is None else str(results.with_name("coherence.png")),
-        distance_figure=None if results is None else str(results.with_name("coherence_distance.png")),
+    about, found = _measure(
+        chosen,
+        settings.seed,
+        lambda loaded: coherence(loaded, text, settings, on_progress),
+        on_progress,
+        None if results is None else ("--output", results),
     )
+    names = ("coherence.png", "coherence_distance.png")
+    figures = () if results is None else (str(results.with_name(name)) for name in names)
+    report = CoherenceReport({**about, "text": source.title}, settings, found, *figures)
     if results is not None:
         save_results(report.to_json(), results)
     return report
 
 
-def _load(
-    chosen: ChosenModel, seed: int, option: str, results: Path | None, on_progress: OnProgress
-) -> PreTrainedModel:
-    """The model, once the folder of results is made, which an option names."""
-    if results is not None:
-        make_results_folder(option, results)
+def _measure(
+    chosen: ChosenModel,
+    seed: int,
+    measure: Callable[[PreTrainedModel], Found],
+    on_progress: OnProgress,
+    output: tuple[str, Path] | None,
+) -> tuple[dict[str, Any], Found]:
+    """Loads a model and measures, once there is a folder for the results.
+
+    Args:
+        output: the option that names the folder, and the file of results.
+
+    Returns:
+        What it was measured on, see `CalibrationReport.about`, and what was found.
+    """
+    if output is not None:
+        make_results_folder(*output)
     on_progress(0, 0, "loading the model")
     torch.manual_seed(seed)
-    return apply(chosen.load(), "full")
+    loaded = apply(chosen.load(), "full")
+    began = time.perf_counter()
+    found = measure(loaded)
+    seconds = round(time.perf_counter() - began, 3)
+    about = {"model": chosen.files.title, "dtype": chosen.dtype_name, "seconds": seconds}
+    return {**environment(chosen.device), **about}, found

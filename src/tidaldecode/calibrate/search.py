@@ -60,7 +60,8 @@ class Search:
             self._end = len(self.measured) + self.most_tries
             for layers in [best] if size == first else self._untried(self._grown(best)):
                 self._try(layers)
-            best = self._moved(self._best(size))
+            tried = [layers for layers in self.measured if len(layers.reading) == size]
+            best = self._moved(min(tried, key=self._order))
             yield best
 
     def start(self, size: int) -> Layers:
@@ -70,10 +71,6 @@ class Search:
         while len(reading) < size:
             reading = min(self._grown(self._chosen(reading)), key=self._rank).reading
         return self._chosen(reading)
-
-    def _best(self, size: int) -> Layers:
-        """The best layers of a size that were tried."""
-        return min((layers for layers in self.measured if len(layers.reading) == size), key=self._order)
 
     def _order(self, layers: Layers) -> tuple[float, list[int]]:
         return self.measured[layers], sorted(layers.reading)
@@ -100,25 +97,16 @@ class Search:
 
     def _moved(self, best: Layers) -> Layers:
         """Moves one layer at a time, as long as that makes the loss smaller."""
-        while True:
-            neighbours = self._neighbours(best)
-            better = self._tried_better(neighbours, best) or self._first_better(neighbours, best)
-            if better is None:
-                return best
+        while (better := self._better(best)) is not None:
             best = better
+        return best
 
-    def _tried_better(self, candidates: list[Layers], best: Layers) -> Layers | None:
-        """The best candidate of those tried, if it is better than `best`."""
-        better = [layers for layers in candidates if self.measured.get(layers, math.inf) < self.measured[best]]
-        return min(better, key=self._order, default=None)
-
-    def _first_better(self, candidates: list[Layers], best: Layers) -> Layers | None:
-        """The first candidate in the order of prediction that turns out to be better than `best`."""
-        for candidate in self._untried(candidates):
-            self._try(candidate)
-            if self.measured[candidate] < self.measured[best]:
-                return candidate
-        return None
+    def _better(self, best: Layers) -> Layers | None:
+        """The best neighbour of those tried, or the first in the order of prediction that turns out to be better."""
+        neighbours, loss = self._neighbours(best), self.measured[best]
+        if tried := [layers for layers in neighbours if self.measured.get(layers, math.inf) < loss]:
+            return min(tried, key=self._order)
+        return next((layers for layers in self._untried(neighbours) if self._try(layers) < loss), None)
 
     def _untried(self, candidates: list[Layers]) -> Iterator[Layers]:
         """The most promising candidates that were not tried, each by the weights of that moment; `tries` of them."""
@@ -129,10 +117,11 @@ class Search:
                 return
             yield candidate
 
-    def _try(self, layers: Layers) -> None:
+    def _try(self, layers: Layers) -> float:
         if layers not in self.measured:
             self.measured[layers] = self.measure(layers)
             self._fit()
+        return self.measured[layers]
 
     def _fit(self) -> None:
         """Fits the weights to what was measured: ridge regression towards their common mean, none negative."""

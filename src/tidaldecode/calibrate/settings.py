@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tidaldecode.errors import InputError
@@ -53,15 +53,12 @@ class CalibrationSettings:
     """What plan is looked for, and on which decode steps.
 
     Attributes:
-        select_layers: how many layers may choose; the best plans with fewer are found on the way.
-        full_layers: how many layers beside them read everything.
-        max_gap: instead of numbers of layers, the largest divergence from full attention on the text, in nats per token
-            (`Loss.text_divergence`); the cheapest plan within it is looked for.
-        budgets: tokens that a sparse layer reads; several only with `max_gap`, the search goes by the middle one.
+        budgets: the search goes by the middle one.
+        select_layers: the best plans with fewer are found on the way.
+        max_gap: the largest divergence from full attention on the text, in nats per token (`Loss.text_divergence`).
         decode: decode steps of a window that predict the text's own tokens.
         heldout_windows, heldout_decode: of the text that the plan is checked on; at most a quarter of a window is
             decoded.
-        selections: the rules by which layers may choose.
         per_query_head: whether each query head reads a set of its own, at the price of more rows, instead of one for
             the query heads of a KV head.
         probes: stretches of each prompt that are said again behind its text.
@@ -142,22 +139,17 @@ class CalibrationSettings:
         return self.budgets or (_BUDGETS if self.max_gap is None else _GAP_BUDGETS)
 
     @property
-    def most_select(self) -> int:
-        """How many layers may choose; of no meaning where a gap decides."""
-        return self.select_layers or _SELECT_LAYERS
-
-    @property
-    def most_full(self) -> int:
-        """How many layers beside them read everything; none has to where a gap decides."""
-        given = 0 if self.max_gap is not None else _FULL_LAYERS
-        return given if self.full_layers is None else self.full_layers
-
-    @property
-    def resolved(self) -> dict[str, Any]:
-        """What was left to defaults, as results name it."""
-        select = self.most_select if self.max_gap is None else None
+    def most_layers(self) -> tuple[int, int]:
+        """How many layers read everything without choosing, and how many may choose; with a gap all may."""
+        if self.max_gap is not None:
+            return 0, 1
         full = _FULL_LAYERS if self.full_layers is None else self.full_layers
-        return {"select_layers": select, "full_layers": full, "budgets": self.token_budgets}
+        return full, self.select_layers or _SELECT_LAYERS
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings, with those that were left to defaults, as results hold them."""
+        full, select = (_FULL_LAYERS, None) if self.max_gap is not None else self.most_layers
+        return {**asdict(self), "select_layers": select, "full_layers": full, "budgets": self.token_budgets}
 
     @property
     def first_step(self) -> int:
@@ -184,7 +176,7 @@ class CalibrationSettings:
         check_architecture(config)
         Windows(self.context, self.decode, 1).check(config)
         layers = sum(window is None for window in sliding_windows(config))
-        full, select = self.most_full, self.most_select if self.max_gap is None else 1
+        full, select = self.most_layers
         if full + select >= layers:
             raise InputError(
                 f"{full} full and {select} select layers leave no sparse one among the {layers} layers of the model "

@@ -18,19 +18,13 @@ class CalibrationReport:
     """A calibration, and what it was made on.
 
     Attributes:
-        environment: command, versions, device.
-        text, heldout_text: names of the texts.
-        seconds: without loading.
+        about: as results name it: command, versions, device, model, dtype, `text` and `heldout_text` (names), and
+            `seconds`, without loading.
         figure: the frontier of cost and loss, a PNG file, if it is drawn.
     """
 
-    environment: dict[str, Any]
-    model: str
-    dtype: str
-    text: str
-    heldout_text: str
+    about: dict[str, Any]
     settings: CalibrationSettings
-    seconds: float
     found: Found
     figure: str | None = None
 
@@ -46,42 +40,36 @@ class CalibrationReport:
         return self.plan.sets_per_kv_head(self.plan.model)
 
     def _plan(self, point: Point) -> TidalPlan:
-        settings, checked = self.settings, point.heldout_gap is not None
+        about, settings, checked = self.about, self.settings, point.heldout_gap is not None
         numbers: dict[str, Any] = {
             name: None if value is None else round(value, 5) for name, value in _numbers(point).items()
         }
         calibration = Calibration(
-            text=self.text,
-            heldout_text=self.heldout_text if checked else None,
+            text=about["text"],
+            heldout_text=about["heldout_text"] if checked else None,
             context=settings.context,
             windows=settings.windows,
             decode=settings.decode,
             heldout_windows=settings.heldout_windows if checked else None,
             heldout_decode=settings.heldout_steps if checked else None,
             seed=settings.seed,
-            dtype=self.dtype,
-            device=self.environment["device"],
-            versions=self.environment["versions"],
+            dtype=about["dtype"],
+            device=about["device"],
+            versions=about["versions"],
             **numbers,
         )
         assert point.plan.model is not None
-        shape = point.plan.model.model_copy(update={"name": self.model})
+        shape = point.plan.model.model_copy(update={"name": about["model"]})
         return point.plan.model_copy(
             update={"origin": "found by tidaldecode calibrate", "model": shape, "calibration": calibration}
         )
 
     def to_json(self) -> dict[str, Any]:
         """The report as one object; `frontier` holds the best plans, the cheapest first."""
-        settings, found = self.settings, self.found
+        found = self.found
         return {
-            **self.environment,
-            "model": self.model,
-            "dtype": self.dtype,
-            "text": self.text,
-            "heldout_text": self.heldout_text,
-            **asdict(settings),
-            **settings.resolved,
-            "seconds": self.seconds,
+            **self.about,
+            **self.settings.to_json(),
             "tried": found.tried,
             "stopped": found.stopped,
             **_numbers(found.chosen),
@@ -118,19 +106,14 @@ class CoherenceReport:
     """Coherence, and what it was measured on.
 
     Attributes:
-        environment: command, versions, device.
-        text: name of the text.
-        seconds: without loading.
+        about: as results name it: command, versions, device, model, dtype, `text` (its name), and `seconds`, without
+            loading.
         figure: heatmaps of recall, a PNG file, if it is drawn.
         distance_figure: recall over the distance between layers, likewise.
     """
 
-    environment: dict[str, Any]
-    model: str
-    dtype: str
-    text: str
+    about: dict[str, Any]
     settings: CoherenceSettings
-    seconds: float
     coherence: Coherence
     figure: str | None = None
     distance_figure: str | None = None
@@ -141,14 +124,10 @@ class CoherenceReport:
         matrices, distances = self.coherence.matrices, self.coherence.distances
         first = self.settings.selections[0]
         return {
-            **self.environment,
-            "model": self.model,
-            "dtype": self.dtype,
-            "text": self.text,
+            **self.about,
             **settings.pop("windows"),
             **settings,
             "budget": self.settings.tokens,
-            "seconds": self.seconds,
             "recall": matrices[first],
             "recalls": matrices,
             "distance": distances[first],

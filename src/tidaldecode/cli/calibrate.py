@@ -73,19 +73,20 @@ def _draw(report: CalibrationReport) -> None:
     from tidaldecode.report.losses import frontier
 
     if report.figure is not None:
-        title = f"{report.model}: what plans lose, and what they read"
+        title = f"{report.about['model']}: what plans lose, and what they read"
         save_png(frontier, report.to_json()["frontier"], Path(report.figure), title)
 
 
 def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None:
     settings, found = report.settings, report.found
+    model, seconds = report.about["model"], report.about["seconds"]
     columns = ("full + select", "budget", "KV read", "loss", "on text", "gap", "gap, held-out text")
-    title = f"{report.model}: nats per token above full attention, {settings.context:,} tokens"
+    title = f"{model}: nats per token above full attention, {settings.context:,} tokens"
     print_table(console, title, columns, map(_cells, found.frontier), False, found.frontier.index(found.chosen))
     if settings.max_gap is not None and found.chosen.loss.text_divergence > settings.max_gap:
         console.print(Words(f"no plan loses at most {settings.max_gap} nats: the best one was kept"), soft_wrap=True)
     stopped = "stopped; the best plan so far" if found.stopped else "plan"
-    console.print(Words(f"{stopped}: {plan_file} ({found.tried} tried in {report.seconds:,.0f} s)"), soft_wrap=True)
+    console.print(Words(f"{stopped}: {plan_file} ({found.tried} tried in {seconds:,.0f} s)"), soft_wrap=True)
     if report.sets_per_kv_head > 1:
         print_sets(console, {"the plan": report.sets_per_kv_head})
 

@@ -47,7 +47,7 @@ def _draw(report: CoherenceReport) -> None:
     from tidaldecode.report.scores import recall_heatmaps, recall_over_distance
 
     tokens, context = report.settings.tokens, report.settings.windows.context
-    title = f"{report.model}, {report.text}: recall, budget {tokens:,} of {context:,} tokens"
+    title = f"{report.about['model']}, {report.about['text']}: recall, budget {tokens:,} of {context:,} tokens"
     if report.figure is not None:
         save_png(recall_heatmaps, report.coherence.matrices, Path(report.figure), title)
     if report.distance_figure is not None:
@@ -56,7 +56,8 @@ def _draw(report: CoherenceReport) -> None:
 
 def _print(console: Console, report: CoherenceReport) -> None:
     settings = report.settings
-    title = f"{report.model}, {report.text}: recall of {settings.tokens:,} of {settings.windows.context:,} tokens"
+    about, tokens, context = report.about, settings.tokens, settings.windows.context
+    title = f"{about['model']}, {about['text']}: recall of {tokens:,} of {context:,} tokens"
     distances = enumerate(zip(*report.coherence.distances.values(), strict=True))
     rows = (
         (str(distance), *("" if share is None else f"{share:.3f}" for share in shares))
