@@ -24,6 +24,7 @@ from tidaldecode.hf.sequences import Sequences
 from tidaldecode.hf.session import STEP, Session
 from tidaldecode.methods.quest import QuestAttention
 from tidaldecode.methods.tidal import DecodeAttention
+from tidaldecode.models import model_shape
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape
 from tidaldecode.plans.find import find_plan
@@ -150,6 +151,101 @@ def test_traced_rounds_out_of_verification_are_the_models_own(tiny):
             traced.count(1)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(own.attention.counts, traced.attention.counts)
+
+
+class Replayed:
+    """Stands for a CUDA graph and its stream where there is no GPU: a replay runs the pass again."""
+
+    def __init__(self, *_):
+        pass
+
+    def replay(self):
+        self.logits.copy_(self.run())
+
+    def wait_stream(self, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """Lets passes be captured and replayed on the CPU, uncompiled."""
+    capture = captured.CapturedPass._capture
+
+    def captures(step, sequences, run):
+        capture(step, sequences, run)
+        attend = captured._running.attend
+
+        def again():
+            session = attend.__self__
+            prepared = session.prepared  # what the host did at the capture, it does not do in a replay
+            with torch.no_grad(), captured.running(attend):
+                logits = run()
+            session.prepared = prepared
+            return logits
+
+        step._graph.run, step._graph.logits = again, step._logits
+
+    @contextmanager
+    def graph(graph, stream, capture_error_mode):
+        """A graph that is captured runs nothing: what it would have counted is taken back."""
+        yield
+        sequences.lengths.sub_(sequences.new_lengths)
+
+    sequences = None
+
+    def with_sequences(of):
+        nonlocal sequences
+        sequences = of
+
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Replayed)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(captured.CapturedPass, "_capture", captures)
+    monkeypatch.setattr(captured, "_compiled_step", captured.decode_step)
+    monkeypatch.setattr(Session, "_obstacle", lambda *_: None)
+    return with_sequences
+
+
+@pytest.mark.parametrize("method", ["plan", "verification", "quest"])
+def test_replayed_passes_are_the_models_own(tiny, without_gpu, method):
+    """Steps, chunks and drafts one after another: each finds the cache as the one before left it."""
+    model = tiny("llama").double()
+    plan = find_plan("paper", model.config).with_budget(8)
+    plan = plan.with_drafting("verification") if method == "verification" else plan
+    apply(model, plan)
+    own, replayed = caches = [read_prompt(model, plan, 80) for _ in range(2)]
+    without_gpu(replayed.sequences)
+    if method == "quest":
+        for cache in caches:
+            cache.attention = QuestAttention(model_shape(model.config), 8, page_size=2)
+
+    def check(one, other, ids, kind):
+        positions = one.sequences.lengths[:, None].long() + torch.arange(ids.shape[1])
+        other.ready(*ids.shape)
+        logits = other.replay(model, ids, positions, kind)
+        if kind == "full":
+            expected = full_pass(model, one, ids, positions)
+        else:
+            expected = model(ids, position_ids=positions, past_key_values=one).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+        assert one.get_seq_length() == other.get_seq_length()
+        assert torch.equal(one.sequences.lengths, other.sequences.lengths)
+
+    for token in next_tokens(3, "cpu"):
+        check(own, replayed, token, "step")
+    drafts = own.for_drafts(8), replayed.for_drafts(8)
+    for _ in range(2):
+        check(*drafts, PROMPT[:, :9], "full")
+        for cache in drafts if method != "quest" else ():  # which has to look at the chunk itself
+            cache.rewind(cache.get_seq_length() - 2, cache.sequences.lengths - 2)
+        for token in next_tokens(2, "cpu"):
+            check(*drafts, token, "step")
+    assert drafts[1].session.graphs.keys() == {STEP, 9} and not drafts[0].session.graphs
 
 
 @pytest.mark.parametrize("recent", [1, 7, 0.0, 0.25, 0.9])
