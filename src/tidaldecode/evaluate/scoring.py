@@ -39,7 +39,9 @@ class TokenScores:
     greedy: Tensor
 
 
-def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) -> Iterator[Tensor]:
+def step_logits(
+    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, interval: int | None = None
+) -> Iterator[Tensor]:
     """The logits that decoding given tokens step by step under `cache.attention` would give.
 
     The cache holds the tokens afterwards: `cache.crop(-n)` takes them away, and then another `cache.attention` can go
@@ -50,6 +52,8 @@ def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) ->
         cache: a cache that holds one prompt, read by the model.
         token_ids: [1, n]; the tokens of the steps. The last token of a prompt is one of them if it is to be decoded
             under the method too.
+        interval: decoded tokens between two corrections of the cache, which run those again with full attention; those
+            behind the last whole interval are not corrected. `None` for no corrections.
 
     Yields:
         [1, m, V], dtype of the model; parts of the n positions, in order, as many at once as memory allows.
@@ -59,35 +63,23 @@ def step_logits(model: PreTrainedModel, cache: TidalCache, token_ids: Tensor) ->
     """
     _check(model, cache, token_ids)
     most = 1 if rope_varies(model.config) else steps_at_once(model, cache.capacity)
-    for ids in torch.split(token_ids.to(model.device), most, 1):
-        cache.ready(1, ids.shape[1])
-        cache.begin(1, ids.shape[1], ids.device, kind="steps")
-        parts = [own_pass(model, cache, input_ids=ids, use_cache=True).logits]
-        yield parts.pop()  # nothing here holds it while the next part is computed
-
-
-def corrected_step_logits(
-    model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, interval: int
-) -> Iterator[Tensor]:
-    """As `step_logits`, with cache correction: every `interval` tokens, those run again with full attention.
-
-    Args:
-        model, cache, token_ids: as for `step_logits`.
-        interval: decoded tokens between two corrections; those behind the last whole interval are not corrected.
-    """
-    for ids in torch.split(token_ids.to(model.device), interval, 1):
-        yield from step_logits(model, cache, ids)
-        if ids.shape[1] == interval:
+    for stretch in torch.split(token_ids.to(model.device), interval or token_ids.shape[1], 1):
+        for ids in torch.split(stretch, most, 1):
+            cache.ready(1, ids.shape[1])
+            cache.begin(1, ids.shape[1], ids.device, kind="steps")
+            parts = [own_pass(model, cache, input_ids=ids, use_cache=True).logits]
+            yield parts.pop()  # nothing here holds it while the next part is computed
+        if stretch.shape[1] == interval:
             start = cache.get_seq_length() - interval
             cache.rewind(start, cache.sequences.lengths - interval)
-            positions = torch.arange(start, start + interval, device=ids.device)[None]
-            full_pass(model, cache, ids, positions, last_logits=True, capture=False)
+            positions = torch.arange(start, start + interval, device=stretch.device)[None]
+            full_pass(model, cache, stretch, positions, last_logits=True, capture=False)
 
 
 def own_step_logits(
     model: PreTrainedModel, cache: TidalCache, token_ids: Tensor, interval: int | None = None
 ) -> Iterator[Tensor]:
-    """As `corrected_step_logits`, by the model's own decode steps and corrections: on a GPU graphs are replayed."""
+    """As `step_logits`, by the model's own decode steps and corrections: on a GPU graphs are replayed."""
     _check(model, cache, token_ids)
     cache.correction = None if interval is None else Correction(interval)
     try:
@@ -121,14 +113,8 @@ def score_tokens(
     """
     expected = token_ids[0, 1:].to(model.device)
     log_probs, greedy, start = [], [], 0
-    given = token_ids[:, :-1]
-    if own_steps:
-        parts = own_step_logits(model, cache, given, correction_interval)
-    elif correction_interval is None:
-        parts = step_logits(model, cache, given)
-    else:
-        parts = corrected_step_logits(model, cache, given, correction_interval)
-    for part in parts:
+    decode = own_step_logits if own_steps else step_logits
+    for part in decode(model, cache, token_ids[:, :-1], correction_interval):
         logits = part[0].float()  # [m, V]
         token = expected[start : start + len(logits), None]
         log_probs.append((logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0])

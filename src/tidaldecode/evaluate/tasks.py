@@ -1,7 +1,7 @@
 """Tasks of lm-eval by each method, task by task.
 
-They run by `lm_eval.evaluator.evaluate`, the part of `simple_evaluate` behind its tasks' loading: the whole would load
-them, and ask the machine for all its versions, which takes five seconds, again for every task and method.
+They run by `lm_eval.evaluator.evaluate`, the part of `simple_evaluate` that measures: the whole also asks the machine
+for all its versions, which takes five seconds, and would do so for every task and method.
 """
 
 from __future__ import annotations
