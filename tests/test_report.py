@@ -263,7 +263,7 @@ def test_figures_follow_the_theme(text):
     assert "prefers-color-scheme: dark" in text
     dark = resources.files("tidaldecode.report").joinpath("page.css").read_text().split("prefers-color-scheme: dark")[1]
     figures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
-    for name, color in drawing.palette().items():
+    for name, color in drawing.COLORS.items():
         assert re.search(rf"--{name}: #\w{{6}};", dark), name
         assert color not in figures
     for name in ("ink", "muted", "grid", "paper", "blue", "teal", "magenta"):
@@ -599,6 +599,17 @@ def test_what_json_printed_of_corrections_is_an_article_as_its_cells_are(tmp_pat
     results, skipped = read_results(tmp_path / "none")
     assert [result.file for result in results] == ["correction.jsonl"]
     assert [(one.file, one.reason) for one in skipped] == [("started.jsonl", "no window was decoded in every way yet")]
+
+
+def test_lossless_cells_without_their_counts_are_left_out_and_said(bare):
+    key = ("window", "mode", "length", "budget")
+    for name, lacking in (("a", {"accepted_per_round": None}), ("b", {"mode": "lossless"})):
+        write_cells(
+            bare / f"{name}.jsonl", "correction", key, [*CORRECTION, CORRECTION[1 if name == "b" else 4] | lacking]
+        )
+    results, skipped = read_results(bare)
+    assert [result.file for result in results] == ["found.json"]
+    assert {one.reason for one in skipped} == {"lossless cells without accepted_per_round or first_difference"}
 
 
 def test_gaps_below_zero_are_seen_and_their_errors():

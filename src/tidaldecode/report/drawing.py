@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 7.6, 3.7  # inches: a page on a desk, and on a phone
 
-_COLORS = {
+COLORS = {
     "ink": "#1c2430", "muted": "#5a6675", "grid": "#d6dce3", "paper": "#fefefe",
     "slate": "#5f6b7a", "silver": "#8893a2", "blue": "#0a6cc4", "teal": "#00857a", "orange": "#cc5500",
     "magenta": "#b0267e", "gold": "#8a6a00", "violet": "#7048d6", "green": "#4c8a1f", "red": "#b3372f",
     "brown": "#7a5238",
 }  # fmt: skip
-INK, MUTED, GRID, PAPER = (_COLORS[name] for name in ("ink", "muted", "grid", "paper"))
+"""Of figures on a light page, by the names of their CSS variables."""
+
+INK, MUTED, GRID, PAPER = (COLORS[name] for name in ("ink", "muted", "grid", "paper"))
 _METHODS = {
     "full": "slate", "sdpa": "silver", "tidal": "blue", "tidal unified": "teal", "quest": "orange",
     "streaming": "magenta", "oracle": "gold",
@@ -79,12 +81,7 @@ def line_styles(methods: Sequence[str]) -> list[LineStyle]:
         if name is None or name in names:
             name = spare.pop(0) if spare else _SPARE[index % len(_SPARE)]
         names.append(name)
-    return [LineStyle(_COLORS[name], _MARKERS[index % len(_MARKERS)]) for index, name in enumerate(names)]
-
-
-def palette() -> dict[str, str]:
-    """The colours of figures on a light page, by the names of their CSS variables."""
-    return dict(_COLORS)
+    return [LineStyle(COLORS[name], _MARKERS[index % len(_MARKERS)]) for index, name in enumerate(names)]
 
 
 class Line(NamedTuple):
@@ -211,6 +208,6 @@ def to_svg(draw: Draw, rows: Any, width: float, name: str) -> str:
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for variable, color in _COLORS.items():
+    for variable, color in COLORS.items():
         svg = re.sub(rf"(?<=[:\s]){color}\b", f"var(--{variable})", svg)
     return svg.strip()

@@ -227,6 +227,9 @@ def _kind(content: Mapping[str, Any]) -> str:
 def _checked(kind: str, rows: Any, declared: TypeAdapter[Any]) -> list[dict[str, Any]]:
     declared.validate_python(rows)
     if kind == "correction" and rows and "window" in rows[0]:
+        lossless = [row for row in rows if row["mode"] == "lossless"]
+        if any(row.get("accepted_per_round") is None or "first_difference" not in row for row in lossless):
+            raise InputError("lossless cells without accepted_per_round or first_difference")
         rows_of(rows)  # there is a window to show
     if kind == "ppl" and len({(len(row["nll_by_position"]), row["bin_tokens"]) for row in rows}) > 1:
         raise InputError("windows of different lengths")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -14,38 +14,22 @@ from markupsafe import Markup
 from tidaldecode.errors import InputError
 from tidaldecode.report import articles, overview
 from tidaldecode.report.article import Article
-from tidaldecode.report.drawing import check_matplotlib, palette
+from tidaldecode.report.drawing import COLORS, check_matplotlib
 from tidaldecode.report.folder import Result, Skipped, read_results
+from tidaldecode.report.labels import counted
 from tidaldecode.report.shares import SharesRead
 from tidaldecode.whole_file import check_writable, whole_file
 
-
-class _Kind(NamedTuple):
-    """What a page does with one kind of files.
-
-    Attributes:
-        section: where they stand on the page.
-        measured: what was measured, in words.
-    """
-
-    section: str
-    measured: str | None
-    article: Callable[[Result, str, SharesRead], Article]
-
-
-_KINDS = {
-    "ppl": _Kind("Quality", "perplexity", articles.perplexity),
-    "needle": _Kind("Quality", "needle in a haystack", articles.needles),
-    "lm-eval": _Kind("Tasks", "lm-eval tasks", articles.tasks),
-    "correction": _Kind("Lossless decoding", "cache correction", articles.correction),
-    "decode": _Kind("Speed", "decode steps", articles.decode_steps),
-    "ops": _Kind("Speed", "attention operations", articles.operations),
-    "calibration": _Kind("Calibration", "calibration", articles.calibration),
-    "recall": _Kind("Calibration", "coherence of layers", articles.coherence),
-    "plan": _Kind("Plans", None, articles.values),
-    "values": _Kind("Other results", None, articles.values),
+_SECTIONS: dict[str, dict[str, Callable[[Result, str, SharesRead], Article]]] = {
+    "Quality": {"ppl": articles.perplexity, "needle": articles.needles},
+    "Tasks": {"lm-eval": articles.tasks},
+    "Lossless decoding": {"correction": articles.correction},
+    "Speed": {"decode": articles.decode_steps, "ops": articles.operations},
+    "Calibration": {"calibration": articles.calibration, "recall": articles.coherence},
+    "Plans": {"plan": articles.values},
+    "Other results": {"values": articles.values},
 }
-"""In the order of the page."""
+"""What is said of each kind of files, in the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +66,23 @@ def write_report(folder: Path, output: Path) -> Report:
     results, skipped = read_results(folder)
     shares = SharesRead(results)
     opening = [found for found in (overview.losses(results, shares), overview.speeds(results)) if found is not None]
-    sections: dict[str, list[Article]] = {}
-    for kind, (section, _, article) in _KINDS.items():
-        for number, result in enumerate(results, 1):
-            if result.kind == kind:
-                sections.setdefault(section, []).append(article(result, f"r{number}-", shares))
+    sections = {
+        section: [
+            article(result, f"r{number}-", shares)
+            for kind, article in kinds.items()
+            for number, result in enumerate(results, 1)
+            if result.kind == kind
+        ]
+        for section, kinds in _SECTIONS.items()
+    }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_resource("page.html")).render(
         title=folder.resolve().name,
         summary=_summary(results),
         opening=opening,
-        sections=sections,
+        sections={section: own for section, own in sections.items() if own},
         skipped=skipped,
-        palette=palette(),
+        palette=COLORS,
         style=Markup(_resource("page.css")),
         svg=Markup,
     )
@@ -106,19 +94,11 @@ def write_report(folder: Path, output: Path) -> Report:
 
 
 def _summary(results: Sequence[Result]) -> str:
-    """What was measured, of which models and on which devices."""
-    kinds = [kind.measured for name, kind in _KINDS.items() if kind.measured and name in {r.kind for r in results}]
+    """How many files there are, of which models and from which devices."""
     models = dict.fromkeys(result.fields["model"] for result in results if isinstance(result.fields.get("model"), str))
     devices = dict.fromkeys(result.devices for result in results if result.devices)
-    text = _joined(kinds) or f"{len(results)} files of results"
-    text = text[0].upper() + text[1:]
-    if models:
-        text += f" of {_joined(list(models))}"
-    return text + (f", measured on {_joined(list(devices))}." if devices else ".")
-
-
-def _joined(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+    text = counted(len(results), "file") + " of results" + (f", of {', '.join(models)}" if models else "")
+    return text + (f", measured on {', '.join(devices)}." if devices else ".")
 
 
 def _resource(name: str) -> str:
