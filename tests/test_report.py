@@ -22,7 +22,7 @@ from tidaldecode.plans import read_plan
 from tidaldecode.report import articles, drawing, losses, overview, scores, speeds
 from tidaldecode.report.article import Table
 from tidaldecode.report.drawing import NARROW, WIDE, save_png
-from tidaldecode.report.folder import read_results
+from tidaldecode.report.folder import Result, read_results
 from tidaldecode.report.page import write_report
 from tidaldecode.report.shares import SharesRead
 from tidaldecode.results.cells import Cells
@@ -503,6 +503,20 @@ def test_shares_of_k_and_v_stand_beside_budgets_where_they_are_known(tmp_path):
         assert f"{label} +0.100 ± 0.000 reads {100 * share:.3g} %" in text
     assert "Not drawn, as the folder does not say what they read: tidal, lost." in text
     assert "tidal, lost +0.100 ± 0.000 quest" in text
+
+
+def test_shares_of_what_another_version_wrote_are_not_known():
+    shares, shape = SharesRead([]), "30 layers, 9 query heads, 3 KV heads, head dim 64"
+    result = Result("a", "ppl", {"model_shape": shape}, [], [])
+    settings = [
+        MethodSettings("oracle", selection="a rule to come"), MethodSettings("a method to come"),
+        MethodSettings("quest", page_size=3), MethodSettings("quest", full_layers=10**12), MethodSettings("tidal"),
+    ]  # fmt: skip
+    assert [shares.of(result, one, 64, 128) for one in settings] == [None] * 5
+    streaming = MethodSettings("streaming")
+    assert [shares.of(result, streaming, 64, context) for context in (128, 0, None)] == [0.5, None, None]
+    for fields, share in (({"model": "SmolLM2_135M"}, 0.5), ({"model_shape": "0" + shape[2:]}, None), ({}, None)):
+        assert shares.of(Result("a", "ppl", fields, [], []), streaming, 64, 128) == share
 
 
 def test_files_of_the_same_windows_are_compared_together(tmp_path):

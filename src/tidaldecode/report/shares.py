@@ -37,7 +37,7 @@ class SharesRead:
         shape, plan = self._shape(result), self._plans.get(settings.plan_digest)
         if settings.method == "full":
             return 1.0
-        if context is None or shape is None or (settings.full_layers or 0) > shape.num_layers:
+        if shape is None or context is None or context < 1 or (settings.full_layers or 0) > shape.num_layers:
             return None
         if plan is not None and plan.mismatch(shape.model_dump(exclude={"name"})) is not None:
             return None
@@ -45,7 +45,7 @@ class SharesRead:
             own = {name: getattr(settings, name) for name in ("selection", "page_size", "full_layers")}
             method = Method.named(settings.method, budget, plan, **own)
             return method.attention(shape, context).kv_read_fraction(context)
-        except InputError:
+        except (InputError, KeyError):  # a method, a setting or a rule of another version
             return None
 
     def _shape(self, result: Result) -> ModelShape | None:
