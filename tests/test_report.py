@@ -501,7 +501,7 @@ def test_shares_of_k_and_v_stand_beside_budgets_where_they_are_known(tmp_path):
         share = method.attention(shape, 128).kv_read_fraction(128)
         label = MethodSettings.of(method.key()).label
         assert f"{label} +0.100 ± 0.000 reads {100 * share:.3g} %" in text
-    assert "Not drawn, as the folder does not say what they read: tidal, lost." in text
+    assert "Not drawn, as the folder does not have the plan or shape that says what they read: tidal, lost." in text
     assert "tidal, lost +0.100 ± 0.000 quest" in text
 
 

@@ -38,7 +38,10 @@ def losses(results: Sequence[Result], shares: SharesRead) -> Article | None:
         if budgets_of(known):
             groups[found.windows] = {summary: share for summary, share in known.items() if summary.budget is not None}
     note = "".join(found.note for found in best.values())
-    note += f" Not drawn, as the folder does not say what they read: {'; '.join(unknown)}." if unknown else ""
+    if unknown:
+        note += (
+            f" Not drawn, as the folder does not have the plan or shape that says what they read: {'; '.join(unknown)}."
+        )
     return Article("Loss", drawn("opening-", {loss_over_share: groups}, note), [found.table for found in best.values()])
 
 
