@@ -17,9 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes, Sampling
-from tidaldecode.hf.apply import applied_plan
-from tidaldecode.hf.cache import TidalCache
-from tidaldecode.hf.layers import TidalLayer
+from tidaldecode.hf import TidalCache, applied_plan
 from tidaldecode.hf.second_pass import DraftLength, Rounds
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
@@ -127,7 +125,7 @@ def compare_with_full(
     full = find_plan("full", model.config)
     context, first = prompt.shape[1], done.token_ids[:1]
     streamer = _TimedStreamer(tokenizer, lambda text: None)
-    if all(isinstance(layer, TidalLayer) for layer in cache.layers) and len(done.token_ids) > 1:
+    if cache.is_croppable and len(done.token_ids) > 1:
         cache.crop(context - cache.get_seq_length())
         cache.use_plan(full)
     else:

@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidaldecode.errors import InputError
-from tidaldecode.hf.apply import applied_plan
+from tidaldecode.hf import TidalCache, applied_plan
 from tidaldecode.hf.attention_function import own_pass
-from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.second_pass import Correction, full_pass
 from tidaldecode.hf.sequences import PREFILL_CHUNK
 from tidaldecode.models import model_shape, rope_varies

@@ -98,9 +98,9 @@ def remove(model: Model) -> Model:
         InputError: the model has no plan.
     """
     inside = _inside(model)
-    applied: Applied | None = None if inside is None else vars(inside).get("_tidaldecode")
-    if inside is None or applied is None:
+    if inside is None or "_tidaldecode" not in vars(inside):
         raise InputError("the model has no plan: tidaldecode.apply was not called on it")
+    applied: Applied = inside._tidaldecode
     if inside.config._attn_implementation == NAME:
         applied.kind.set_attn_implementation(inside, {"": applied.attn_implementation})
     _replace_config(inside, _unless_changed(inside.config, applied.config))
