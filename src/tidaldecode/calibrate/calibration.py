@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,15 +18,12 @@ from tidaldecode.calibrate.settings import RECENT_TOKENS, SINK_TOKENS, Calibrati
 from tidaldecode.calibrate.stretches import Stretch, with_probes
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.perplexity import perplexity
-from tidaldecode.evaluate.study import measure
+from tidaldecode.evaluate.study import OnProgress, measure, quiet
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan, recent_among
 from tidaldecode.texts.text import Text
-
-OnProgress = Callable[[int, int, str], None]
-"""Told how many parts of how many are done, and in words what comes next."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +51,7 @@ def calibrate(
     text: Text,
     heldout: Text,
     settings: CalibrationSettings,
-    on_progress: OnProgress = lambda done, total, what: None,
+    on_progress: OnProgress = quiet,
 ) -> Found:
     """Finds the plan that loses least on a text, and measures what it loses on another.
 

@@ -15,7 +15,7 @@ of `S_i` that are not in `S_j` count with what mass they have. `S_j` is the best
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from tidaldecode.calibrate.attention_weights import ChosenSets, LayerWeights, mean_between_layers
 from tidaldecode.calibrate.settings import CoherenceSettings
 from tidaldecode.calibrate.stretches import Stretch
+from tidaldecode.evaluate.study import OnProgress, quiet
 from tidaldecode.models import model_shape
 from tidaldecode.plan import Selection
 from tidaldecode.texts.text import Text
@@ -67,7 +68,7 @@ def coherence(
     model: PreTrainedModel,
     text: Text,
     settings: CoherenceSettings,
-    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_progress: OnProgress = quiet,
 ) -> Coherence:
     """Measures recall between the layers of a model on decode steps of a text, with full attention throughout.
 

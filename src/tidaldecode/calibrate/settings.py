@@ -291,13 +291,15 @@ def check_apart(text: Text, starts: Sequence[int], heldout: Text, windows: Windo
     Raises:
         InputError: they share a run of tokens.
     """
-    chosen = (text.tokens[start : start + windows.context] for start in starts)
-    seen = {run.tobytes() for window in chosen for run in window.unfold(0, min(_RUN, len(window)), 1).numpy()}
+
+    def runs(text: Text, start: int) -> set[bytes]:
+        window = text.tokens[start : start + windows.context]
+        return {run.tobytes() for run in window.unfold(0, min(_RUN, len(window)), 1).numpy()}
+
+    seen = set[bytes]().union(*(runs(text, start) for start in starts))
     for start in windows.starts:
-        window = heldout.tokens[start : start + windows.context]
-        for run in window.unfold(0, min(_RUN, len(window)), 1).numpy():
-            if run.tobytes() in seen:
-                raise InputError(
-                    f"the held-out text overlaps the text to calibrate on (in its window from token {start} on), and a "
-                    "gap measured there would say nothing: give another text"
-                )
+        if not seen.isdisjoint(runs(heldout, start)):
+            raise InputError(
+                f"the held-out text overlaps the text to calibrate on (in its window from token {start} on), and a "
+                "gap measured there would say nothing: give another text"
+            )

@@ -133,14 +133,23 @@ def run_study(
     with Cells.open(results, {**chosen.identity(), **study.identity}, study.key, where) as cells:
         rows, began = finished(study, cells), time.perf_counter()
         if rows is None:
-            on_progress(0, 0, "loading the model")
-            torch.manual_seed(seed)
-            loaded = apply(chosen.load(), "full")
-            began = time.perf_counter()
+            loaded, began = load(chosen, seed, on_progress), time.perf_counter()
             rows = measure(study, loaded, cells, on_progress)
+    return Report(study, measured_on(chosen, began), rows, sets_per_kv_head(study.ways, model_shape(chosen.config)))
+
+
+def load(chosen: ChosenModel, seed: int, on_progress: OnProgress) -> PreTrainedModel:
+    """The model with a plan applied, that of full attention."""
+    on_progress(0, 0, "loading the model")
+    torch.manual_seed(seed)
+    return apply(chosen.load(), "full")
+
+
+def measured_on(chosen: ChosenModel, began: float) -> dict[str, Any]:
+    """What results say of how they were measured, see `Report.about`; `began` is by `time.perf_counter`."""
     seconds = round(time.perf_counter() - began, 3)
-    about = {**where, "model": chosen.files.title, "dtype": chosen.dtype_name, "seconds": seconds}
-    return Report(study, about, rows, sets_per_kv_head(study.ways, model_shape(chosen.config)))
+    about = {"model": chosen.files.title, "dtype": chosen.dtype_name, "seconds": seconds}
+    return {**environment(chosen.device), **about}
 
 
 def measure(
