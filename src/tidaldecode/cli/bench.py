@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from rich.console import Console
@@ -31,23 +31,18 @@ bench = typer.Typer(help="Measures operations and decode steps on a GPU.", no_ar
 
 
 @dataclass(frozen=True)
-class _OutputOptions:
-    results: Annotated[str | None, Option("JSON file, written anew whenever a shape is done.", metavar="F")] = None
+class _Outputs:
+    """Where rows, and a figure of them, go."""
+
+    results: Annotated[Path | None, Option("JSON file, written anew whenever a shape is done.", metavar="F")] = None
     output: Annotated[Path | None, Option("Folder or PNG file for a figure (matplotlib).", metavar="DIR|F.png")] = None
     json: Json = False
 
-    def check(self, figure: str) -> _Outputs:
-        """Where rows, and a figure of that name, go."""
-        name = self.results
-        results = None if name is None else output_file("--results", name, "results.json", self.json)
-        return _Outputs(results, figure_file("--output", self.output, figure), self.json)
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    results: Path | None
-    figure: Path | None
-    json: bool
+    def checked(self, figure: str) -> Self:
+        """The files that are written; in a folder, a figure of that name."""
+        file = self.results
+        results = None if file is None else output_file("--results", file, "results.json", self.json)
+        return replace(self, results=results, output=figure_file("--output", self.output, figure))
 
     def keep(self, report: TimingReport[Any]) -> None:
         """Keeps what has been measured so far, should the run be stopped; a stream gets all of it once, at the end."""
@@ -63,16 +58,16 @@ class _Outputs:
 
         if self.results is not None and is_stream(self.results):
             save_results(content, self.results)
-        if self.figure is not None:
-            save_png(draw, content, self.figure, title)
+        if self.output is not None:
+            save_png(draw, content, self.output, title)
         print_json(self.json, content)
 
 
 @bench.command()
 @command
-def ops(settings: OperationsSettings, where: DeviceOptions, options: _OutputOptions) -> None:
+def ops(settings: OperationsSettings, where: DeviceOptions, outputs: _Outputs) -> None:
     """Times each operation of a layer, and the attention of a whole decode step by each method."""
-    outputs = options.check("bench-ops.png")
+    outputs = outputs.checked("bench-ops.png")
     console = Console(stderr=True)
     with progress(console) as show:  # PyTorch takes seconds to import
         from tidaldecode.bench.operations import bench_operations
@@ -88,9 +83,9 @@ def ops(settings: OperationsSettings, where: DeviceOptions, options: _OutputOpti
 
 @bench.command()
 @command
-def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions, options: _OutputOptions) -> None:
+def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions, outputs: _Outputs) -> None:
     """Times whole decode steps of a model, from a token to the next, by each method."""
-    outputs = options.check("bench-decode.png")
+    outputs = outputs.checked("bench-decode.png")
     if source.model is None:
         read_plan(settings.plan)
     else:

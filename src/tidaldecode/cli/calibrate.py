@@ -36,7 +36,7 @@ def calibrate(
     heldout_text: Annotated[
         Path | None, Option("Text of the check. Default: the second half of --text.", metavar="F|DIR")
     ] = None,
-    output: Annotated[str, Option("The plan file.", metavar="F.json")] = "plan.json",
+    output: Annotated[Path, Option("The plan file.", metavar="F.json")] = Path("plan.json"),
     force: Annotated[bool, Option("Replace the plan file if it exists.")] = False,
     results: Annotated[Path | None, Option("Folder for the frontier, as JSON and PNG.", metavar="DIR")] = None,
     json_output: Json = False,
@@ -61,7 +61,7 @@ def calibrate(
         raise typer.Exit(_STOPPED)
 
 
-def _plan_file(output: str, force: bool, json_output: bool) -> Path:
+def _plan_file(output: Path, force: bool, json_output: bool) -> Path:
     path = output_file("--output", output, "plan.json", json_output)
     if path.exists() and not force and not is_stream(path):
         raise InputError(f"--output {output} exists: give another name, or --force to replace it")

@@ -55,7 +55,7 @@ def figure_file(option: str, path: Path | None, name: str) -> Path | None:
     return path / name
 
 
-def output_file(option: str, name: str, example: str, json_output: bool) -> Path:
+def output_file(option: str, path: Path, example: str, json_output: bool) -> Path:
     """The file of an option, `-` being standard output; it need not exist, but can be written.
 
     Args:
@@ -65,10 +65,10 @@ def output_file(option: str, name: str, example: str, json_output: bool) -> Path
     Raises:
         InputError: it is a folder, its own folder is missing, or it can't be written to.
     """
-    path = Path("/dev/stdout" if name == "-" else name)
-    if path.is_dir():
-        raise InputError(f"{option} {name} is a folder: give a file, such as {path / example}")
-    if json_output and is_standard_output(path):
-        raise InputError(f"{option} {name} and --json both write to standard output: leave out one of them")
-    check_writable(option, path)
-    return path
+    file = Path("/dev/stdout") if path == Path("-") else path
+    if file.is_dir():
+        raise InputError(f"{option} {path} is a folder: give a file, such as {path / example}")
+    if json_output and is_standard_output(file):
+        raise InputError(f"{option} {path} and --json both write to standard output: leave out one of them")
+    check_writable(option, file)
+    return file

@@ -20,7 +20,7 @@ def report(
     results_dir: Annotated[
         Path, Option("Folder of evaluations' and benchmarks' results.", metavar="RESULTS_DIR", positional=True)
     ],
-    output: Annotated[str, Option("The page.", metavar="F.html")] = "report.html",
+    output: Annotated[Path, Option("The page.", metavar="F.html")] = Path("report.html"),
     json_output: Json = False,
 ) -> None:
     """Turns a folder of results into one HTML page with figures and tables, which needs no network."""
