@@ -13,7 +13,7 @@ from tidaldecode.evaluate.generation import first_difference
 from tidaldecode.evaluate.generation_settings import Sampling
 from tidaldecode.evaluate.perplexity import window_cases
 from tidaldecode.evaluate.prompt import HeldPrompt
-from tidaldecode.evaluate.study import Case, Fields, OnProgress, Study
+from tidaldecode.evaluate.study import Case, OnProgress, Study
 from tidaldecode.hf.second_pass import check_second_pass
 from tidaldecode.methods.method import METHOD_KEY, Method, check_methods
 from tidaldecode.methods.tidal import Tidal
@@ -21,6 +21,7 @@ from tidaldecode.models import ChosenModel
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.correction import CorrectionCell, Mode, rows_of
+from tidaldecode.results.rows import Fields
 from tidaldecode.texts.text import Text, TextSource
 from tidaldecode.texts.windows import Windows
 

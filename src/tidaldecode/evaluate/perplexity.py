@@ -13,10 +13,11 @@ import torch
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.method_options import MethodOptions
 from tidaldecode.evaluate.prompt import HeldPrompt
-from tidaldecode.evaluate.study import Case, Fields, OnProgress, Study
+from tidaldecode.evaluate.study import Case, OnProgress, Study
 from tidaldecode.methods.method import METHOD_KEY, Method, with_full
 from tidaldecode.models import ChosenModel
 from tidaldecode.results.perplexity import PplCell, PplSummary, ppl_summary
+from tidaldecode.results.rows import Fields
 from tidaldecode.texts.text import Text, TextSource
 from tidaldecode.texts.windows import Windows
 

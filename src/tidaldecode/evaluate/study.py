@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +16,8 @@ from tidaldecode.methods.method import check_plan_names
 from tidaldecode.models import ChosenModel, ModelOptions, model_shape
 from tidaldecode.results.cells import Cells
 from tidaldecode.results.environment import environment
-from tidaldecode.results.rows import Row
+from tidaldecode.results.rows import Fields, Row
 from tidaldecode.rules import RULES
-
-Fields = Mapping[str, Any]
 
 OnProgress = Callable[[int, int, str], None]
 """Told how many parts of how many are done, 0 of 0 where nothing is counted, and in words what comes next."""

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import logging
-import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,19 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tidaldecode.errors import InputError
+from tidaldecode.errors import InputError, one_line
 from tidaldecode.evaluate.task_settings import TaskSettings
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-
-_MOST_CHARACTERS = 300  # of somebody else's error message
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def load_tasks(
     tasks: dict[str, Task] = {}
     groups: dict[str, Group] = {}
     for name in names:
-        set_seeds(settings.seed)
+        set_seed(settings.seed % 2**32)
         try:
             loaded = manager.load([name])
         except Exception as error:  # whatever data sets, task files and their code raise
@@ -174,21 +170,6 @@ def _digest(task: Task, limit: int | None) -> tuple[str, int]:
 
 def _plain(value: object) -> str:
     return str(getattr(value, "__qualname__", type(value).__name__))
-
-
-def set_seeds(seed: int) -> None:
-    """Of all that tasks may draw from."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def one_line(error: Exception) -> str:
-    """Somebody else's error message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
 
 
 @contextmanager

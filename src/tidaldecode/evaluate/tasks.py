@@ -14,23 +14,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tidaldecode.errors import InputError
-from tidaldecode.evaluate.study import Case, Fields, OnProgress, Study
-from tidaldecode.evaluate.task_files import (
-    LoadedTasks,
-    find_tasks,
-    load_tasks,
-    one_line,
-    quiet,
-    set_seeds,
-    tokenizer_metadata,
-)
+from tidaldecode.errors import InputError, one_line
+from tidaldecode.evaluate.study import Case, OnProgress, Study
+from tidaldecode.evaluate.task_files import LoadedTasks, find_tasks, load_tasks, quiet, tokenizer_metadata
 from tidaldecode.evaluate.task_settings import TaskMethods, TaskSettings
 from tidaldecode.methods.method import METHOD_KEY, Method
 from tidaldecode.models import ChosenModel
+from tidaldecode.results.rows import Fields
 from tidaldecode.results.tasks import TaskRow
 
 if TYPE_CHECKING:
@@ -104,7 +97,7 @@ def _measure(
     began = time.perf_counter()
     lm.method, lm.truncated = method, 0
     lm.on_request = lambda done, total: on_part(done / total)
-    set_seeds(settings.seed)
+    set_seed(settings.seed % 2**32)
     case.what.set_fewshot_seed(settings.seed)
     try:
         found = evaluate(

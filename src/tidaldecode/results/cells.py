@@ -146,32 +146,23 @@ def read_cells(path: Path) -> CellsFile:
 
 
 def _open_locked(path: Path) -> BufferedRandom:
+    """Opens a file, locked until it is closed; where the system or the file system has no such locks, goes without."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror}; give another --output") from None
-    try:
-        _lock(file)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"{path} is being written by another process: let it end, or give another --output") from None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            mend = "let it end, or give another --output"
+            raise InputError(f"{path} is being written by another process: {mend}") from None
     file.seek(0)
     return file
-
-
-def _lock(file: BufferedRandom) -> None:
-    """Locks a file until it is closed; where the system or the file system has no such locks, goes without."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return
 
 
 def _parse(path: Path, content: bytes) -> CellsFile:
