@@ -126,7 +126,7 @@ class _Run:
             window = text.window(start, settings.context - probes.steps)
             window = with_probes(window, settings.decode, probes, generator)
             stretch = Stretch.read(self.model, window, settings.decode, probes.steps)
-            assert len(stretch.full_log_probs) == stretch.steps  # refused here where they are not finite
+            stretch.check()
             self.stretches.append(stretch)
 
     def search(self) -> None:

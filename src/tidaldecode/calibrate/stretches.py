@@ -80,16 +80,18 @@ class Stretch:
 
     @cached_property
     def full_log_probs(self) -> Tensor:
-        """Full attention's next-token distributions, [n, V], float32.
+        """Full attention's next-token distributions, [n, V], float32."""
+        config = self.model.config
+        return torch.cat(self.log_probs(DecodeAttention(find_plan("full", config), model_shape(config))))
+
+    def check(self) -> None:
+        """Refuses a model whose likelihoods, by full attention, are not finite.
 
         Raises:
-            InputError: one is not finite.
+            InputError: they are not.
         """
-        config = self.model.config
-        log_probs = torch.cat(self.log_probs(DecodeAttention(find_plan("full", config), model_shape(config))))
-        if not log_probs.isfinite().all():
+        if not self.full_log_probs.isfinite().all():
             raise InputError(not_finite(self.model.dtype))
-        return log_probs
 
 
 def with_probes(window: Tensor, decode: int, probes: Probes, generator: torch.Generator) -> Tensor:
