@@ -164,6 +164,7 @@ def _lines() -> Iterator[list[str]]:
 
 def test_a_line_says_what_the_plan_does_and_what_was_read(start, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("tidaldecode.serving.read_counts._SECONDS", 0)
+    monkeypatch.setattr("vllm.logger.dictConfig", lambda config: None)  # of a process's first engine: it ends `_lines`
     with _lines() as lines:
         engine = start(tiny_llama, **with_plan(tiny_plan(tmp_path, 32, "unified")))
         greedy(engine, [list(range(2, 102))], 4)
