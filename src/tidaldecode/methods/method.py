@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tidaldecode.errors import InputError
-from tidaldecode.models.architecture import check_architecture, model_shape, sliding_windows
+from tidaldecode.models import check_architecture, model_shape, sliding_windows
 from tidaldecode.plan import ModelShape, TidalPlan, tokens_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.protocol import Attention
 from tidaldecode.methods.step_sets import StepSets, choice_like, write_budgets
-from tidaldecode.models.architecture import check_plan
+from tidaldecode.models import check_plan
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
 
