@@ -18,7 +18,10 @@ from tidaldecode.models import ModelOptions
 from tidaldecode.report.labels import budget_words
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
     from tidaldecode.evaluate.answer import Answer
+    from tidaldecode.evaluate.generation import Generation
 
 _NO_CHAT = (
     "the model has no chat template, so it goes on with 'Question: ... Answer:', and behind the answer with the text"
@@ -55,17 +58,22 @@ def generate(
         answer = checked.answer(on_progress, on_text)
     console.print(_table(answer))
     if answer.full is not None:
-        console.print(_difference(answer), highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            _difference(answer.prompt.tokenizer, answer.done, answer.full),
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
     print_json(json_output, answer.to_json())
 
 
 def _table(answer: Answer) -> Table:
     """The figures, side by side."""
-    plan, sets, done, full = answer.plan, answer.sets_per_kv_head, answer.done, answer.full
+    plan, sets, done, full = answer.prompt.plan, answer.sets_per_kv_head, answer.done, answer.full
     columns = [done] if full is None else [done, full]
     table = Table(show_header=full is not None)
     table.add_column("")
-    for name in (answer.settings.method, "full")[: len(columns)]:
+    for name in (answer.prompt.settings.method, "full")[: len(columns)]:
         table.add_column(name, justify="right")
     table.add_row("context, tokens", *(f"{column.context_tokens:,}" for column in columns))
     table.add_row("new tokens", *(f"{len(column.token_ids):,}" for column in columns))
@@ -85,8 +93,11 @@ def _table(answer: Answer) -> Table:
     return table
 
 
-def _difference(answer: Answer) -> str:
-    if answer.difference is None:
+def _difference(tokenizer: Tokenizer, done: Generation, full: Generation) -> str:
+    from tidaldecode.evaluate.generation import first_difference
+
+    index = first_difference(done.token_ids, full.token_ids)
+    if index is None:
         return "both texts are the same"
-    index, here, there = answer.difference
-    return f"the texts first differ at new token {index + 1}: {here!r}, with full attention {there!r}"
+    here, there = (repr(tokenizer.decode(generation.token_ids[index : index + 12])) for generation in (done, full))
+    return f"the texts first differ at new token {index + 1}: {here}, with full attention {there}"

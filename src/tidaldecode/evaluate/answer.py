@@ -18,66 +18,6 @@ if TYPE_CHECKING:  # it takes seconds to import, and most mistakes are told with
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer with its figures, and what gave it.
-
-    Attributes:
-        environment: command, versions, device.
-        done: by the plan.
-        full: with full attention, if that was asked for.
-        difference: the index of the first new token in which the two differ, and both texts from there on, a few
-            tokens of each; `None` where they are the same, or there is one.
-        sets_per_kv_head: of the plan, see `TidalPlan.sets_per_kv_head`.
-    """
-
-    environment: dict[str, object]
-    model: str
-    dtype: str
-    settings: GenerationSettings
-    plan: TidalPlan
-    done: Generation
-    full: Generation | None
-    difference: tuple[int, str, str] | None
-    sets_per_kv_head: float
-
-    @property
-    def step_over_full(self) -> float | None:
-        """Time of a decode step over full attention's."""
-        ms = self.done.decode_ms_per_token
-        full_ms = None if self.full is None else self.full.decode_ms_per_token
-        return None if ms is None or full_ms is None else round(ms / full_ms, 4)
-
-    def to_json(self) -> dict[str, Any]:
-        """The answer as one object."""
-        passes, sets = self.settings.passes, self.sets_per_kv_head
-        answer = {
-            "model": self.model,
-            "method": self.settings.method,
-            "plan": self.plan.name,
-            "token_budget": self.plan.token_budget,
-            **self.done.to_json(),
-        }
-        if sets:
-            tokens = self.done.mean_reads(self.plan, "sparse")
-            answer |= {"sets_per_kv_head": round(sets, 4), "tokens_read_per_kv_head": round(tokens, 2)}
-        if passes.lossless is not None:
-            accepted = self.done.accepted_per_round
-            answer |= {
-                "lossless": passes.lossless,
-                "accepted_per_round": None if accepted is None else round(accepted, 4),
-            }
-        if passes.correction_interval is not None:
-            answer["correction_interval"] = passes.correction_interval
-        if self.full is not None:
-            answer |= {
-                "full": self.full.to_json(),
-                "first_difference": None if self.difference is None else self.difference[0],
-                "step_over_full": self.step_over_full,
-            }
-        return answer | {"dtype": self.dtype, **self.environment}
-
-
-@dataclass(frozen=True)
 class CheckedPrompt:
     """A prompt, and a model whose weights are not loaded yet: what can be wrong without them is not.
 
@@ -119,36 +59,77 @@ class CheckedPrompt:
         """
         import torch
 
-        from tidaldecode.evaluate.generation import compare_with_full, first_difference, generate_measured
+        from tidaldecode.evaluate.generation import compare_with_full, generate_measured
         from tidaldecode.hf import apply
-        from tidaldecode.hf.second_pass import check_second_pass
-        from tidaldecode.results.environment import environment
+        from tidaldecode.hf.second_pass.correction import check_second_pass
 
-        chosen, tokenizer = self.chosen, self.tokenizer
         for option in self.settings.passes.asked:
-            check_second_pass(chosen.config, option)
-        model, prompt = apply(chosen.load(), self.plan), torch.tensor([self.token_ids])
+            check_second_pass(self.chosen.config, option)
+        model, prompt = apply(self.chosen.load(), self.plan), torch.tensor([self.token_ids])
         on_progress(0, 0, f"reading {len(self.token_ids):,} tokens")
         try:
-            done, cache = generate_measured(model, tokenizer, prompt, self.settings, on_text)
+            done, cache = generate_measured(model, self.tokenizer, prompt, self.settings, on_text)
         finally:
             on_text("\n")
-        full = difference = None
-        if self.settings.compare:
-            on_progress(0, 0, "decoding with full attention")
-            full = compare_with_full(model, tokenizer, prompt, self.settings.max_new_tokens, done, cache)
-            index = first_difference(done.token_ids, full.token_ids)
-            if index is not None:
-                here, there = (tokenizer.decode(one.token_ids[index : index + 12]) for one in (done, full))
-                difference = index, here, there
-        return Answer(
-            environment=environment(chosen.device),
-            model=self.chosen.files.name,
-            dtype=chosen.dtype_name,
-            settings=self.settings,
-            plan=self.plan,
-            done=done,
-            full=full,
-            difference=difference,
-            sets_per_kv_head=self.plan.sets_per_kv_head(model_shape(chosen.config)),
-        )
+        if not self.settings.compare:
+            return Answer(self, done)
+        on_progress(0, 0, "decoding with full attention")
+        full = compare_with_full(model, self.tokenizer, prompt, self.settings.max_new_tokens, done, cache)
+        return Answer(self, done, full)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with its figures.
+
+    Attributes:
+        prompt: what was asked, and how.
+        done: by the plan.
+        full: with full attention, if that was asked for.
+    """
+
+    prompt: CheckedPrompt
+    done: Generation
+    full: Generation | None = None
+
+    @property
+    def sets_per_kv_head(self) -> float:
+        """Of the plan, see `TidalPlan.sets_per_kv_head`."""
+        return self.prompt.plan.sets_per_kv_head(model_shape(self.prompt.chosen.config))
+
+    @property
+    def step_over_full(self) -> float | None:
+        """Time of a decode step over full attention's."""
+        ms = self.done.decode_ms_per_token
+        full_ms = None if self.full is None else self.full.decode_ms_per_token
+        return None if ms is None or full_ms is None else round(ms / full_ms, 4)
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as one object."""
+        from tidaldecode.evaluate.generation import first_difference
+        from tidaldecode.results.environment import environment
+
+        asked, done, passes, sets = self.prompt, self.done, self.prompt.settings.passes, self.sets_per_kv_head
+        answer = {
+            "model": asked.chosen.files.name,
+            "method": asked.settings.method,
+            "plan": asked.plan.name,
+            "token_budget": asked.plan.token_budget,
+            **done.to_json(),
+        }
+        if sets:
+            tokens = round(done.mean_reads(asked.plan, "sparse"), 2)
+            answer |= {"sets_per_kv_head": round(sets, 4), "tokens_read_per_kv_head": tokens}
+        if passes.lossless is not None:
+            accepted = done.accepted_per_round
+            rounded = None if accepted is None else round(accepted, 4)
+            answer |= {"lossless": passes.lossless, "accepted_per_round": rounded}
+        if passes.correction_interval is not None:
+            answer["correction_interval"] = passes.correction_interval
+        if self.full is not None:
+            answer |= {
+                "full": self.full.to_json(),
+                "first_difference": first_difference(done.token_ids, self.full.token_ids),
+                "step_over_full": self.step_over_full,
+            }
+        return answer | {"dtype": asked.chosen.dtype_name, **environment(asked.chosen.device)}
