@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-
 from tidaldecode.cli.command import command
-from tidaldecode.cli.progress import progress
-from tidaldecode.cli.study import STUDY, StudyOptions, draw
+from tidaldecode.cli.study import STUDY, StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.options import Option, PlanName, Seed, budgets, integers
 from tidaldecode.report.labels import budget_label
@@ -18,6 +14,8 @@ from tidaldecode.texts.text import TextSource
 from tidaldecode.texts.windows import Windows
 
 if TYPE_CHECKING:
+    from tidaldecode.evaluate.study import OnProgress, Study
+    from tidaldecode.models import ChosenModel
     from tidaldecode.results.correction import CorrectionRow
 
 _WINDOWS = Windows(decode=256, windows=4)
@@ -43,22 +41,20 @@ def correction(
     seed: Seed = 0,
 ) -> None:
     """Measures what correcting the cache every T tokens, and verifying every T tokens, give and take."""
-    results = options.results("correction.jsonl")
     text.parts()
-    options.check([plan], windows.context)
-    console = Console(stderr=True)
-    with progress(console) as on_progress:  # PyTorch and Transformers take seconds to import
-        from tidaldecode.evaluate.correction import correction_of
-        from tidaldecode.evaluate.study import run_study
 
-        make = partial(correction_of, text, windows, plan, budget, lengths)
-        report = run_study(make, options.model, seed, results, on_progress)
+    def make(chosen: ChosenModel, on_progress: OnProgress) -> Study:
+        from tidaldecode.evaluate.correction import correction_of
+
+        return correction_of(text, windows, plan, budget, lengths, chosen, on_progress)
+
+    report = options.run("correction.jsonl", make, seed, [plan], windows.context)
     title = f"{report.about['model']}, {text.title}"
     name = next((row.plan for row in report.rows if row.plan is not None), None)
-    figures = draw(report.rows, results, f"{title}, plan {name}", correction=correction_panels)
+    figures = options.draw(report, f"{title}, plan {name}", correction=correction_panels)
     scored = f"{windows.windows} windows, the last {windows.decode:,} of {windows.context:,} tokens"
-    print_table(console, f"{title}: {scored}", _COLUMNS, map(_cells, report.rows))
-    options.show(console, report, figure=figures[0] if figures else None)
+    print_table(options.console, f"{title}: {scored}", _COLUMNS, map(_cells, report.rows))
+    options.show(report, figure=figures[0] if figures else None)
 
 
 def _cells(row: CorrectionRow) -> tuple[str, ...]:

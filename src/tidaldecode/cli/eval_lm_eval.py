@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text as Words
 
 from tidaldecode.cli.command import command
-from tidaldecode.cli.output import print_json
-from tidaldecode.cli.progress import progress
 from tidaldecode.cli.study import StudyOptions
-from tidaldecode.cli.tables import print_sets, print_table
+from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.task_settings import TaskMethods, TaskSettings
 from tidaldecode.report.labels import budget_label
 from tidaldecode.results.tasks import TaskScore, lm_eval_summary
 
 if TYPE_CHECKING:
-    from tidaldecode.evaluate.study import Report
+    from tidaldecode.evaluate.study import OnProgress, Report, Study
+    from tidaldecode.models import ChosenModel
 
 _COLUMNS = ("method", "budget", "documents", "score", "standard error")
 
@@ -28,19 +24,15 @@ _COLUMNS = ("method", "budget", "documents", "score", "standard error")
 @command
 def lm_eval(settings: TaskSettings, methods: TaskMethods, options: StudyOptions) -> None:
     """Runs tasks of lm-eval (LongBench, RULER, your own); what is answered is decoded by each method."""
-    results = options.results("lm-eval.jsonl", figures=False)
-    options.check(methods.plans)
-    console = Console(stderr=True)
-    # lm-eval and its tasks print what they like, and stdout is for the one JSON object
-    with redirect_stdout(sys.stderr), progress(console) as on_progress:
-        from tidaldecode.evaluate.study import run_study
+
+    def make(chosen: ChosenModel, on_progress: OnProgress) -> Study:
         from tidaldecode.evaluate.tasks import tasks_of
 
-        report = run_study(partial(tasks_of, settings, methods), options.model, settings.seed, results, on_progress)
-        content = report.to_json()  # lm-eval computes groups
-    print_tasks(console, report)
-    print_sets(console, report.sets_per_kv_head)
-    print_json(options.json_output, content)
+        return tasks_of(settings, methods, chosen, on_progress)
+
+    report = options.run("lm-eval.jsonl", make, settings.seed, methods.plans, figures=False)
+    print_tasks(options.console, report)
+    options.show(report)
 
 
 def print_tasks(console: Console, report: Report) -> None:

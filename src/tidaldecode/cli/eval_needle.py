@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Annotated
 
 from tidaldecode.cli.command import command
-from tidaldecode.cli.progress import progress
-from tidaldecode.cli.study import StudyOptions, draw
+from tidaldecode.cli.study import StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.method_options import MethodOptions
 from tidaldecode.options import Option
@@ -19,6 +15,10 @@ from tidaldecode.report.labels import budget_label
 from tidaldecode.report.scores import needle_heatmaps
 from tidaldecode.texts.haystack import NeedleSettings
 from tidaldecode.texts.text import TextSource
+
+if TYPE_CHECKING:
+    from tidaldecode.evaluate.study import OnProgress, Study
+    from tidaldecode.models import ChosenModel
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,16 @@ class Haystack(TextSource):
 @command
 def needle(haystack: Haystack, settings: NeedleSettings, methods: MethodOptions, options: StudyOptions) -> None:
     """Hides a number in a long text and asks for it at the end: who finds it, at which length and depth."""
-    results = options.results("needle.jsonl")
     haystack.parts()
-    options.check(methods.plans, max(settings.lengths))
-    console = Console(stderr=True)
-    with progress(console) as on_progress:  # PyTorch and Transformers take seconds to import
-        from tidaldecode.evaluate.needle import needles_of
-        from tidaldecode.evaluate.study import run_study
 
-        make = partial(needles_of, haystack, settings, methods)
-        report = run_study(make, options.model, settings.seed, results, on_progress)
+    def make(chosen: ChosenModel, on_progress: OnProgress) -> Study:
+        from tidaldecode.evaluate.needle import needles_of
+
+        return needles_of(haystack, settings, methods, chosen, on_progress)
+
+    report = options.run("needle.jsonl", make, settings.seed, methods.plans, max(settings.lengths))
     model, cases = report.about["model"], settings.depths * settings.repeats
-    figures = draw(report.rows, results, f"{model}, needles in {haystack.title}", needle=needle_heatmaps)
+    figures = options.draw(report, f"{model}, needles in {haystack.title}", needle=needle_heatmaps)
     rows = [
         (
             row.variant.label,
@@ -61,5 +59,5 @@ def needle(haystack: Haystack, settings: NeedleSettings, methods: MethodOptions,
     ]
     columns = ("method", "budget", *(f"{length:,} tokens" for length in settings.lengths), "share")
     title = f"{model}, {haystack.title}: needles found of {cases} at each length"
-    print_table(console, title, columns, rows, no_wrap=True)
-    options.show(console, report, figure=figures[0] if figures else None)
+    print_table(options.console, title, columns, rows, no_wrap=True)
+    options.show(report, figure=figures[0] if figures else None)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from tidaldecode.cli.command import command
-from tidaldecode.cli.progress import progress
-from tidaldecode.cli.study import StudyOptions, draw
+from tidaldecode.cli.study import StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.method_options import MethodOptions
 from tidaldecode.options import Seed
@@ -19,6 +15,8 @@ from tidaldecode.texts.text import TextSource
 from tidaldecode.texts.windows import Windows
 
 if TYPE_CHECKING:
+    from tidaldecode.evaluate.study import OnProgress, Study
+    from tidaldecode.models import ChosenModel
     from tidaldecode.results.perplexity import PplSummary
 
 _COLUMNS = ("method", "budget", "nats per token", "above full", "standard error")
@@ -27,21 +25,19 @@ _COLUMNS = ("method", "budget", "nats per token", "above full", "standard error"
 @command
 def ppl(text: TextSource, windows: Windows, methods: MethodOptions, options: StudyOptions, seed: Seed = 0) -> None:
     """Scores the last tokens of windows of a text, decoded by each method, against full attention."""
-    results = options.results("ppl.jsonl")
     text.parts()
-    options.check(methods.plans, windows.context)
-    console = Console(stderr=True)
-    with progress(console) as on_progress:  # PyTorch and Transformers take seconds to import
-        from tidaldecode.evaluate.perplexity import perplexity_of
-        from tidaldecode.evaluate.study import run_study
 
-        report = run_study(partial(perplexity_of, text, windows, methods), options.model, seed, results, on_progress)
+    def make(chosen: ChosenModel, on_progress: OnProgress) -> Study:
+        from tidaldecode.evaluate.perplexity import perplexity_of
+
+        return perplexity_of(text, windows, methods, chosen, on_progress)
+
+    report = options.run("ppl.jsonl", make, seed, methods.plans, windows.context)
     title = f"{report.about['model']}, {text.title}"
-    drawings = {"ppl_budgets": loss_over_budget, "ppl_positions": perplexity_over_position}
-    figures = draw(report.rows, results, title, **drawings)
+    figures = options.draw(report, title, ppl_budgets=loss_over_budget, ppl_positions=perplexity_over_position)
     scored = f"{windows.windows} windows, the last {windows.decode:,} of {windows.context:,} tokens"
-    print_table(console, f"{title}: {scored}", _COLUMNS, map(_cells, report.rows), min_width=7)
-    options.show(console, report, figures=figures)
+    print_table(options.console, f"{title}: {scored}", _COLUMNS, map(_cells, report.rows), min_width=7)
+    options.show(report, figures=figures)
 
 
 def _cells(row: PplSummary) -> tuple[str, ...]:

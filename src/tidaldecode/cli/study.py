@@ -1,8 +1,10 @@
-"""What the commands of `tidaldecode eval` share: options, checks that need no PyTorch, and figures."""
+"""What the commands of `tidaldecode eval` share: their options, and how a study is run, drawn and shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Json, print_json, results_file
+from tidaldecode.cli.progress import progress
 from tidaldecode.cli.tables import print_sets
 from tidaldecode.models import ModelOptions
 from tidaldecode.options import Option
@@ -28,41 +31,60 @@ class StudyOptions:
     output: Annotated[Path | None, Option("Folder of results; a stopped run goes on from there.", metavar="DIR")] = None
     json_output: Json = False
 
-    def results(self, name: str, figures: bool = True) -> Path | None:
-        """The file of cells, see `results_file`."""
-        return results_file("--output", self.output, name, figures)
+    @property
+    def console(self) -> Console:
+        """Where progress and tables go."""
+        return Console(stderr=True)
 
-    def check(self, plans: Iterable[str], context: int | None = None) -> None:
-        """Refuses, before PyTorch is imported, plans of other models and a context beyond the model's positions.
+    def run(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        seed: int,
+        plans: Iterable[str],
+        context: int | None = None,
+        figures: bool = True,
+    ) -> Report:
+        """Runs a study; a mistake that can be told without PyTorch, which takes seconds to import, is told before.
 
-        Raises:
-            InputError: they are, as far as the model's files say.
+        Args:
+            name: of the file of its cells, in the folder of results.
+            make, seed: see `tidaldecode.evaluate.study.run_study`.
+            plans, context: refused if they are of other models, or beyond the model's positions.
+            figures: whether some will be drawn.
         """
+        results = results_file("--output", self.output, name, figures)
         outline = outline_of(self.model.model)
         for plan in plans:
             outline.check_plan(plan)
         if context is not None:
             outline.check_context(context)
+        # lm-eval and its tasks print what they like, and stdout is for the one JSON object
+        with redirect_stdout(sys.stderr), progress(self.console) as on_progress:
+            from tidaldecode.evaluate.study import run_study
 
-    def show(self, console: Console, report: Report, **figures: Any) -> None:
+            return run_study(make, self.model, seed, results, on_progress)
+
+    def draw(self, report: Report, title: str, **drawings: Callable[..., Any]) -> list[str]:
+        """Draws figures as PNG files in the folder of results, if there is one.
+
+        Args:
+            drawings: by name of the file, see `save_png`.
+
+        Returns:
+            The files; none of a figure that has nothing to show.
+        """
+        if self.output is None:
+            return []
+        files = {self.output / f"{name}.png": drawing for name, drawing in drawings.items()}
+        return [str(file) for file, drawing in files.items() if save_png(drawing, report.rows, file, title)]
+
+    def show(self, report: Report, **figures: Any) -> None:
         """What stands below a study's tables, and its JSON object."""
-        print_sets(console, report.sets_per_kv_head)
-        print_json(self.json_output, {**report.to_json(), **figures})
+        print_sets(self.console, report.sets_per_kv_head)
+        with redirect_stdout(sys.stderr):
+            content = report.to_json()
+        print_json(self.json_output, {**content, **figures})
 
 
 STUDY = StudyOptions()
-
-
-def draw(rows: Sequence[Any], results: Path | None, title: str, **drawings: Callable[..., Any]) -> list[str]:
-    """Draws figures as PNG files beside a file of results, if there is one.
-
-    Args:
-        drawings: by name of the file, see `save_png`.
-
-    Returns:
-        The files; none of a figure that has nothing to show.
-    """
-    if results is None:
-        return []
-    files = {results.with_name(f"{name}.png"): drawing for name, drawing in drawings.items()}
-    return [str(file) for file, drawing in files.items() if save_png(drawing, rows, file, title)]
