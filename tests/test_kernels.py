@@ -369,3 +369,47 @@ def test_sets_depend_on_neither_rounds_nor_capacity_nor_what_lay_in_memory(rule,
         kernels.full_attention_with_selection(*arguments(case), [rule], choice, capacity, table)
         tables.append(table.sort(-1).values)
     assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
+
+
+@pytest.mark.parametrize("operation", ["full", "importance", "sparse", "chunk"])
+def test_offsets_of_64_bits(operation, monkeypatch):
+    """As for a block of 2^31 elements or more, on one that is small."""
+    monkeypatch.setattr("tidaldecode.ops.kernels.launch._WIDE", 0)
+    case, exact = make(torch.float32, 20, 6, 3, ONE_BLOCK, (70, 1, 20))
+    outputs = []
+    for backend, given in ((kernels, case), (reference, exact)):
+        if operation == "full":
+            outputs.append(backend.full_attention(*arguments(given)))
+        elif operation == "importance":
+            importance = torch.zeros(3, 6, 70, dtype=given.query.dtype, device=DEVICE)
+            outputs.append(backend.full_attention_with_importance(*arguments(given), ["per_head"], importance))
+        elif operation == "sparse":
+            indices = torch.arange(0, 70, 2, dtype=torch.int32, device=DEVICE).expand(3, 3, -1).contiguous()
+            counts = torch.tensor([35, 1, 10], dtype=torch.int32, device=DEVICE)
+            outputs.append(backend.sparse_attention(given.query, given.kv, indices, counts, None, given.scale))
+        else:
+            query = given.query[:, None].expand(-1, 3, -1, -1).contiguous()
+            new = torch.tensor([3, 1, 2], dtype=torch.int32, device=DEVICE)
+            outputs.append(backend.multi_query_attention(query, given.kv, new, given.scale))
+    assert_near(*outputs, torch.float32)
+
+
+def test_rows_beyond_2_31_elements_of_a_block():
+    """Written and read; only the rows themselves are ever touched of the memory between them."""
+    row, tokens = 2**30, 3
+    memory = torch.empty(tokens * row, dtype=torch.float16, device=DEVICE)
+    k, v = (memory[start:].as_strided((1, tokens, 1, 16), (tokens * row, row, 16, 1)) for start in (0, 16))
+    lengths, new = (torch.tensor([tokens], dtype=torch.int32, device=DEVICE) for _ in range(2))
+    kv = KV(k, v, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), lengths)
+    query = torch.randn(1, 2, 16, device=DEVICE).half()
+    key, value = torch.randn(2, 1, tokens, 1, 16, device=DEVICE).half()
+    kernels.write_kv(key, value, kv, new)
+    assert torch.equal(memory[2 * row : 2 * row + 16], key[0, 2, 0])
+    exact = KV(key.double(), value.double(), kv.block_table, lengths)
+    assert_near(
+        kernels.full_attention(query, kv, 0.25), reference.full_attention(query.double(), exact, 0.25), torch.float16
+    )
+    indices = torch.tensor([[[2, 0]]], dtype=torch.int32, device=DEVICE)
+    chosen = indices, torch.full_like(lengths, 2), None, 0.25
+    expected = reference.sparse_attention(query.double(), exact, *chosen)
+    assert_near(kernels.sparse_attention(query, kv, *chosen), expected, torch.float16)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tidaldecode.ops import MOST_CHUNK_TOKENS, reference
 from tidaldecode.ops.kernels import scratch
 from tidaldecode.ops.kernels.importance import write_importance
+from tidaldecode.ops.kernels.launch import Sets, Tiling, attend
 from tidaldecode.ops.kernels.scores import Scores
 from tidaldecode.ops.kernels.select import Choosing, select_tokens
-from tidaldecode.ops.kernels.split_kv import Sets, Tiling, attend
 from tidaldecode.ops.kernels.write import write_kv
 from tidaldecode.ops.values import KV, Choice
 from tidaldecode.rules import RULES
