@@ -67,6 +67,8 @@ def test_mistakes_that_need_no_pytorch(tiny_folder, tmp_path):
         ("calibrate", *text, "--model", "./nowhere", *output): "model folder ./nowhere does not exist",
         ("coherence", "--text", "nowhere.txt"): "nowhere.txt does not exist",
         ("coherence", *text, *model): beyond,
+        ("coherence", *text, "--budget", "4090"): "budget 4090 leaves nothing to choose",
+        ("coherence", *text, "--sink-tokens", "300"): "300 sinks, the new token and a chosen one make 302",
         ("eval", "ppl", "--text", "nowhere.txt"): "nowhere.txt does not exist",
         ("eval", "ppl", *text, *model, "--plan", five): other,
         ("eval", "ppl", *text, *model, "--method", "full"): beyond,
