@@ -37,7 +37,8 @@ def in_vllm(folder: str, prompts: list[list[int]], new_tokens: int, **options: A
     context = max(map(len, prompts)) + new_tokens
     from vllm import LLM
 
-    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=context, max_num_seqs=4, **options)
+    fixed = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 2**30}
+    engine = LLM(folder, max_model_len=context, **fixed, **options)
     start = time.perf_counter()
     answers = greedy(engine, prompts, new_tokens)
     seconds = time.perf_counter() - start
