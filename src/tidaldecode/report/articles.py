@@ -136,7 +136,7 @@ def coherence(result: Result, name: str, shares: SharesRead) -> Article:
     """How much of what one layer attends to another layer's choice covers."""
     recalls = result.fields.get("recalls") or {"": result.fields["recall"]}
     figures: Figures = {scores.recall_heatmaps: recalls, scores.recall_over_distance: result.fields.get("distances")}
-    said = ("recall", "recalls", "distance", "distances")
+    said = ("model", "recall", "recalls", "distance", "distances", "figure", "distance_figure")
     return article(result, f"Coherence of {result.model}", drawn(name, figures), (), *said)
 
 
@@ -150,7 +150,7 @@ def calibration(result: Result, name: str, shares: SharesRead) -> Article:
     title = "Gap of the calibrated plan ± one standard error over windows"
     tables = (Table.of(title, rows, "text gap share"), _as_they_are("The best plans", shown))
     figures = drawn(name, {losses.frontier: plans})
-    return article(result, f"Calibration: {result.model}", figures, tables, "frontier", "plan")
+    return article(result, f"Calibration: {result.model}", figures, tables, "model", "frontier", "plan", "figure")
 
 
 def values(result: Result, name: str, shares: SharesRead) -> Article:

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,17 +112,19 @@ def panels(width: float, height: float, count: int = 1, columns: int = 1, **subp
 
 
 def line_panels(
-    width: float, height: float, shown: Sequence[tuple[str, Iterable[Line]]], xlabel: str, ylabel: str,
+    width: float, height: float, shown: Sequence[tuple[str, Sequence[Line]]], xlabel: str, ylabel: str,
     columns: int = 1, level: float | None = None, scales: Mapping[str, Any] | None = None, **subplots: Any,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """Titles with lines below them, and a legend of all lines.
 
     Args:
-        width, height: inches, the height that of a row of panels.
+        width, height: inches, the height that of a row of panels, to which the legend comes.
         level: where full attention is, drawn as a dashed line.
         scales: what `Axes.set` is told before lines are drawn.
     """
-    figure, axes = panels(width, height * -(-len(shown) // columns) + 0.4, len(shown), columns, **subplots)
+    labels = {line.label for _, lines in shown for line in lines if line.label}
+    legend = 0.18 * (-(-len(labels) // _legend_columns(labels, width)) + 1)
+    figure, axes = panels(width, height * -(-len(shown) // columns) + legend, len(shown), columns, **subplots)
     for axis, (title, lines) in zip(axes, shown, strict=True):
         if level is not None:
             axis.axhline(level, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label="full attention")
@@ -163,9 +165,13 @@ def add_legend(figure: Figure, width: float) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    widest = max((len(label) for label in entries), default=0) * 0.075 + 0.55  # inches, about
-    columns = max(1, min(4, int(width / widest)))
+    columns = _legend_columns(entries, width)
     figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
+
+
+def _legend_columns(labels: Collection[str], width: float) -> int:
+    widest = max(map(len, labels), default=0) * 0.075 + 0.55  # inches, about
+    return max(1, min(4, int(width / widest)))
 
 
 def save_png(draw: Draw, rows: Any, path: Path, title: str) -> bool:

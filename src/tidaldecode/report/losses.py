@@ -42,7 +42,7 @@ def loss_over_share(groups: Mapping[str, Mapping[PplSummary, float]], width: flo
         for title, shares in groups.items()
     ]
     labels = "K and V that a step reads, %", "loss, nats per token"
-    figure, axes = line_panels(width, 3.8, shown, *labels, level=0, scales={"xscale": "log"})
+    figure, axes = line_panels(width, 3.0, shown, *labels, level=0, scales={"xscale": "log"})
     for axis, shares in zip(axes, groups.values(), strict=True):
         axis.set_yscale("symlog", linthresh=_LEAST)
         lowest = min(summary.gap - (summary.gap_stderr or 0) for summary in shares)
@@ -63,7 +63,7 @@ def loss_over_budget(summaries: Sequence[PplSummary], width: float) -> Figure | 
     if not places:
         return None
     labels = "token budget", "gap, nats per token"
-    figure, (axis,) = line_panels(width, 3.1, [("", _gaps(places))], *labels, level=0, scales={"xscale": "log"})
+    figure, (axis,) = line_panels(width, 2.6, [("", _gaps(places))], *labels, level=0, scales={"xscale": "log"})
     set_ticks(axis, {tokens: budget_label(summary.budget) for summary, tokens in places.items()})
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     return figure
@@ -87,7 +87,7 @@ def perplexity_over_position(summaries: Sequence[PplSummary], width: float) -> F
             lines.append(Line(summary.variant.label, styles[summary.variant], middles, values, None, more))
         shown.append((f"budget {budget_words(own[0].budget)}" if own else "all tokens", lines))
     columns = min(len(shown), 3 if width > 5 else 1)
-    height = (2.0 if width > 5 else 1.6) + 0.17 * len(styles) / -(-len(shown) // columns)
+    height = 2.0 if width > 5 else 1.7
     labels = "position, tokens", "perplexity"
     figure, axes = line_panels(width, height, shown, *labels, columns, sharex=True, sharey=True)
     for axis in axes:
@@ -114,7 +114,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
         shares = [100 * row["kv_read_fraction"] for row in known]
         lines += [Line(label, style, shares, [row[key] for row in known], errors)] if known else []
     labels = "K and V read in a step, % of full attention’s (full + select layers)", "nats per token"
-    figure, (axis,) = line_panels(width, 3.1, [("", lines)], *labels)
+    figure, (axis,) = line_panels(width, 2.7, [("", lines)], *labels)
     if width > 5 and len(rows) <= 12:
         budgets = len({row["token_budget"] for row in rows}) > 1
         for row in rows:
@@ -157,7 +157,7 @@ def correction_panels(rows: Sequence[CorrectionRow], width: float) -> Figure:
     most = [length + 1 for length in lengths]
     rounds.append(Line("T + 1, the most there can be", LineStyle(MUTED, ""), range(len(most)), most, None, dotted))
     shown = [("nats per token above full", gaps), ("ms per token", times), ("tokens out per round", rounds)]
-    columns, height = (3, 3.0) if width > 5 else (1, 2.5)
+    columns, height = (3, 2.6) if width > 5 else (1, 2.3)
     figure, axes = line_panels(width, height, shown, "tokens between full passes", "", columns)
     for axis in axes:
         set_ticks(axis, {place: name.replace("None", "none") for name, place in places.items()})

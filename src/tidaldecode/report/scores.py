@@ -43,18 +43,19 @@ def needle_heatmaps(summaries: Sequence[NeedleSummary], width: float) -> Figure:
     figure, axes = panels(width, height, len(shown), columns, sharex=True, sharey=True)
     for axis, summary in zip(axes, shown, strict=True):
         shares = {(cell.length, cell.depth): cell.correct / cell.total for cell in summary.cells}
-        _heatmap(axis, [[shares.get((length, depth)) for length in lengths] for depth in depths], edgecolors=PAPER)
+        grid = [[shares.get((length, depth)) for length in lengths] for depth in depths]
+        _heatmap(axis, grid, edgecolors=PAPER)
         for (length, depth), share in shares.items():
-            place = (lengths.index(length) + 0.5, depths.index(depth) + 0.5)
+            place = lengths.index(length), depths.index(depth)
             text, color = f"{share:.2g}".removeprefix("0") or "0", "white" if share < 0.5 else "#111111"
             axis.text(*place, text, color=color, fontsize=7, ha="center", va="center").set_in_layout(False)
         parts, letters = summary.variant.label.split(", "), int((width - 0.5) / columns / _LETTER)
         lines = [line for part in (*parts, budget_words(summary.budget)) for line in textwrap.wrap(part, letters)]
         axis.set_title("\n".join(lines), fontsize=7.5)
-        axis.set_xticks([place + 0.5 for place in range(len(lengths))], [f"{length:,}" for length in lengths])
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         marked = sorted({round(part * (len(depths) - 1) / 4) for part in range(5)})
-        axis.set_yticks([place + 0.5 for place in marked], [f"{depths[place]:.2g}" for place in marked])
-        axis.set_ylim(len(depths), 0)
+        axis.set_yticks(marked, [f"{depths[place]:.2g}" for place in marked])
+        axis.set_ylim(len(depths) - 0.5, -0.5)
         axis.tick_params(length=0, labelsize=7)
         axis.spines[:].set_visible(False)
     label_panels(axes, columns, "prompt, tokens", "depth")
@@ -114,7 +115,7 @@ def recall_heatmaps(recalls: Mapping[str, Sequence[Shares]], width: float) -> Fi
     figure, axes = panels(width, height, len(recalls), columns, sharex=True, sharey=True)
     for axis, (rule, values) in zip(axes, recalls.items(), strict=True):
         shown = _heatmap(axis, values, rasterized=len(values) > 40)
-        axis.set(aspect="equal", title=rule, ylim=(len(values), 0))
+        axis.set(aspect="equal", title=rule, ylim=(len(values) - 0.5, -0.5))
     label_panels(axes, columns, "layer that attends", "layer that chooses")
     figure.colorbar(shown, ax=axes, shrink=0.8, aspect=20 * rows)
     return figure
@@ -133,19 +134,21 @@ def recall_over_distance(distances: Mapping[str, Shares], width: float) -> Figur
     for (rule, shares), style in zip(distances.items(), line_styles(list(distances)), strict=True):
         known = {distance: share for distance, share in enumerate(shares) if share is not None}
         lines.append(Line(rule, style, list(known), list(known.values()), None, {"markersize": 3}))
-    figure, (axis,) = line_panels(width, 2.9, [("", lines)], "layers apart", "recall")
+    figure, (axis,) = line_panels(width, 2.7, [("", lines)], "layers apart", "recall")
     axis.set_ylim(0, 1.03)
     axis.locator_params(axis="x", integer=True)
     return figure
 
 
 def _heatmap(axis: Axes, values: Sequence[Shares], **more: Any) -> Any:
-    """Squares of the colours of shares, the first row above; what is `None` stays empty."""
+    """Squares of the colours of shares, the first row's middles at 0; what is `None` stays empty."""
     import matplotlib
 
     numbers = [[math.nan if value is None else value for value in row] for row in values]
+    edges = [[place - 0.5 for place in range(count + 1)] for count in (len(values[0]), len(values))]
+    colors: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": matplotlib.colormaps[COLOR_MAP], "linewidth": 1}
     axis.grid(visible=False)
-    return axis.pcolormesh(numbers, vmin=0, vmax=1, cmap=matplotlib.colormaps[COLOR_MAP], linewidth=1, **more)
+    return axis.pcolormesh(*edges, numbers, **colors, **more)
 
 
 def _arranged(summaries: Sequence[NeedleSummary], columns: int) -> tuple[list[NeedleSummary], int]:

@@ -33,7 +33,7 @@ def speed_ups(shapes: Sequence[tuple[str, Sequence[Row]]], width: float) -> Figu
     shown = [(title, _lines(rows, "speedup_vs_full", among)) for title, rows in shapes]
     columns = min(len(shapes), 3 if width > 5 else 1)
     labels = "context, tokens", "times as fast"
-    figure, axes = line_panels(width, 2.2, shown, *labels, columns, level=1, scales=_LOGARITHMIC, sharey=True)
+    figure, axes = line_panels(width, 2.0, shown, *labels, columns, level=1, scales=_LOGARITHMIC, sharey=True)
     for axis, (_, rows) in zip(axes, shapes, strict=True):
         _finish(axis, rows)
     return figure
@@ -52,7 +52,7 @@ def step_times(results: Mapping[str, Any], width: float) -> Figure:
     rows = results["rows"]
     floors = _lines(rows, "floor_ms", rows, label=None, marker="", linestyle="--", linewidth=1)
     shown = [("", [*_lines(rows, "step_ms", rows), *floors])]
-    figure, (axis,) = line_panels(width, 3.3, shown, "context, tokens", "ms per token; dashed: floor")
+    figure, (axis,) = line_panels(width, 2.9, shown, "context, tokens", "ms per token; dashed: floor")
     axis.set_ylim(bottom=0)
     set_ticks(axis, _contexts(rows))
     return figure
@@ -75,7 +75,7 @@ def operation_times(results: Mapping[str, Any], width: float) -> Figure:
             panels[f"{heads}:\n{what}"] = [row for row in own if row["operation"].split()[0] in names]
     shown = [(title, _lines(rows, "us", results["rows"])) for title, rows in panels.items()]
     columns = len(shown) // 2 if width > 5 else 1
-    figure, axes = line_panels(width, 4, shown, "context, tokens", "µs", columns, scales=_LOGARITHMIC)
+    figure, axes = line_panels(width, 2.9, shown, "context, tokens", "µs", columns, scales=_LOGARITHMIC)
     for axis, rows in zip(axes, panels.values(), strict=True):
         _finish(axis, rows)
     return figure
