@@ -15,6 +15,7 @@ from tidaldecode.report.labels import budget_label, flattened, percent, ratio, w
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "budget": ("budget", lambda budget: budget_label(budget) or "–"),
     "share": ("K and V read", percent),
+    "kv_read_fraction": ("K and V read", percent),
     "plan_share": ("the plan reads", percent),
     "nll": ("nats per token", "{:.4f}".format),
     "full_nll": ("full attention", "{:.4f}".format),

@@ -103,8 +103,8 @@ def correction(result: Result, name: str, shares: SharesRead) -> Article:
 
 def decode_steps(result: Result, name: str, shares: SharesRead) -> Article:
     """Milliseconds per token by method and context."""
-    rows = [row | {"share": row["kv_read_fraction"]} for row in sorted(result.rows, key=lambda row: row["context"])]
-    fields = "context method budget share step_ms floor_ms speedup_vs_full"
+    rows = sorted(result.rows, key=lambda row: row["context"])
+    fields = "context method budget kv_read_fraction step_ms floor_ms speedup_vs_full"
     figures = drawn(name, {speeds.step_times: {"rows": result.rows}})
     table = Table.of("Decode steps", rows, fields)
     return article(result, f"Decode steps of {result.model}", figures, (table,), "model")
@@ -146,9 +146,10 @@ def calibration(result: Result, name: str, shares: SharesRead) -> Article:
     share, error = fields.get("kv_read_fraction"), fields.get("heldout_error")
     gaps = {"searched": (fields["calibration_gap"], None), "held out": (fields["heldout_gap"], error)}
     rows = [{"text": on, "gap": signed(*gap), "share": share} for on, gap in gaps.items() if gap[0] is not None]
-    shown = [{key: value for key, value in row.items() if key != "plan"} for row in plans]
+    measures = "full_layers select_layers token_budget kv_read_fraction loss text_divergence calibration_gap"
+    best = Table.of("The best plans", plans, f"{measures} heldout_gap heldout_error")
     title = "Gap of the calibrated plan ± one standard error over windows"
-    tables = (Table.of(title, rows, "text gap share"), _as_they_are("The best plans", shown))
+    tables = (Table.of(title, rows, "text gap share"), best)
     figures = drawn(name, {losses.frontier: plans})
     return article(result, f"Calibration: {result.model}", figures, tables, "model", "frontier", "plan", "figure")
 
