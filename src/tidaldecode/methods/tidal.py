@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from tidaldecode.methods.protocol import Attention
 from tidaldecode.methods.step_sets import StepSets, choice_like, write_budgets
 from tidaldecode.models import check_plan
 from tidaldecode.ops import KV, Choice
-from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
+from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan, sets_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,20 +94,20 @@ class DecodeAttention(Attention):
         self.shape = shape
         self.heads = range(shape.num_query_heads) if heads is None else heads
         sparse = [layer for layer, role in enumerate(plan.roles) if role == "sparse"]
-        sources = {layer: sources_of(plan, shape, layer) for layer in sparse}
+        sources = {layer: plan.sources_of(layer, shape) for layer in sparse}
         self.writes = _writes(sources)
         self._first_row = _first_rows(self.writes, shape)
         self._sets = {layer: sum(map(shape.num_sets, rules)) for layer, rules in self.writes.items()}
         self.num_sets = sum(self._sets.values())
-        mine = {layer: sources[layer][self.heads.start : self.heads.stop] for layer in sparse}
-        self.head_to_set = {layer: self._map(mine[layer]) for layer in sparse}
+        self._sources = {layer: sources[layer][self.heads.start : self.heads.stop] for layer in sparse}
+        self.head_to_set = {layer: self._map(self._sources[layer]) for layer in sparse}
         self._in_order = {layer: part for layer, rows in self.head_to_set.items() if (part := _as_slice(rows.tolist()))}
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
         self._capacity = 0
         self._choice: Choice | None = None
 
-    def _map(self, sources: list[Source]) -> Tensor:
+    def _map(self, sources: Sequence[Source]) -> Tensor:
         """Rows of the table that the heads read, in the shortest form that `sparse_attention` takes."""
         rows = [self._first_row[source.layer, source.selection] + source.head for source in sources]
         if len(set(rows)) == 1:
@@ -190,18 +191,10 @@ class DecodeAttention(Attention):
         reads: dict[int, float] = {}
         for layer, role in enumerate(self.plan.roles):
             if role == "sparse" and budget < context:
-                reads[layer] = budget * self._sets_per_kv_head(layer)
+                reads[layer] = budget * sets_read(self._sources[layer], self.shape.group_size)
             elif role is not None:
                 reads[layer] = context
         return reads
-
-    def _sets_per_kv_head(self, layer: int) -> float:
-        rows = self.head_to_set[layer].tolist()
-        if len(rows) < len(self.heads):
-            return 1.0
-        size = self.shape.group_size
-        groups = [set(rows[start : start + size]) for start in range(0, len(rows), size)]
-        return sum(len(group) for group in groups) / len(groups)
 
 
 def _digest(plan: TidalPlan) -> str:
@@ -219,16 +212,7 @@ def _as_slice(rows: list[int]) -> slice | None:
     return part if rows == list(range(part.start, part.stop)) else None
 
 
-def sources_of(plan: TidalPlan, shape: ModelShape, layer: int) -> list[Source]:
-    """The set that each query head of a sparse layer reads: the plan's, or the nearest select layer's own head."""
-    if plan.sources is not None and layer in plan.sources:
-        return list(plan.sources[layer])
-    nearest = max(below for below in range(layer) if plan.roles[below] == "select")
-    heads, sets = shape.num_query_heads, shape.num_sets(plan.selection)
-    return [Source(layer=nearest, selection=plan.selection, head=head * sets // heads) for head in range(heads)]
-
-
-def _writes(sources: dict[int, list[Source]]) -> dict[int, list[Selection]]:
+def _writes(sources: Mapping[int, Sequence[Source]]) -> dict[int, list[Selection]]:
     """The rules by which each select layer chooses: those that a sparse layer reads."""
     writes: dict[int, list[Selection]] = {}
     for source in (source for layer in sources.values() for source in layer):

@@ -11,7 +11,7 @@ from torch import Tensor
 from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.methods.step_sets import StepSets
-from tidaldecode.methods.tidal import DecodeAttention, sources_of
+from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import KV
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
 from tidaldecode.serving.read_counts import ReadCounts
@@ -125,7 +125,7 @@ class RankAttention(DecodeAttention):
             source.layer
             for layer, role in enumerate(self.plan.roles)
             if role == "sparse"
-            for head, source in enumerate(sources_of(self.plan, self.shape, layer))
+            for head, source in enumerate(self.plan.sources_of(layer, self.shape))
             if not self._shared(source.selection)
             and head * size // heads != source.head * size // self.shape.num_sets(source.selection)
         }

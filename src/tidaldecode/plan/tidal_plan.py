@@ -6,31 +6,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictFloat,
-    StrictInt,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, model_validator
 
 from tidaldecode.errors import InputError
-from tidaldecode.rules import RULES, UNIFIED, known
+from tidaldecode.plan.calibration import Calibration
+from tidaldecode.plan.shape import ModelShape, Selection, Source, describe_shape
 from tidaldecode.text_file import read_text
 from tidaldecode.whole_file import whole_file
 
 Role = Literal["full", "select", "sparse"]
-Selection = Annotated[str, AfterValidator(known)]
-"""The name of one of `tidaldecode.rules.RULES`."""
-
 Drafting = Literal["plan", "verification"]
 
 PAPER_RESELECT_LAYERS = {
@@ -51,118 +39,6 @@ def published_reselect_layer(model: str | None) -> int | None:
     """The re-selection layer that `PAPER_RESELECT_LAYERS` has for the family of a model, by the model's name."""
     name = plain_name(model or "")
     return next((layer for family, layer in PAPER_RESELECT_LAYERS.items() if plain_name(family) in name), None)
-
-
-_SOURCE = re.compile(r"(\d+):(\w+)(?::(\d+))?")
-
-
-class Source(BaseModel):
-    """One index set of a step: which `select` layer chose it, by which rule, and for which head.
-
-    In JSON a string: `"12:unified"`, `"7:per_group:1"` (KV head 1), `"7:per_head:4"` (query head 4).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layer: int = Field(ge=0)
-    selection: Selection
-    head: int = Field(default=0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = _SOURCE.fullmatch(value)
-        layer, rule, head = match.groups() if match else (None, "", None)
-        if rule not in RULES or (head is None) != (rule == UNIFIED.name):
-            *others, last = (f"LAYER:{rule}" + ":H" * (rule != UNIFIED.name) for rule in RULES)
-            raise ValueError(f"{value!r} is no source: write {', '.join(others)} or {last}")
-        return {"layer": layer, "selection": rule, "head": head or 0}
-
-    @model_serializer
-    def _to_text(self) -> str:
-        return f"{self.layer}:{self.selection}" + f":{self.head}" * (self.selection != UNIFIED.name)
-
-
-class ModelShape(BaseModel):
-    """The attention shape of the model that a plan was made for, and optionally its name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str | None = None
-    num_layers: int = Field(ge=1)
-    num_query_heads: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_query_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_query_heads} query heads are no multiple of {self.num_kv_heads} KV heads")
-        return self
-
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_query_heads // self.num_kv_heads
-
-    def num_sets(self, selection: Selection) -> int:
-        """Index sets that one `select` layer of the model chooses under a rule."""
-        return RULES[selection].num_sets(self.num_query_heads, self.num_kv_heads)
-
-    def sets_per_kv_head(self, selection: Selection) -> float:
-        """Of these, how many the query heads of one KV head read, each its own by its place."""
-        return max(1.0, self.num_sets(selection) / self.num_kv_heads)
-
-    def describe(self) -> str:
-        """The shape in words, for messages."""
-        return describe_shape(self.model_dump(exclude={"name"}))
-
-
-def describe_shape(fields: Mapping[str, int]) -> str:
-    """Those fields of a `ModelShape` that are known, in words."""
-    words = {"num_layers": "{} layers", "num_query_heads": "{} query heads", "num_kv_heads": "{} KV heads"}
-    words["head_dim"] = "head dim {}"
-    return ", ".join(text.format(fields[name]) for name, text in words.items() if name in fields)
-
-
-class Calibration(BaseModel):
-    """How a plan was found, and what it loses: what `tidaldecode calibrate` writes into it.
-
-    Attributes:
-        text, heldout_text: names of the text that the plan was chosen on, and of the one it was checked on.
-        context, windows, decode: tokens of a window, how many windows, and decode steps of each that chose the plan.
-        heldout_windows, heldout_decode: likewise, of the check.
-        loss: what the search made small: the Kullback-Leibler divergence of the plan's next-token distribution from
-            full attention's, in nats, averaged over the steps of the text and of the probes.
-        text_divergence: the same over the steps of the text alone.
-        calibration_gap, heldout_gap: nats per token above full attention, teacher-forced; `heldout_gap` is `None` where
-            the calibration was stopped before the check.
-        heldout_error: standard error of `heldout_gap` over the windows.
-        kv_read_fraction: share of the KV cache that a step reads at `context` tokens.
-        versions: of the packages that it was made with.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    text: str
-    heldout_text: str | None = None
-    context: int
-    windows: int
-    decode: int
-    heldout_windows: int | None = None
-    heldout_decode: int | None = None
-    seed: int
-    dtype: str
-    device: str
-    versions: dict[str, str]
-    loss: float
-    text_divergence: float
-    calibration_gap: float
-    heldout_gap: float | None = None
-    heldout_error: float | None = None
-    kv_read_fraction: float
 
 
 class TidalPlan(BaseModel):
@@ -272,15 +148,18 @@ class TidalPlan(BaseModel):
         1 where they read the same one; averaged over KV heads and sparse layers; 0 where no layer is sparse.
         """
         sparse = [layer for layer, role in enumerate(self.roles) if role == "sparse"]
-        counts = [self._sets_per_kv_head(layer, shape) for layer in sparse]
+        counts = [sets_read(self.sources_of(layer, shape), shape.group_size) for layer in sparse]
         return sum(counts) / len(counts) if counts else 0.0
 
-    def _sets_per_kv_head(self, layer: int, shape: ModelShape) -> float:
-        if self.sources is None or layer not in self.sources:
-            return shape.sets_per_kv_head(self.selection)
-        sources, size = self.sources[layer], shape.group_size
-        groups = [set(sources[start : start + size]) for start in range(0, len(sources), size)]
-        return sum(map(len, groups)) / len(groups)
+    def sources_of(self, layer: int, shape: ModelShape) -> tuple[Source, ...]:
+        """The set that each query head of a sparse layer reads: the nearest select layer's own head if not named."""
+        if self.sources is not None and layer in self.sources:
+            return self.sources[layer]
+        nearest = max(below for below in range(layer) if self.roles[below] == "select")
+        heads, sets = shape.num_query_heads, shape.num_sets(self.selection)
+        return tuple(
+            Source(layer=nearest, selection=self.selection, head=head * sets // heads) for head in range(heads)
+        )
 
     def mismatch(self, fields: Mapping[str, int]) -> str | None:
         """Why the plan was not made for a model, `None` where nothing says so.
@@ -409,6 +288,12 @@ class TidalPlan(BaseModel):
 def tokens_of(budget: int | float, context: int) -> int:
     """A budget in tokens at a context; of a fraction at least 2, a chosen token beside the new one."""
     return budget if isinstance(budget, int) else max(2, math.ceil(budget * context))
+
+
+def sets_read(sources: Sequence[Hashable], group_size: int) -> float:
+    """Different sets that the query heads of one KV head read, from each head's set; the mean over the KV heads."""
+    groups = [set(sources[start : start + group_size]) for start in range(0, len(sources), group_size)]
+    return sum(map(len, groups)) / len(groups)
 
 
 def recent_among(budget: int, recent_tokens: int | float) -> int:
