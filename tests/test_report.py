@@ -341,6 +341,18 @@ def test_plans_of_one_name_are_told_apart(bare, tmp_path):
     assert "tidal, mine.json (012345) +0.250 ± 0.000 tidal, mine.json (abcdef) +0.750 ± 0.000" in text
 
 
+def test_odd_operations_and_calibrations_are_no_traceback(bare, tmp_path):
+    """An operation without a name, a floor of 0; a share that is text is said."""
+    rows = [row | {"floor_us": 0.0} for row in OPERATIONS["rows"]]
+    (bare / "ops.json").write_text(json.dumps(OPERATIONS | {"rows": [*rows, rows[0] | {"operation": ""}]}))
+    (bare / "plan.json").write_text('{"calibration_gap": 0.5, "heldout_gap": null, "kv_read_fraction": "all"}')
+    report = write_report(bare, tmp_path / "report.html")
+    assert [(one.file, one.reason.split(":")[0]) for one in report.skipped] == [
+        ("plan.json", "not as expected at kv_read_fraction")
+    ]
+    assert "step tidal 64 – 16.0 0.0" in Page(report.output.read_text(encoding="utf-8")).text
+
+
 def test_what_a_stopped_run_left_is_shown(bare, tmp_path, caplog):
     path = bare / "needle.jsonl"
     write_cells(path, "needle", ("length", "depth", "method"), NEEDLES)

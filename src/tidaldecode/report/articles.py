@@ -125,9 +125,10 @@ def operations(result: Result, name: str, shares: SharesRead) -> Article:
 
 def step_share(row: Row, rows: Sequence[Row]) -> float | None:
     """The share of K and V that a step reads: its floor is the time of these bytes, and so is full attention's."""
-    shape = ("step full", row["kv_heads"], row["batch"], row["context"])
+    shape = row["kv_heads"], row["batch"], row["context"]
     for full in rows if row["operation"].startswith("step ") else ():
-        if (full["operation"], full["kv_heads"], full["batch"], full["context"]) == shape:
+        same = (full["kv_heads"], full["batch"], full["context"]) == shape
+        if same and full["operation"].startswith("step full") and full["floor_us"] > 0:
             return float(row["floor_us"] / full["floor_us"])
     return None
 

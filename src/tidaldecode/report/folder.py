@@ -49,6 +49,8 @@ class _FrontierRow(Row):
 class _Calibration(Row):
     calibration_gap: Number
     heldout_gap: Number | None
+    heldout_error: Number | None = None
+    kv_read_fraction: Number | None = None
     seconds: Time | None = None
     frontier: list[_FrontierRow] = Field(default=[], max_length=4096)
 

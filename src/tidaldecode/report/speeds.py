@@ -72,7 +72,7 @@ def operation_times(results: Mapping[str, Any], width: float) -> Figure:
         for kv_heads in sorted({row["kv_heads"] for row in results["rows"]}):
             own = [row for row in results["rows"] if row["kv_heads"] == kv_heads]
             heads = f"{own[0]['heads']} query heads, {kv_heads} KV heads, batch {own[0]['batch']}"
-            panels[f"{heads}:\n{what}"] = [row for row in own if row["operation"].split()[0] in names]
+            panels[f"{heads}:\n{what}"] = [row for row in own if row["operation"].partition(" ")[0] in names]
     shown = [(title, _lines(rows, "us", results["rows"])) for title, rows in panels.items()]
     columns = len(shown) // 2 if width > 5 else 1
     figure, axes = line_panels(width, 2.9, shown, "context, tokens", "µs", columns, scales=_LOGARITHMIC)
