@@ -48,7 +48,7 @@ def main() -> None:
             drafts = cache.for_drafts(max(options.lengths))
             choose(model, drafts)
             steps[drafting] = step_time(model, drafts)
-            captured = captured and drafts.step is not None
+            captured = captured and drafts.session.step is not None
             rows += [verification(model, drafts, drafting, length, steps, accepted) for length in options.lengths]
     report = {
         **environment(device),

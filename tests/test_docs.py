@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import pkgutil
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +136,20 @@ def test_the_benchmarks_imports(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     for script in (ROOT / "benchmarks").glob("*.py"):
         importlib.import_module(script.stem)
+
+
+def test_the_benchmark_of_rounds_runs(monkeypatch, tmp_path):
+    """It asks caches for their captured passes, of which there are none on a CPU."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script, output = importlib.import_module("lossless_step"), tmp_path / "rounds.json"
+    monkeypatch.setattr(script, "WARM_UP", 0)
+    monkeypatch.setattr(script, "STEPS", 1)
+    small = "--config tiny --device cpu --dtype float32 --context 64 --budget 16 --lengths 2 --output"
+    monkeypatch.setattr(sys, "argv", ["lossless_step.py", *small.split(), str(output)])
+    script.main()
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert report["captured"] is False
+    assert [(row["drafting"], row["captured"]) for row in report["rows"]] == [("plan", False), ("verification", False)]
 
 
 def test_the_plan_of_the_guide():
