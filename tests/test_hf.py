@@ -28,6 +28,7 @@ from transformers import (
     ViTConfig,
     pipeline,
 )
+from transformers.cache_utils import Cache
 
 import tidaldecode
 from families import FAMILIES, plan_for, ragged_batch
@@ -180,6 +181,14 @@ def test_decoding_keeps_no_gradients(llama):
     cache = TidalCache(llama.config, plan, 60)
     assert not llama(ragged_batch()[0], past_key_values=cache).logits.requires_grad
     assert not cache.layers[0].keys.requires_grad
+
+
+def test_a_cache_is_cropped_where_transformers_does_not_ask_whether_it_can_be(llama, monkeypatch):
+    """As in 5.16, the first version that tidaldecode works with."""
+    monkeypatch.delattr(Cache, "is_croppable")
+    cache = TidalCache(llama.config, plan_for(llama.config), 60)
+    cache.crop(0)
+    assert cache.is_croppable
 
 
 def test_a_cropped_cache_decodes_again_by_another_plan(llama):

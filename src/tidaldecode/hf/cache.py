@@ -323,6 +323,11 @@ class TidalCache(Cache):
 
     max_batch_size, max_cache_len = batch_size, capacity  # by the names of earlier versions
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens out of all layers; Transformers 5.16 does not say so of its caches."""
+        return all(layer.is_croppable for layer in self.layers)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Holds each sequence `repeats` times, one copy behind the other: one prompt, several continuations.
 
