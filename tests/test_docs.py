@@ -152,6 +152,6 @@ def test_the_benchmark_of_rounds_runs(monkeypatch, tmp_path):
     assert [(row["drafting"], row["captured"]) for row in report["rows"]] == [("plan", False), ("verification", False)]
 
 
-def test_the_plan_of_the_guide():
-    (block,) = blocks("docs/plans.md", "json")
-    assert tidaldecode.TidalPlan.model_validate_json(block).token_budget == 256
+def test_the_plans_of_the_guide():
+    plans = [tidaldecode.TidalPlan.model_validate_json(block) for block in blocks("docs/plans.md", "json")]
+    assert [(plan.token_budget, plan.key_bits) for plan in plans] == [(256, None), (256, 2)]

@@ -77,10 +77,10 @@ def _table(answer: Answer) -> Table:
         table.add_column(name, justify="right")
     table.add_row("context, tokens", *(f"{column.context_tokens:,}" for column in columns))
     table.add_row("new tokens", *(f"{len(column.token_ids):,}" for column in columns))
-    for role in ("full", "select", "sparse"):
+    for role in ("full", "select", "quantized_select", "sparse"):
         if layers := plan.roles.count(role):
-            label = f"tokens read per new token in each of {layers} {role} layers"
-            if role == "sparse" and sets > 1:
+            label = f"tokens read per new token in each of {layers} {role.replace('_', ' ')} layers"
+            if role in ("sparse", "quantized_select") and sets > 1:
                 label += f",\nper KV head: {sets:g} sets of {budget_words(plan.token_budget)}"
             table.add_row(label, *(f"{column.mean_reads(plan, role):,.0f}" for column in columns))
     table.add_row("share of the KV cache read", *(f"{column.kv_read_fraction:.1%}" for column in columns))

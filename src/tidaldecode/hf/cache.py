@@ -70,7 +70,14 @@ class TidalCache(Cache):
                 for layer, window in enumerate(windows)
             ]
         )
+        self._keep_codes(attention)
         self.session = Session(self.sequences, self.layers, attention)
+
+    def _keep_codes(self, attention: Attention) -> None:
+        """Lets the layers keep what an attention chooses by."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, TidalLayer):
+                layer.use_codes(attention.code_bits(index))
 
     def _attention_of(self, plan: PlanLike) -> DecodeAttention:
         plan = find_plan(plan, self.config)
@@ -92,6 +99,7 @@ class TidalCache(Cache):
 
     @attention.setter
     def attention(self, attention: Attention) -> None:
+        self._keep_codes(attention)
         self.session.use(attention)
         self._drafts = None
 
@@ -238,6 +246,7 @@ class TidalCache(Cache):
             for rows in (layer.keys, layer.values):
                 rows[:, :, :tokens].normal_(generator=generator)
             layer.padded_length = tokens
+            layer.code_all()
 
     # ---- going back
 

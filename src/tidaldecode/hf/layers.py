@@ -8,8 +8,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from tidaldecode import ops
 from tidaldecode.errors import InputError
-from tidaldecode.hf.sequences import Sequences
-from tidaldecode.ops import KV
+from tidaldecode.hf.sequences import PREFILL_CHUNK, Sequences
+from tidaldecode.ops import KV, KeyCodes
+from tidaldecode.ops.codes import encode, room_for_codes
 
 LEFT_IN_THE_MIDDLE = "the cache was left in the middle of a forward pass: reset() it or make a new one"
 
@@ -19,6 +20,7 @@ class TidalLayer(CacheLayerMixin):
 
     Attributes:
         keys, values: [B, Hkv, capacity, D]; rows past a sequence's length are undefined.
+        codes: of the keys, about the mean of each sequence's first ones; `None` without any.
     """
 
     is_sliding = False
@@ -29,6 +31,8 @@ class TidalLayer(CacheLayerMixin):
         self.sequences = sequences
         self.num_layers, self.first = num_layers, first  # the first of so many checks that all of them fit
         self.padded_length = 0
+        self.code_bits = 0
+        self.codes: KeyCodes | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the cache for [B, Hkv, N, D] states.
@@ -44,7 +48,37 @@ class TidalLayer(CacheLayerMixin):
 
     def _place(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
+        self.codes = room_for_codes(keys.transpose(1, 2), self.code_bits, len(keys)) if self.code_bits else None
         self.sequences.moves += 1
+
+    def use_codes(self, bits: int) -> None:
+        """Keeps codes of so many bits from now on, of the tokens that are there too; of 0 bits, none."""
+        if bits == self.code_bits:
+            return
+        self.code_bits = bits
+        if self.is_initialized:
+            self._place(self.keys, self.values)
+            self.code_all()
+
+    def code_all(self) -> None:
+        """Makes the codes of all tokens anew."""
+        if self.codes is None or self.padded_length == 0:
+            return
+        new = self.keys[:, :, : self.padded_length]
+        there = torch.arange(self.padded_length, device=new.device) < self.sequences.lengths[:, None]
+        self._centre(new, there)
+        keys = new.transpose(1, 2)
+        for start in range(0, self.padded_length, PREFILL_CHUNK):
+            rows = slice(start, min(start + PREFILL_CHUNK, self.padded_length))
+            self.codes.packed[:, rows], self.codes.factors[:, rows] = encode(
+                keys[:, rows], self.codes.centres[:, None], self.codes
+            )
+
+    def _centre(self, keys: Tensor, there: Tensor) -> None:
+        """Centres each sequence's codes on the mean of its keys, [B, Hkv, N, D], of those that are `there`, [B, N]."""
+        assert self.codes is not None
+        total = torch.einsum("bn,bhnd->bhd", there.to(keys.dtype), keys)
+        self.codes.centres.copy_(total / there.sum(1).clamp(min=1)[:, None, None])
 
     def check_memory(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         """Looks whether the K and V of all layers fit the GPU, where these are a layer's.
@@ -60,6 +94,7 @@ class TidalLayer(CacheLayerMixin):
             return
         batch, heads, _, dim = key_states.shape
         per_token = batch * heads * (dim + value_states.shape[-1]) * key_states.element_size() * self.num_layers
+        per_token += batch * heads * (dim * self.code_bits // 8 + 2 * bool(self.code_bits)) * self.num_layers
         needed = per_token * capacity
         free = torch.cuda.mem_get_info(key_states.device)[0]
         free += torch.cuda.memory_reserved(key_states.device) - torch.cuda.memory_allocated(key_states.device)
@@ -100,13 +135,23 @@ class TidalLayer(CacheLayerMixin):
         grown = [_room_like(rows, capacity) for rows in (self.keys, self.values)]
         for new, rows in zip(grown, (self.keys, self.values), strict=True):
             new[:, :, : self.padded_length].copy_(rows[:, :, : self.padded_length])
+        codes = self.codes
         self._place(*grown)
+        if codes is not None and self.codes is not None:
+            self.codes.packed[:, : self.padded_length].copy_(codes.packed[:, : self.padded_length])
+            self.codes.factors[:, : self.padded_length].copy_(codes.factors[:, : self.padded_length])
+            self.codes.centres.copy_(codes.centres)
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences alone, in this order, some perhaps several times; `rows` is [N], int64."""
         rows = rows.to(self.keys.device)
         with torch.inference_mode(False):
+            codes = self.codes
             self._place(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+            if codes is not None and self.codes is not None:
+                self.codes.packed.copy_(codes.packed.index_select(0, rows))
+                self.codes.factors.copy_(codes.factors.index_select(0, rows))
+                self.codes.centres.copy_(codes.centres.index_select(0, rows))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -115,7 +160,11 @@ class TidalLayer(CacheLayerMixin):
         if self.sequences.padded_length == 0:
             raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
         self.prepare(key_states, value_states)
-        self.padded_length += key_states.shape[2]
+        new_tokens = key_states.shape[2]
+        if self.padded_length == 0 and self.codes is not None:
+            padding = new_tokens - self.sequences.new_lengths[:, None]
+            self._centre(key_states, torch.arange(new_tokens, device=key_states.device) >= padding)
+        self.padded_length += new_tokens
         if self.padded_length != self.sequences.padded_length:
             raise InputError(LEFT_IN_THE_MIDDLE)
         self.write(key_states, value_states)
@@ -131,7 +180,8 @@ class TidalLayer(CacheLayerMixin):
         """The layer's cache as the operations address it: one block per sequence, [B, capacity, Hkv, D]."""
         assert self.keys is not None and self.values is not None
         sequences = self.sequences
-        return KV(self.keys.transpose(1, 2), self.values.transpose(1, 2), sequences.block_table, sequences.lengths)
+        k, v = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        return KV(k, v, sequences.block_table, sequences.lengths, self.codes)
 
     def reset(self) -> None:
         """Forgets all tokens."""

@@ -44,6 +44,10 @@ class Attention(Protocol):
         """
         ...
 
+    def code_bits(self, layer: int) -> int:
+        """Bits a channel of the codes of keys that a layer chooses by, in its `kv.codes`; 0 if it needs none."""
+        return 0
+
     def is_full(self, layer: int) -> bool:
         """Whether a layer reads the whole cache and chooses nothing, so that several positions can attend at once."""
         return False

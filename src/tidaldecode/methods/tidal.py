@@ -93,14 +93,13 @@ class DecodeAttention(Attention):
         self.plan = plan
         self.shape = shape
         self.heads = range(shape.num_query_heads) if heads is None else heads
-        sparse = [layer for layer, role in enumerate(plan.roles) if role == "sparse"]
-        sources = {layer: plan.sources_of(layer, shape) for layer in sparse}
+        sources = {layer: plan.sources_of(layer, shape) for layer in plan.reading}
         self.writes = _writes(sources)
         self._first_row = _first_rows(self.writes, shape)
         self._sets = {layer: sum(map(shape.num_sets, rules)) for layer, rules in self.writes.items()}
         self.num_sets = sum(self._sets.values())
-        self._sources = {layer: sources[layer][self.heads.start : self.heads.stop] for layer in sparse}
-        self.head_to_set = {layer: self._map(self._sources[layer]) for layer in sparse}
+        self._sources = {layer: of_all[self.heads.start : self.heads.stop] for layer, of_all in sources.items()}
+        self.head_to_set = {layer: self._map(of_mine) for layer, of_mine in self._sources.items()}
         self._in_order = {layer: part for layer, rows in self.head_to_set.items() if (part := _as_slice(rows.tolist()))}
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
@@ -151,7 +150,11 @@ class DecodeAttention(Attention):
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """See `Attention`; by the layer's role."""
-        if self.plan.roles[layer] == "sparse":
+        if self.code_bits(layer):
+            assert self._choice is not None
+            written = self._written_by(layer)
+            ops.choose_by_codes(query, kv, scale, self.writes[layer], self._choice, self._capacity, written)
+        if layer in self._sources:
             assert self.indices is not None and self.counts is not None
             rows, sets = self._sets_of(layer)
             return ops.sparse_attention(query, kv, sets, self.counts, rows, scale)
@@ -172,6 +175,11 @@ class DecodeAttention(Attention):
         first = self._first_row[layer, self.writes[layer][0]]
         return self.indices[:, first : first + self._sets[layer]]
 
+    def code_bits(self, layer: int) -> int:
+        """See `Attention`; a layer whose choice nobody reads needs no codes."""
+        chooses = self.plan.roles[layer] == "quantized_select" and layer in self.writes
+        return (self.plan.key_bits or 0) if chooses else 0
+
     def is_full(self, layer: int) -> bool:
         """Whether a layer reads the whole cache and chooses nothing: a select layer whose sets nobody reads, too."""
         return self.plan.roles[layer] in ("full", "select") and not self.writes.get(layer)
@@ -190,11 +198,17 @@ class DecodeAttention(Attention):
         budget = self.plan.budget_for(context)
         reads: dict[int, float] = {}
         for layer, role in enumerate(self.plan.roles):
-            if role == "sparse" and budget < context:
+            if layer in self._sources and budget < context:
                 reads[layer] = budget * sets_read(self._sources[layer], self.shape.group_size)
+                reads[layer] += context * self._code_share(layer)
             elif role is not None:
                 reads[layer] = context
         return reads
+
+    def _code_share(self, layer: int) -> float:
+        """Bytes of a token's codes and their factor over those of its K and V in 16 bits."""
+        bits, dim = self.code_bits(layer), self.shape.head_dim
+        return (bits * dim / 8 + 2) / (4 * dim) if bits else 0.0
 
 
 def _digest(plan: TidalPlan) -> str:
@@ -202,6 +216,8 @@ def _digest(plan: TidalPlan) -> str:
     left_out = {"name", "origin", "calibration", "model", "token_budget"}
     if plan.drafting == "plan":  # results that are older than the choice keep their digests
         left_out.add("drafting")
+    if plan.key_bits is None:
+        left_out.add("key_bits")
     rules = plan.model_dump_json(exclude=left_out)
     return hashlib.sha256(rules.encode()).hexdigest()[:12]
 

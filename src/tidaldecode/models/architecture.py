@@ -117,7 +117,7 @@ def check_plan(plan: TidalPlan, config: PreTrainedConfig) -> None:
             raise InputError(f"layer {layer} attends to a sliding window; its role must be null, not {role!r}")
         if window is None and role is None:
             raise InputError(f"layer {layer} attends to the whole context and needs a role, not null")
-    if plan.sources is not None:  # checks heads against the model where the plan names none
+    if plan.sources is not None or plan.key_bits is not None:  # checks heads where the plan names no model
         TidalPlan.validated(**{**plan.model_dump(), "model": shape.model_dump()})
     if (doubt := _doubt(plan, config)) is not None:
         _warn_once(doubt)
@@ -126,7 +126,7 @@ def check_plan(plan: TidalPlan, config: PreTrainedConfig) -> None:
 def _doubt(plan: TidalPlan, config: PreTrainedConfig) -> str | None:
     """Why a plan that fits the model may still not be what its user wants."""
     name = f"plan {plan.name or 'without a name'} on {config.name_or_path or 'this model'}"
-    if "select" in plan.roles and "sparse" not in plan.roles and plan.drafting == "plan":
+    if "select" in plan.roles and not plan.reading and plan.drafting == "plan":
         return f"{name}: no layer is sparse, so every layer reads all tokens"
     if plan.name != "paper" or published_reselect_layer(config.name_or_path) is not None:
         return None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode.ops import reference
-from tidaldecode.ops.values import KV, Choice
+from tidaldecode.ops.values import CODE_BITS, KV, Choice, KeyCodes
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -89,6 +89,7 @@ multi_query_attention = _by_device(reference.multi_query_attention)
 multi_query_attention_with_selection = _by_device(reference.multi_query_attention_with_selection)
 sparse_attention = _by_device(reference.sparse_attention)
 write_kv = _by_device(reference.write_kv)
+choose_by_codes = _by_device(reference.choose_by_codes)
 
 
 def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: Tensor) -> None:
@@ -103,9 +104,12 @@ def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: 
 
 
 __all__ = [
+    "CODE_BITS",
     "KV",
     "MOST_CHUNK_TOKENS",
     "Choice",
+    "KeyCodes",
+    "choose_by_codes",
     "full_attention",
     "full_attention_with_importance",
     "full_attention_with_selection",

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidaldecode.ops.codes import decode, encode
 from tidaldecode.ops.values import KV, Choice
 from tidaldecode.rules import RULES
 
@@ -146,6 +147,36 @@ def full_attention_with_selection(
     return output
 
 
+def choose_by_codes(
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    selections: Sequence[str],
+    choice: Choice,
+    capacity: int,
+    indices: Tensor,
+) -> None:
+    """Writes the index sets that scores estimated from codes choose, without a look at K.
+
+    Args:
+        query: [B, Hq, D], of the last token of each sequence.
+        kv: a cache with codes, those of the last tokens among them.
+        scale, selections, choice, capacity, indices: as for `full_attention_with_selection`.
+    """
+    codes = kv.codes
+    assert codes is not None
+    importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=torch.float32)
+    kv_heads, dim = codes.centres.shape[1:]
+    turned = (query.float() * scale @ codes.rotation).view(len(query), kv_heads, -1, dim)  # [B, Hkv, G, D]
+    for b, length in enumerate(kv.lengths.tolist()):
+        packed = _rows(codes.packed, kv.block_table[b], length)
+        factors = _rows(codes.factors[..., None], kv.block_table[b], length)[..., 0]
+        scores = turned[b] @ decode(packed, factors, codes.bits).transpose(1, 2)  # [Hkv, G, T]
+        parts = [RULES[rule].importance(scores[None], scores[None].softmax(-1)) for rule in selections]
+        importance[b, :, :length] = torch.cat(parts, 1)[0]
+    select_tokens(importance, kv.lengths, choice, indices)
+
+
 def sparse_attention(
     query: Tensor,
     kv: KV,
@@ -259,7 +290,7 @@ def multi_query_attention_with_selection(
 
 
 def write_kv(key: Tensor, value: Tensor, kv: KV, new_lengths: Tensor) -> None:
-    """Writes the K and V of new tokens behind those that the cache holds.
+    """Writes the K and V of new tokens, and the codes of K, behind those that the cache holds.
 
     Args:
         key, value: [B, N, Hkv, D]; the last `new_lengths[b]` rows are new tokens of sequence `b`, rows before them are
@@ -276,6 +307,10 @@ def write_kv(key: Tensor, value: Tensor, kv: KV, new_lengths: Tensor) -> None:
             source = slice(key.shape[1] - (length - start), key.shape[1] - (length - start) + count)
             kv.k[block, row : row + count] = key[b, source]
             kv.v[block, row : row + count] = value[b, source]
+            if kv.codes is not None:
+                packed, factors = encode(key[b, source], kv.codes.centres[b], kv.codes)
+                kv.codes.packed[block, row : row + count] = packed
+                kv.codes.factors[block, row : row + count] = factors
             start += count
 
 

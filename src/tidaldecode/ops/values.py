@@ -10,6 +10,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CODE_BITS = (1, 2, 4)
+"""Bits of a channel that keys may be coded with."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyCodes:
+    """Codes of the keys of one layer, in the blocks of its K and V.
+
+    Attributes:
+        packed: [num_blocks, block_size, Hkv, W], uint8, W = D · bits / 8. Bits `s · bits` and up of byte `w` are
+            the code of channel `s · W + w`: `u` for the odd integer `2u + 1 - 2^bits`.
+        factors: [num_blocks, block_size, Hkv], float16.
+        centres: [B, Hkv, D], float32; of each sequence, subtracted from its keys. One sequence's do not go by
+            another's, so that what is chosen does not go by the batch.
+        rotation: [D, D], float32.
+
+    Raises:
+        ValueError: a tensor is not so, by its name, or there are no codes of so many bits.
+    """
+
+    packed: Tensor
+    factors: Tensor
+    centres: Tensor
+    rotation: Tensor
+
+    def __post_init__(self) -> None:
+        packed, factors, dim = self.packed, self.factors, self.rotation.shape[0]
+        if packed.dim() != 4 or packed.dtype != torch.uint8:
+            raise ValueError(f"packed is {kind(packed)}, not [num_blocks, block_size, Hkv, W] of uint8")
+        if packed.shape[3] * 8 % dim or self.bits not in CODE_BITS:
+            raise ValueError(f"packed is {kind(packed)}: {dim} channels have no codes of as many bytes")
+        if factors.shape != packed.shape[:3] or factors.dtype != torch.float16:
+            raise ValueError(f"factors is {kind(factors)}, not {list(packed.shape[:3])} of float16")
+        if self.centres.shape[1:] != (packed.shape[2], dim) or self.rotation.shape != (dim, dim):
+            raise ValueError(
+                f"centres is {kind(self.centres)}, rotation {kind(self.rotation)}: not [B, Hkv, D], [D, D]"
+            )
+        check_rows(packed=packed, centres=self.centres, rotation=self.rotation)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a channel."""
+        return self.packed.shape[3] * 8 // self.rotation.shape[0]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KV:
@@ -20,6 +64,7 @@ class KV:
         block_table: [B, max_blocks], integer; token `t` of sequence `b` lives in block
             `block_table[b, t // block_size]`, row `t % block_size`.
         lengths: [B], int32; tokens of each sequence in the cache, those of this step included.
+        codes: of K, in the same blocks, if there are any.
 
     Raises:
         ValueError: a tensor is not so, by its name.
@@ -29,18 +74,19 @@ class KV:
     v: Tensor
     block_table: Tensor
     lengths: Tensor
+    codes: KeyCodes | None = None
 
     def __post_init__(self) -> None:
         k, v, table, lengths = self.k, self.v, self.block_table, self.lengths  # made once a layer: only cheap checks
         device = k.device
         if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype:
             raise ValueError(
-                f"k is {_kind(k)}, v is {_kind(v)}: both must be [num_blocks, block_size, Hkv, D], of one dtype"
+                f"k is {kind(k)}, v is {kind(v)}: both must be [num_blocks, block_size, Hkv, D], of one dtype"
             )
         if table.dim() != 2 or table.is_floating_point():
-            raise ValueError(f"block_table is {_kind(table)}, not [B, max_blocks] of integers")
+            raise ValueError(f"block_table is {kind(table)}, not [B, max_blocks] of integers")
         if lengths.dim() != 1 or lengths.size(0) > table.size(0) or lengths.dtype != torch.int32:
-            raise ValueError(f"lengths is {_kind(lengths)}, not [B] of int32 with a row of block_table each")
+            raise ValueError(f"lengths is {kind(lengths)}, not [B] of int32 with a row of block_table each")
         if not device == v.device == table.device == lengths.device:
             raise ValueError(f"k, v, block_table and lengths lie on {[str(t.device) for t in (k, v, table, lengths)]}")
         if device.type != "cpu":  # plain PyTorch reads rows of any stride, such as those of vLLM's cache on a CPU
@@ -50,7 +96,7 @@ class KV:
 
     def of(self, rows: slice | Tensor) -> KV:
         """The cache of some of the sequences."""
-        return KV(self.k, self.v, self.block_table[rows], self.lengths[rows])
+        return KV(self.k, self.v, self.block_table[rows], self.lengths[rows], self.codes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +119,7 @@ class Choice:
     def __post_init__(self) -> None:
         for name, tensor in (("budgets", self.budgets), ("recents", self.recents)):
             if tensor.ndim != 1 or len(tensor) != len(self.budgets) or tensor.dtype != torch.int32:
-                raise ValueError(f"{name} is {_kind(tensor)}, not [B] of int32")
+                raise ValueError(f"{name} is {kind(tensor)}, not [B] of int32")
         check_rows(budgets=self.budgets, recents=self.recents)
 
     @classmethod
@@ -108,5 +154,6 @@ def check_float32(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is {tensor.dtype}, not float32: pass {name}.float()")
 
 
-def _kind(tensor: Tensor) -> str:
+def kind(tensor: Tensor) -> str:
+    """Shape and dtype of a tensor, for messages."""
     return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

@@ -18,7 +18,13 @@ from tidaldecode.plan.shape import ModelShape, Selection, Source, describe_shape
 from tidaldecode.text_file import read_text
 from tidaldecode.whole_file import whole_file
 
-Role = Literal["full", "select", "sparse"]
+Role = Literal["full", "select", "sparse", "quantized_select"]
+CHOOSING: tuple[Role, ...] = ("select", "quantized_select")
+"""Roles of layers that choose tokens."""
+
+READING: tuple[Role, ...] = ("sparse", "quantized_select")
+"""Roles of layers that attend to chosen tokens alone."""
+
 Drafting = Literal["plan", "verification"]
 
 PAPER_RESELECT_LAYERS = {
@@ -46,8 +52,11 @@ class TidalPlan(BaseModel):
 
     Attributes:
         roles: one per layer of the model. `full` attends to the whole cache; `select` does too and chooses tokens;
-            `sparse` attends to the tokens that a `select` layer below it chose. `None` is a layer that can't have a
-            role because it attends to a sliding window of its own.
+            `sparse` attends to the tokens that a `select` layer below it chose. `quantized_select` chooses by scores
+            that are estimated from codes of the keys, and attends to what it chose; sparse layers above may read its
+            choice, too. `None` is a layer that can't have a role because it attends to a sliding window of its own.
+        key_bits: bits a channel of the codes of keys, 1, 2 or 4 (RaBitQ, Gao and Long, SIGMOD 2024); of a plan with
+            `quantized_select` layers.
         token_budget: tokens that a sparse layer reads, sinks and recent tokens included; a float is a fraction of
             the context, in (0, 1].
         sink_tokens: first tokens of the context that are always read.
@@ -55,8 +64,9 @@ class TidalPlan(BaseModel):
             share of the budget, in [0, 0.99].
         selection: whose scores choose, one of `tidaldecode.rules`: each query head its own set (`per_head`), the query
             heads of a KV head together (`per_group`), or all query heads together (`unified`).
-        sources: for each sparse layer, and for each of its query heads, the set that it reads. Layers left out read
-            the set of the same head of the nearest `select` layer below.
+        sources: for each layer that reads chosen tokens, and for each of its query heads, the set that it reads. Of
+            those left out, a sparse layer reads the set of the same head of the nearest layer below that chooses, a
+            quantized select layer its own.
         drafting: how lossless decoding drafts. `plan`: by the roles, as all other decoding. `verification`: every layer
             with a role attends to the tokens that the latest verification pass chose in it by `selection`, and to those
             that came since; `token_budget` counts the chosen ones.
@@ -73,6 +83,7 @@ class TidalPlan(BaseModel):
     model: ModelShape | None = None
     roles: Annotated[tuple[Role | None, ...], Field(min_length=1)]
     selection: Selection
+    key_bits: Literal[1, 2, 4] | None = None
     token_budget: StrictInt | StrictFloat
     sink_tokens: StrictInt = Field(default=0, ge=0)
     recent_tokens: StrictInt | StrictFloat = 1
@@ -93,8 +104,12 @@ class TidalPlan(BaseModel):
         if self.model is not None and self.model.num_layers != len(self.roles):
             raise ValueError(f"roles: {len(self.roles)} roles for a model of {self.model.num_layers} layers")
         for layer, role in enumerate(self.roles):
-            if role == "sparse" and "select" not in self.roles[:layer]:
+            if role == "sparse" and not set(CHOOSING) & set(self.roles[:layer]):
                 raise ValueError(f"roles: layer {layer} is sparse but no layer below it is select")
+        if ("quantized_select" in self.roles) != (self.key_bits is not None):
+            raise ValueError("key_bits: give 1, 2 or 4 if, and only if, a layer is quantized_select")
+        if self.model is not None and self.key_bits is not None and self.model.head_dim * self.key_bits % 8:
+            raise ValueError(f"key_bits: {self.key_bits} bits of {self.model.head_dim} channels fill no whole bytes")
 
     def _check_budget(self) -> None:
         budget, recent = self.token_budget, self.recent_tokens
@@ -113,19 +128,25 @@ class TidalPlan(BaseModel):
             raise ValueError(f"token_budget: {budget} is below sink_tokens + recent_tokens + 1 = {least}")
 
     def _check_sources(self, layer: int, sources: tuple[Source, ...]) -> None:
-        if layer >= len(self.roles) or self.roles[layer] != "sparse":
+        if layer >= len(self.roles) or self.roles[layer] not in READING:
             raise ValueError(f"sources: layer {layer} is not a sparse layer")
         if self.model is not None and len(sources) != self.model.num_query_heads:
             raise ValueError(
                 f"sources: layer {layer} names {len(sources)} sets for {self.model.num_query_heads} query heads"
             )
         for source in sources:
-            if source.layer >= layer or self.roles[source.layer] != "select":
+            own = source.layer == layer and self.roles[layer] == "quantized_select"
+            if not own and (source.layer >= layer or self.roles[source.layer] not in CHOOSING):
                 raise ValueError(
                     f"sources: layer {layer} reads layer {source.layer}, which is no select layer below it"
                 )
             if self.model is not None and source.head >= self.model.num_sets(source.selection):
                 raise ValueError(f"sources: layer {layer} reads head {source.head}, which the model does not have")
+
+    @property
+    def reading(self) -> list[int]:
+        """The layers that attend to chosen tokens alone."""
+        return [layer for layer, role in enumerate(self.roles) if role in READING]
 
     # ---- what the numbers mean at a context length
 
@@ -147,15 +168,14 @@ class TidalPlan(BaseModel):
 
         1 where they read the same one; averaged over KV heads and sparse layers; 0 where no layer is sparse.
         """
-        sparse = [layer for layer, role in enumerate(self.roles) if role == "sparse"]
-        counts = [sets_read(self.sources_of(layer, shape), shape.group_size) for layer in sparse]
+        counts = [sets_read(self.sources_of(layer, shape), shape.group_size) for layer in self.reading]
         return sum(counts) / len(counts) if counts else 0.0
 
     def sources_of(self, layer: int, shape: ModelShape) -> tuple[Source, ...]:
-        """The set that each query head of a sparse layer reads: the nearest select layer's own head if not named."""
+        """The set that each query head of a layer reads, by default its own head of the nearest layer that chose."""
         if self.sources is not None and layer in self.sources:
             return self.sources[layer]
-        nearest = max(below for below in range(layer) if self.roles[below] == "select")
+        nearest = max(chose for chose in range(layer + 1) if self.roles[chose] in CHOOSING)
         heads, sets = shape.num_query_heads, shape.num_sets(self.selection)
         return tuple(
             Source(layer=nearest, selection=self.selection, head=head * sets // heads) for head in range(heads)

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from tidaldecode.ops import MOST_CHUNK_TOKENS, reference
 from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.codes import choose_by_codes
 from tidaldecode.ops.kernels.importance import write_importance
 from tidaldecode.ops.kernels.launch import Sets, Tiling, attend
 from tidaldecode.ops.kernels.scores import Scores
-from tidaldecode.ops.kernels.select import Choosing, select_tokens
+from tidaldecode.ops.kernels.select import Choosing, select_tokens, tables_by_rule
 from tidaldecode.ops.kernels.write import write_kv
 from tidaldecode.ops.values import KV, Choice
 from tidaldecode.rules import RULES
 
 __all__ = [
+    "choose_by_codes",
     "full_attention",
     "full_attention_with_importance",
     "full_attention_with_selection",
@@ -79,7 +81,7 @@ def full_attention_with_importance(
     query: Tensor, kv: KV, scale: float, selections: Sequence[str], importance: Tensor
 ) -> Tensor:
     """As `reference.full_attention_with_importance`."""
-    rows = _sets_by_rule(importance, selections, query.shape[1], kv.k.shape[2])
+    rows = tables_by_rule(importance, selections, query.shape[1], kv.k.shape[2])
     tiling = _tiling(query)
     scores = Scores.room(
         query,
@@ -114,18 +116,12 @@ def full_attention_with_selection(
     A head's own set goes by its probabilities: the order of its scores, down to where they underflow to zero. With
     16-bit queries, scores that differ by less than 1/1024 of an octave count as equal.
     """
-    tables = _sets_by_rule(indices, selections, query.shape[1], kv.k.shape[2])
+    tables = tables_by_rule(indices, selections, query.shape[1], kv.k.shape[2])
     tiling = _tiling(query)
     choosing = Choosing(query, kv, choice, capacity, tiling.tokens, list(tables.values()))
     return _attend_in_rounds(
         query[:, None], kv, scale, tiling, choosing.scores, lambda turn: choosing.choose(turn, kv.lengths)
     )[:, 0]
-
-
-def _sets_by_rule(rows: Tensor, selections: Sequence[str], num_heads: int, num_kv_heads: int) -> dict[str, Tensor]:
-    """The rows of each rule among those of several, [B, S, ...]: views."""
-    sizes = [RULES[rule].num_sets(num_heads, num_kv_heads) for rule in selections]
-    return dict(zip(selections, rows.split(sizes, 1), strict=True))
 
 
 def sparse_attention(

@@ -12,6 +12,7 @@ No launch leaves anything for the next choice: what a failed or interrupted one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from tidaldecode.ops.kernels.chunks import Rounds, rounds_for
 from tidaldecode.ops.kernels.largest import ordered, threshold_of, write_forced, write_largest
 from tidaldecode.ops.kernels.scores import Scores
 from tidaldecode.ops.values import KV, Choice, check_float32, check_rows
+from tidaldecode.rules import RULES
 
 _IMPORTANCE_BINS, _SCORE_BINS = 256, 64  # counters of an index set; counting costs as much as there are bins
 _HELD = 8192  # importances that one program can hold
@@ -252,3 +254,9 @@ def _count_and_choose(
         **shared,
         num_warps=4,
     )
+
+
+def tables_by_rule(rows: Tensor, selections: Sequence[str], num_heads: int, num_kv_heads: int) -> dict[str, Tensor]:
+    """The rows of each rule among those of several, [B, S, ...]: views."""
+    sizes = [RULES[rule].num_sets(num_heads, num_kv_heads) for rule in selections]
+    return dict(zip(selections, rows.split(sizes, 1), strict=True))

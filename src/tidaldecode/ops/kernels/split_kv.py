@@ -19,7 +19,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _stretch(
+def stretch_of(
     lengths, slot, batch, split_target, turn, window, BATCH: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr
 ):
     """What a slot works on.
@@ -58,7 +58,7 @@ def _stretch(
 
 
 @triton.jit
-def _cache_rows(tokens, block_table, block_stride, row_stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def cache_rows(tokens, block_table, block_stride, row_stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of the cache rows of tokens, from the block on if there is only one; int64 where int32 is too small."""
     if BLOCK == 0:
         rows = (tokens.to(tl.int64) if WIDE else tokens) * row_stride
@@ -154,7 +154,7 @@ def attend_kernel(
     SHARE_2: tl.constexpr = triton.next_power_of_2(SHARE)
     head, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
     slot = tl.program_id(1)
-    busy, b, split, num_splits, first_slot, length, first_chunk = _stretch(
+    busy, b, split, num_splits, first_slot, length, first_chunk = stretch_of(
         lengths, slot, batch, split_target, turn, window, BATCH, BLOCK_T, CHUNK
     )
     b64 = tl.cast(b, tl.int64)
@@ -208,8 +208,8 @@ def attend_kernel(
             token = entry
         if BLOCK > 0:
             token = tl.where(inside, token, 0)
-        k_rows = _cache_rows(token, table, k_block, k_row, BLOCK, WIDE)
-        v_rows = k_rows if SAME_ROWS else _cache_rows(token, table, v_block, v_row, BLOCK, WIDE)
+        k_rows = cache_rows(token, table, k_block, k_row, BLOCK, WIDE)
+        v_rows = k_rows if SAME_ROWS else cache_rows(token, table, v_block, v_row, BLOCK, WIDE)
         here = inside[:, None] if BLOCK_D == DIM else inside[:, None] & (dims < DIM)[None, :]
         k_pointers, v_pointers = k_base + (k_rows[:, None] + dims[None, :]), v_base + (v_rows[:, None] + dims[None, :])
         k = tl.load(k_pointers, mask=here, other=0.0, eviction_policy=EVICTION)  # [T, D]

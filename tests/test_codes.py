@@ -1,0 +1,292 @@
+"""Codes of keys: what they estimate, how they are kept, and the kernels against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tidaldecode import InputError, Source, TidalCache, TidalPlan, apply, remove
+from tidaldecode.evaluate.scoring import step_logits
+from tidaldecode.methods.method import Method
+from tidaldecode.ops import KV, Choice, KeyCodes, reference
+from tidaldecode.ops.codes import decode, encode, room_for_codes, rotation
+from tidaldecode.serving.settings import Settings
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS = (161, 1, 64, 0)
+SHAPE = {"num_query_heads": 6, "num_kv_heads": 2}
+
+
+def make(bits, dim=32, heads=6, kv_heads=3, block_size=16, dtype=torch.float32, lengths=LENGTHS):
+    """A paged cache with keys about a mean, a query that goes with some of them, and room for codes."""
+    torch.manual_seed(0)
+    batch, blocks = len(lengths), -(-max(lengths) // block_size)
+    table = torch.randperm(batch * blocks)[: batch * blocks].view(batch, blocks).int()
+    keys = torch.randn(batch, max(lengths), kv_heads, dim) + 2 * torch.randn(kv_heads, dim)
+    k = torch.zeros(batch * blocks, block_size, kv_heads, dim, dtype=dtype, device=DEVICE)
+    kv = KV(k, torch.zeros_like(k), table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+    codes = room_for_codes(k, bits, batch)
+    codes.centres.copy_(keys.mean(1))
+    kv = replace(kv, codes=codes)
+    query = torch.randn(batch, heads, dim).to(dtype).to(DEVICE)
+    return query, keys.to(dtype).to(DEVICE), kv, codes
+
+
+def padded(keys, lengths):
+    """The last `length` keys of each row are a sequence's, as a left-padded batch."""
+    return keys[:, -max(lengths) :], torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+
+
+def write(keys, kv):
+    rows, new = padded(keys, LENGTHS)
+    reference.write_kv(rows, rows, kv, new)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.85), (2, 0.4), (4, 0.13)])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_estimates_are_unbiased_and_as_near_as_their_bits(bits, error, dim):
+    torch.manual_seed(0)
+    keys, query = torch.randn(4000, 2, dim) + 3 * torch.randn(2, dim), torch.randn(2, dim)
+    centre = keys.mean(0)
+    packed, factors = encode(keys, centre, room_for_codes(keys[None], bits, 1))
+    assert packed.shape == (4000, 2, dim * bits // 8)
+    estimated = (decode(packed, factors, bits) * (query @ rotation(dim, keys.device))).sum(-1)
+    exact = ((keys - centre) * query).sum(-1)
+    assert (estimated - exact).std() < error * exact.std()
+    assert abs((estimated * exact).sum() / exact.square().sum() - 1) < 0.1
+
+
+def test_the_rotation_is_one_and_always_the_same():
+    turn = rotation(64, torch.device("cpu"))
+    torch.testing.assert_close(turn @ turn.T, torch.eye(64), rtol=0, atol=1e-5)
+    rotation.cache_clear()
+    assert torch.equal(turn, rotation(64, torch.device("cpu")))
+
+
+def test_a_key_at_the_centre_scores_nothing():
+    keys = torch.ones(1, 1, 2, 8)
+    packed, factors = encode(keys, keys[0, 0], room_for_codes(keys, 1, 1))
+    assert not decode(packed, factors, 1).any()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_of_a_prompt_and_of_steps_are_those_of_all_tokens(bits):
+    _, keys, kv, codes = make(bits)
+    rows, new = padded(keys, LENGTHS)
+    reference.write_kv(rows, rows, kv, new)
+    once = codes.packed.clone(), codes.factors.clone()
+    codes.packed.zero_(), codes.factors.zero_()
+    before = replace(kv, lengths=(kv.lengths - 1).clamp(min=0))
+    reference.write_kv(rows[:, :-1], rows[:, :-1], before, before.lengths)
+    reference.write_kv(rows[:, -1:], rows[:, -1:], kv, kv.lengths - before.lengths)
+    assert torch.equal(codes.packed, once[0]) and torch.equal(codes.factors, once[1])
+
+
+@pytest.mark.parametrize("rule", ["unified", "per_group", "per_head"])
+def test_the_choice_is_that_of_the_estimated_scores(rule):
+    query, keys, kv, _ = make(4)
+    write(keys, kv)
+    sets = {"unified": 1, "per_group": 3, "per_head": 6}[rule]
+    indices = torch.full((len(LENGTHS), sets, 24), -1, dtype=torch.int32, device=DEVICE)
+    choice = Choice.alike(kv.lengths, 24, recent=3, sinks=2)
+    reference.choose_by_codes(query, kv, 0.2, [rule], choice, 200, indices)
+    exact = torch.einsum("bhd,bthd->bht", query.float(), keys.float().repeat_interleave(2, 2)) * 0.2  # [B, Hq, T]
+    exact = exact.softmax(-1).view(len(LENGTHS), sets, -1, keys.shape[1]).mean(2)
+    chosen = indices[0].long()
+    assert all(set(row.tolist()) >= {0, 1, 158, 159, 160} and len(set(row.tolist())) == 24 for row in chosen)
+    best = exact[0].topk(24).values.sum(-1)
+    assert (exact[0].gather(-1, chosen).sum(-1) > 0.8 * best).all()  # four bits choose nearly what scores do
+    assert sorted(indices[1, 0, :1].tolist()) == [0]
+
+
+def test_what_can_not_be_is_refused():
+    k = torch.zeros(2, 4, 2, 20)
+    for bits in (1, 3, 8):
+        with pytest.raises(ValueError, match=f"there are no codes of {bits} bits for head dim 20"):
+            room_for_codes(k, bits, 1)
+    room = room_for_codes(k, 2, 1)
+    with pytest.raises(ValueError, match="factors is"):
+        KeyCodes(room.packed, room.factors.float(), room.centres, room.rotation)
+
+
+PROMPTS = torch.randint(0, 250, (2, 60), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(PROMPTS).index_fill(1, torch.arange(5), 1)
+MASK[1, :9] = 0
+
+
+def plan_of(config, bits, budget=16):
+    """Every layer but the first chooses by codes."""
+    roles = ("full", *["quantized_select"] * (config.num_hidden_layers - 1))
+    return TidalPlan(roles=roles, selection="per_group", token_budget=budget, key_bits=bits)
+
+
+def filled(model, bits, tokens=60, capacity=64):
+    """A cache of two prompts of different lengths."""
+    cache = TidalCache(model.config, plan_of(model.config, bits), capacity)
+    model(PROMPTS[:, :tokens], attention_mask=MASK[:, :tokens], past_key_values=cache)
+    return cache
+
+
+def coded(cache):
+    """Every layer's codes of the tokens that are there, [B, T, ...]."""
+    lengths = cache.sequences.lengths
+    there = torch.arange(cache.capacity) < lengths[:, None]
+    return [None if layer.codes is None else layer.codes.packed[there] for layer in cache.layers]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_cache_keeps_codes_of_what_it_holds(tiny, bits):
+    """Of a prompt in chunks, of steps, after growth, crop, reorder and another attention."""
+    model = apply(tiny("llama"), "full")
+    cache = filled(model, bits)
+    assert cache.layers[0].codes is None and all(layer.codes is not None for layer in cache.layers[1:])
+    for _ in range(8):  # past the capacity
+        model(PROMPTS[:, :1], past_key_values=cache)
+    assert cache.capacity > 64
+    for layer in cache.layers[1:]:
+        keys = layer.keys.transpose(1, 2)
+        packed, _ = encode(keys, layer.codes.centres[:, None], layer.codes)
+        there = torch.arange(cache.capacity) < cache.sequences.lengths[:, None]
+        assert (packed[there] != layer.codes.packed[there]).float().mean() < 1e-3
+    before = coded(cache)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(before, coded(cache), strict=True))
+    cache.use_plan("full")
+    assert coded(cache) == [None] * len(cache.layers)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_budget_of_the_whole_context_is_full_attention(tiny, bits):
+    model = apply(tiny("llama"), "full")
+    cache = filled(model, bits)
+    cache.use_plan(plan_of(model.config, bits, 100))
+    full = filled(model, bits)
+    full.use_plan("full")
+    for _ in range(3):
+        logits = [model(PROMPTS[:, 7:8], past_key_values=each).logits for each in (cache, full)]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("bits", "dim", "heads", "kv_heads", "block_size"),
+    [(1, 32, 6, 3, 16), (2, 20, 5, 1, 256), (4, 16, 2, 2, 16), (1, 64, 7, 1, 16)],
+)
+def test_kernels_write_the_references_codes(bits, dim, heads, kv_heads, block_size):
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+
+    _, keys, kv, codes = make(bits, dim, heads, kv_heads, block_size)
+    rows, new = padded(keys, LENGTHS)
+    reference.write_kv(rows, rows, kv, new)
+    wanted = codes.packed.clone(), codes.factors.clone()
+    codes.packed.zero_(), codes.factors.zero_()
+    kernels.write_kv(rows, rows, kv, new)
+    bits_apart = (codes.packed ^ wanted[0]).float().count_nonzero() / codes.packed.numel()
+    assert bits_apart < 0.01  # sums in another order, at the border of two codes
+    torch.testing.assert_close(codes.factors, wanted[1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "dim", "heads", "kv_heads", "block_size", "rules"),
+    [
+        (1, 32, 6, 3, 16, ["unified"]),
+        (2, 20, 5, 1, 256, ["per_group", "per_head"]),
+        (1, 64, 7, 1, 16, ["per_group"]),
+        (4, 16, 4, 2, 16, ["unified", "per_group"]),
+    ],
+)
+def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads, block_size, rules):
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+
+    query, keys, kv, _ = make(bits, dim, heads, kv_heads, block_size, dtype)
+    write(keys, kv)
+    sets = sum({"unified": 1, "per_group": kv_heads, "per_head": heads}[rule] for rule in rules)
+    choice = Choice.alike(kv.lengths, 24, recent=3, sinks=2)
+    wanted, chosen = (torch.full((len(LENGTHS), sets, 24), -1, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    reference.choose_by_codes(query, kv, 0.2, rules, choice, 200, wanted)
+    kernels.choose_by_codes(query, kv, 0.2, rules, choice, 200, chosen)
+    for b, length in enumerate(LENGTHS):
+        for s in range(sets):
+            count = min(24, length)
+            here, there = set(chosen[b, s, :count].tolist()), set(wanted[b, s, :count].tolist())
+            assert len(here) == count
+            assert len(here & there) >= count - (0 if dtype == torch.float32 else 1)
+
+
+def test_what_is_chosen_does_not_go_by_the_batch(tiny):
+    """Each sequence of a batch decodes as it does alone: codes are centred sequence by sequence."""
+    model = apply(tiny("llama").double(), plan_of(tiny("llama").config, 1))
+    given = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    together = model.generate(PROMPTS, attention_mask=MASK, **given)[:, 60:]
+    for row, start in ((0, 0), (1, 9)):
+        alone = model.generate(PROMPTS[row : row + 1, start:], **given)
+        assert alone[0, 60 - start :].tolist() == together[row].tolist()
+
+
+def test_sparse_layers_read_what_codes_chose_and_one_pass_is_as_many_steps(tiny):
+    model = apply(tiny("llama"), "full")
+    roles = ("full", "quantized_select", "sparse", "select", "sparse", "quantized_select", "sparse")
+    assert model.config.num_hidden_layers == len(roles)
+    own = [Source(layer=5, selection="unified", head=0)] * 3 + [Source(layer=3, selection="per_group", head=1)] * 3
+    plan = TidalPlan(roles=roles, selection="per_group", token_budget=16, key_bits=2, sources={5: own})
+    cache = TidalCache(model.config, plan, 100)
+    model(PROMPTS[:1, :50], past_key_values=cache)
+    mark, ids = cache.mark(), PROMPTS[:1, 40:52]
+    steps = torch.cat([model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(11)], 1)
+    assert cache.attention.writes[5] == ["unified", "per_group"] and cache.attention.tokens_read(60)[3] == 60
+    assert cache.attention.tokens_read(60)[2] == 16 < cache.attention.tokens_read(60)[1]
+    cache.go_back(mark)
+    scored = torch.cat(list(step_logits(model, cache, ids[:, :11])), 1)
+    torch.testing.assert_close(scored, steps, rtol=0, atol=1e-4)
+
+
+def test_lossless_decoding_drafts_by_codes(tiny):
+    """Passes over drafted tokens write codes too, and what was rejected is coded anew."""
+    model = apply(tiny("llama"), plan_of(tiny("llama").config, 2))
+    given = {"attention_mask": MASK, "max_new_tokens": 24, "do_sample": False}
+    drafted = model.generate(PROMPTS, lossless=3, **given)
+    apply(remove(model), "full")
+    assert torch.equal(drafted, model.generate(PROMPTS, **given))
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"roles": ("full", "quantized_select")}, "key_bits: give 1, 2 or 4 if, and only if, a layer is quantized"),
+        ({"roles": ("full", "select"), "key_bits": 1}, "key_bits: give 1, 2 or 4 if, and only if"),
+        ({"roles": ("full", "quantized_select"), "key_bits": 3}, "key_bits: Input should be 1, 2 or 4"),
+        (
+            {"roles": ("quantized_select",), "key_bits": 1, "model": {**SHAPE, "num_layers": 1, "head_dim": 20}},
+            "1 bits of 20 channels fill no whole bytes",
+        ),
+        (
+            {"roles": ("sparse", "quantized_select"), "key_bits": 1},
+            "layer 0 is sparse but no layer below it is select",
+        ),
+    ],
+)
+def test_plans_that_can_not_be(fields, line):
+    with pytest.raises(InputError, match=line):
+        TidalPlan.validated(selection="unified", token_budget=16, **fields)
+
+
+def test_a_plan_file_keeps_its_bits_and_older_plans_their_digests(tmp_path):
+    plan = TidalPlan(roles=("full", "quantized_select"), selection="unified", token_budget=16, key_bits=2)
+    plan.save(tmp_path / "plan.json")
+    assert TidalPlan.load(tmp_path / "plan.json") == plan
+    assert "key_bits" not in TidalPlan.paper(6).to_json()
+    plans = plan, plan.model_copy(update={"key_bits": 1})
+    assert len({Method.named("tidal", plan=each).key()["plan_digest"] for each in plans}) == 2
+
+
+def test_a_server_says_that_it_has_no_codes(tiny, tmp_path):
+    plan_of(tiny("llama").config, 1).save(tmp_path / "codes.json")
+    with pytest.raises(InputError, match="a server's cache has no codes of keys yet"):
+        Settings(plan=str(tmp_path / "codes.json")).plan_for(tiny("llama").config)
