@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, L
 import tidaldecode
 from families import plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache, TidalPlan, applied_plan
+from tidaldecode.hf.cache_name import CACHE
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
@@ -271,7 +272,7 @@ def test_a_hook_stays_at_work(llama, full_tokens, first):
 
     class Count(ModelHook):
         def pre_forward(self, module, *args, **kwargs):
-            seen.append(type(kwargs.get("past_key_values")))
+            seen.append(type(kwargs.get(CACHE)))
             return args, kwargs
 
     steps = [lambda: add_hook_to_module(llama, Count()), lambda: tidaldecode.apply(llama, plan_for(llama.config))]

@@ -17,6 +17,7 @@ import tidaldecode
 from families import plan_for, ragged_batch
 from tidaldecode import InputError, TidalCache
 from tidaldecode.evaluate.scoring import step_logits
+from tidaldecode.hf.cache_name import CACHE
 from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.merged import merged_products
 from tidaldecode.hf.second_pass import Correction
@@ -421,7 +422,7 @@ class PromptLearning:
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = self.prepare(*args, **kwargs)
         inputs["position_ids"] = None
-        if inputs["past_key_values"].get_seq_length() == 0:
+        if inputs[CACHE].get_seq_length() == 0:
             embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
             inputs["inputs_embeds"] = torch.cat([self.virtual.expand(len(embeddings), -1, -1), embeddings], 1)
         return inputs

@@ -33,6 +33,7 @@ from transformers.cache_utils import Cache
 import tidaldecode
 from families import FAMILIES, plan_for, ragged_batch
 from tidaldecode import InputError, ModelShape, TidalCache, TidalPlan
+from tidaldecode.hf.cache_name import CACHE
 from tidaldecode.hf.forward import PREFILL_CHUNK, chunk_size
 from tidaldecode.models import check_architecture
 from tidaldecode.plans import shipped_plans
@@ -189,6 +190,36 @@ def test_a_cache_is_cropped_where_transformers_does_not_ask_whether_it_can_be(ll
     cache = TidalCache(llama.config, plan_for(llama.config), 60)
     cache.crop(0)
     assert cache.is_croppable
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("lossless", [None, 3])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_cache_goes_by_both_names_that_transformers_gave_it(llama, name, lossless):
+    """Whichever is the installed version's."""
+    plan = plan_for(llama.config)
+    tidaldecode.apply(llama, plan)
+    ids = ragged_batch((40,))[0]
+    expected = llama.generate(ids, lossless=lossless, **GREEDY)
+    cache, loop = (TidalCache(llama.config, plan, 60) for _ in range(2))
+    output = llama.generate(ids, lossless=lossless, return_dict_in_generate=True, **GREEDY, **{name: cache})
+    assert torch.equal(output.sequences, expected) and getattr(output, CACHE) is cache
+    output = llama(ids, **{name: loop})
+    assert getattr(output, CACHE) is loop and loop.get_seq_length() == 40
+    inputs = llama.prepare_inputs_for_generation(ids, next_sequence_length=1, **{name: loop})
+    assert inputs[CACHE] is loop and llama(**inputs).logits.shape[1] == 1
+
+
+def test_a_cache_under_each_name_is_refused(llama):
+    plan = plan_for(llama.config)
+    tidaldecode.apply(llama, plan)
+    ids = ragged_batch((40,))[0]
+    caches = {name: TidalCache(llama.config, plan, 60) for name in ("past_key_values", "cache")}
+    for call in (llama, llama.generate):
+        with pytest.raises(InputError, match="two names of one argument: leave out one"):
+            call(ids, **caches)
+    unused = {name: cache if name == "cache" else None for name, cache in caches.items()}
+    assert llama.generate(ids, **unused, **GREEDY).shape == (1, 50) and caches["cache"].get_seq_length() == 49
 
 
 def test_a_cropped_cache_decodes_again_by_another_plan(llama):

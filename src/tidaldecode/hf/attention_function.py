@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tidaldecode.errors import InputError
 from tidaldecode.hf.applied import plain_forward, plain_method
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.cache_name import CACHE
 from tidaldecode.hf.captured import StepCache, decode_attention
 from tidaldecode.hf.layers import TidalLayer
 
@@ -23,14 +24,14 @@ NAME = "tidaldecode"
 _log = logging.getLogger(__name__)
 
 
-def own_pass(model: PreTrainedModel, cache: TidalCache, **arguments: Any) -> Any:
+def own_pass(model: PreTrainedModel, cache: TidalCache, /, **arguments: Any) -> Any:
     """The model's own forward pass through a cache, after `cache.begin`; its output.
 
     Raises:
         InputError: the model does not pass on what its layers need to attend through the cache.
     """
     with no_grad():  # the cache would hold on to every activation that its K and V came from
-        output = plain_forward(model)(**arguments | {"past_key_values": cache, "tidal_cache": cache})
+        output = plain_forward(model)(**arguments | {CACHE: cache, "tidal_cache": cache})
     if not cache.session.attended_everywhere():
         raise InputError(f"{type(model).__name__} does not pass on what tidaldecode needs: it can't work with it")
     return output

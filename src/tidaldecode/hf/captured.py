@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tidaldecode.hf.applied import plain_forward
+from tidaldecode.hf.cache_name import CACHE
 from tidaldecode.hf.merged import merged_products
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.hf.weights import weights_now
@@ -101,10 +102,10 @@ def decode_step(forward: Callable[..., Any], input_ids: Tensor, position_ids: Te
     return forward(
         input_ids=input_ids,
         position_ids=position_ids,
-        past_key_values=_step_cache,
         use_cache=True,
         return_dict=True,
         tidal_cache=_step_cache,
+        **{CACHE: _step_cache},
     ).logits
 
 

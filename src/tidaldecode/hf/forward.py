@@ -15,6 +15,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.applied import plain_method
 from tidaldecode.hf.attention_function import NAME, own_pass
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.cache_name import CACHE, with_cache_named
 from tidaldecode.hf.second_pass.correction import correct, step_decoded
 from tidaldecode.hf.sequences import PREFILL_CHUNK
 from tidaldecode.models import rope_varies
@@ -22,15 +23,15 @@ from tidaldecode.models import rope_varies
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 """Arguments of a forward pass with one entry for each of its tokens."""
 
-_CAPTURED = set("input_ids attention_mask position_ids past_key_values use_cache return_dict logits_to_keep".split())
+_CAPTURED = {CACHE, *"input_ids attention_mask position_ids use_cache return_dict logits_to_keep".split()}
 """Arguments that a captured decode step knows; with others, the step runs uncaptured."""
 
 
 def tidal_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """The model's forward pass; by the plan when `past_key_values` is a `TidalCache`, unchanged otherwise."""
+    """The model's forward pass; by the plan when the cache is a `TidalCache`, unchanged otherwise."""
     forward = plain_method(model, "forward")
-    arguments = _named(forward, args, kwargs)
-    cache = arguments.get("past_key_values")
+    arguments = with_cache_named(_named(forward, args, kwargs))
+    cache = arguments.get(CACHE)
     return _by_plan(model, cache, arguments) if isinstance(cache, TidalCache) else forward(*args, **kwargs)
 
 
@@ -61,7 +62,7 @@ def _step(model: PreTrainedModel, cache: TidalCache, arguments: dict[str, Any]) 
             positions = torch.full_like(tokens, cache.get_seq_length())
         logits = cache.replay(model, tokens, positions, "step")
         if logits is not None:  # the next step overwrites them
-            return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+            return CausalLMOutputWithPast(logits=logits.clone(), **{CACHE: cache})
     cache.begin(len(tokens), 1, tokens.device, kind="step")
     return own_pass(model, cache, **arguments)
 
@@ -131,7 +132,7 @@ def _chunks(arguments: dict[str, Any], config: PreTrainedConfig) -> Iterator[dic
     """The arguments of each forward pass of a prompt."""
     tokens = _tokens(arguments).shape[1]
     size = chunk_size(tokens) if _may_be_split(arguments, config) else tokens
-    past = arguments["past_key_values"].get_seq_length()
+    past = arguments[CACHE].get_seq_length()
     for start in range(0, tokens, size):
         stop = min(start + size, tokens)
         chunk = dict(arguments)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from tidaldecode.errors import InputError
 from tidaldecode.hf.applied import plain_method
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.cache_name import CACHE, with_cache_named
 from tidaldecode.hf.second_pass import Correction, DraftLength, Lossless, check_second_pass, correct, lossless_loop
 from tidaldecode.hf.sequences import Sequences
 
@@ -82,9 +83,10 @@ def tidal_generate(
     """
     by_place = inspect.signature(plain_method(model, "generate")).bind_partial(inputs, generation_config, *args)
     kwargs |= {name: value for name, value in by_place.arguments.items() if value is not None}
+    kwargs = with_cache_named(kwargs)
     call = _Call(model, kwargs)
     _refuse_modes(model, call, lossless)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     tokens = _history(cache, call)
     new_tokens = call.setting("max_new_tokens") or (call.setting("max_length") or 0) - call.tokens
     new_tokens = new_tokens if new_tokens > 0 else _DEFAULT_NEW_TOKENS
@@ -98,7 +100,7 @@ def tidal_generate(
         capacity += length.longest
     cache_is_kept = cache is not None or bool(call.setting("return_dict_in_generate"))
     if cache is None:
-        cache = kwargs["past_key_values"] = TidalCache(model.config, model._tidaldecode.plan, capacity)
+        cache = kwargs[CACHE] = TidalCache(model.config, model._tidaldecode.plan, capacity)
     else:
         cache.make_room(capacity - 1 - cache.get_seq_length())  # the last token that comes out is never written
     if length is not None:
@@ -130,9 +132,9 @@ def _refuse_modes(model: PreTrainedModel, call: _Call, lossless: Lossless | None
         raise InputError("tidaldecode decodes from the KV cache: leave out use_cache=False")
     call.refuse(_UNSUPPORTED)
     _refuse_virtual_tokens(model, lossless)
-    cache = call.arguments.get("past_key_values")
+    cache = call.arguments.get(CACHE)
     if cache is not None and not isinstance(cache, TidalCache):
-        raise InputError(f"past_key_values must be a tidaldecode.TidalCache or left out, not a {type(cache).__name__}")
+        raise InputError(f"{CACHE} must be a tidaldecode.TidalCache or left out, not a {type(cache).__name__}")
 
 
 def _check_second_pass(
@@ -144,7 +146,7 @@ def _check_second_pass(
         check_second_pass(model.config, "correction_interval")
     if length is not None:
         check_second_pass(model.config, "lossless")
-        cache = call.arguments.get("past_key_values")
+        cache = call.arguments.get(CACHE)
         if cache is not None and cache.correction is not None:
             raise InputError("lossless decoding corrects the cache in each round: set cache.correction to None")
         call.refuse(_UNSUPPORTED_BY_LOSSLESS)
@@ -198,13 +200,13 @@ def tidal_prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> d
     Phi-3 drops its cache where a prompt crosses the length up to which it was first trained, and reads the whole
     sequence again with other RoPE frequencies; here the same cache is emptied and filled again.
     """
-    prepare = plain_method(model, "prepare_inputs_for_generation")
+    prepare, kwargs = plain_method(model, "prepare_inputs_for_generation"), with_cache_named(kwargs)
     inputs: dict[str, Any] = prepare(*args, **kwargs)
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, TidalCache) and inputs.get("past_key_values") is None:
-        inputs = prepare(*args, **kwargs | {"past_key_values": None, "next_sequence_length": None})
+    cache = kwargs.get(CACHE)
+    if isinstance(cache, TidalCache) and inputs.get(CACHE) is None:
+        inputs = prepare(*args, **kwargs | {CACHE: None, "next_sequence_length": None})
         cache.reset()
-        inputs["past_key_values"] = cache
+        inputs[CACHE] = cache
     return inputs
 
 

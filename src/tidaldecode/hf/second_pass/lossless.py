@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
+from tidaldecode.hf.cache_name import CACHE
 from tidaldecode.hf.second_pass.correction import full_pass
 from tidaldecode.hf.second_pass.processors import check_processors, may_mind
 from tidaldecode.hf.second_pass.speculation import DraftLength, accept_greedy, accept_sampled
@@ -60,7 +61,7 @@ def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_k
         if streamer is not None:
             streamer.end()
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=speculation.cache)
+            return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: speculation.cache})
         return sequences
 
     return loop
@@ -84,7 +85,7 @@ class _Speculation:
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.processors, self.samples, self.length = model, processors, config.do_sample, length
-        self.cache: TidalCache = model_kwargs["past_key_values"]
+        self.cache: TidalCache = model_kwargs[CACHE]
         self.cache.rounds = self._rounds = Rounds()
         self._most = config.max_length
         padding, room = config._pad_token_tensor, self._most - input_ids.shape[1] + length.longest + 1
@@ -144,9 +145,9 @@ class _Speculation:
             logits = self.model(
                 input_ids=self._device(self.tokens.window(drafted - 1, 1)),
                 position_ids=self._positions(1),
-                past_key_values=self._drafts,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE: self._drafts},
             ).logits[:, -1]
             token, distribution = self._choose(self.tokens.scores(self.processors, drafted, logits))
             self.tokens.write(drafted, token)
