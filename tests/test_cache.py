@@ -421,7 +421,9 @@ class PromptLearning:
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = self.prepare(*args, **kwargs)
-        inputs["position_ids"] = None
+        inputs["position_ids"], mask = None, inputs.get("attention_mask")
+        if mask is not None:  # of all ones, only early versions of Transformers hand it on
+            inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.virtual.shape[1]), mask], 1)
         if inputs[CACHE].get_seq_length() == 0:
             embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
             inputs["inputs_embeds"] = torch.cat([self.virtual.expand(len(embeddings), -1, -1), embeddings], 1)
