@@ -4,17 +4,24 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-package test-serving test-gpu clean
+.PHONY: demo test test-package test-package-first test-package-rest test-serving test-gpu clean
 
 demo: .venv/ready
 	.venv/bin/tidaldecode generate --compare --max-new-tokens 48 \
 		--prompt-file examples/moby_dick_101-103.txt \
 		--question "What is the special magic Nantucket number?"
 
-test: test-package test-serving
+# in three parts, which `make --jobs=2 test` runs side by side: the longest first
+test: test-package-first test-serving test-package-rest
 
-test-package: .venv-test/ready
-	.venv-test/bin/python -m pytest
+test-package: test-package-first test-package-rest
+
+FIRST = $(wildcard tests/test_[a-l]*.py)
+test-package-first: .venv-test/ready
+	.venv-test/bin/python -m pytest $(FIRST)
+
+test-package-rest: .venv-test/ready
+	.venv-test/bin/python -m pytest $(filter-out $(FIRST),$(wildcard tests/test_*.py))
 
 test-serving: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/serving
