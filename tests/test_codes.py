@@ -9,6 +9,8 @@ import torch
 
 from tidaldecode import InputError, Source, TidalCache, TidalPlan, apply, remove
 from tidaldecode.evaluate.scoring import step_logits
+from tidaldecode.hf.layers import TidalLayer
+from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.method import Method
 from tidaldecode.ops import KV, Choice, KeyCodes, reference
 from tidaldecode.ops.codes import decode, encode, room_for_codes, rotation
@@ -112,7 +114,7 @@ def test_what_can_not_be_is_refused():
 
 
 PROMPTS = torch.randint(0, 250, (2, 60), generator=torch.Generator().manual_seed(1))
-MASK = torch.ones_like(PROMPTS).index_fill(1, torch.arange(5), 1)
+MASK = torch.ones_like(PROMPTS)
 MASK[1, :9] = 0
 
 
@@ -150,7 +152,9 @@ def test_a_cache_keeps_codes_of_what_it_holds(tiny, bits):
         packed, _ = encode(keys, layer.codes.centres[:, None], layer.codes)
         there = torch.arange(cache.capacity) < cache.sequences.lengths[:, None]
         assert (packed[there] != layer.codes.packed[there]).float().mean() < 1e-3
-    before = coded(cache)
+    before, length = coded(cache), cache.get_seq_length()
+    model(PROMPTS[:, :3], past_key_values=cache)  # a next turn is coded as it is written
+    cache.crop(length - cache.get_seq_length())
     cache.batch_select_indices(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([1, 0]))
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(before, coded(cache), strict=True))
@@ -220,14 +224,44 @@ def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads,
             assert len(here & there) >= count - (0 if dtype == torch.float32 else 1)
 
 
-def test_what_is_chosen_does_not_go_by_the_batch(tiny):
-    """Each sequence of a batch decodes as it does alone: codes are centred sequence by sequence."""
+@pytest.mark.parametrize("chunk", [1024, 12])
+def test_what_is_chosen_goes_neither_by_the_batch_nor_by_chunks(tiny, chunk, monkeypatch):
+    """Each sequence decodes as it does alone; of chunks of 12 tokens the first ones hold padding alone."""
     model = apply(tiny("llama").double(), plan_of(tiny("llama").config, 1))
     given = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    together = model.generate(PROMPTS, attention_mask=MASK, **given)[:, 60:]
-    for row, start in ((0, 0), (1, 9)):
-        alone = model.generate(PROMPTS[row : row + 1, start:], **given)
-        assert alone[0, 60 - start :].tolist() == together[row].tolist()
+    mask = MASK.clone()
+    mask[1, :30] = 0
+    alone = [
+        model.generate(PROMPTS[row : row + 1, start:], **given)[0, -12:].tolist() for row, start in ((0, 0), (1, 30))
+    ]
+    monkeypatch.setattr("tidaldecode.hf.forward.chunk_size", lambda tokens: min(tokens, chunk))
+    assert model.generate(PROMPTS, attention_mask=mask, **given)[:, -12:].tolist() == alone
+
+
+def test_codes_of_another_prompt_in_the_same_cache(tiny):
+    """A cache that is reset is coded anew, about the new prompt's keys."""
+    model = apply(tiny("llama"), "full")
+    cache = filled(model, 2)
+    model(PROMPTS[:, :1], past_key_values=cache)
+    cache.reset()
+    fresh = TidalCache(model.config, plan_of(model.config, 2), 64)
+    for each in (cache, fresh):
+        model(PROMPTS.flip(0), past_key_values=each)
+        model(PROMPTS[:, :1], past_key_values=each)
+    for old, new in zip(cache.layers[1:], fresh.layers[1:], strict=True):
+        assert torch.equal(old.codes.centres, new.codes.centres)
+        assert torch.equal(old.codes.packed[:, :61], new.codes.packed[:, :61])
+
+
+def test_halves_do_not_overflow():
+    """The sum of many keys is beyond float16, their mean is not."""
+    layer = TidalLayer(Sequences(1000), 1, True)
+    layer.use_codes(1)
+    rows = torch.full((1, 2, 900, 16), 300.0, dtype=torch.float16)
+    layer.sequences.begin(1, 900, torch.device("cpu"), None)
+    layer.update(rows, rows)
+    layer.code_prompt()
+    assert torch.equal(layer.codes.centres, torch.full((1, 2, 16), 300.0))
 
 
 def test_sparse_layers_read_what_codes_chose_and_one_pass_is_as_many_steps(tiny):

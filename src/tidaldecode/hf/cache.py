@@ -246,7 +246,7 @@ class TidalCache(Cache):
             for rows in (layer.keys, layer.values):
                 rows[:, :, :tokens].normal_(generator=generator)
             layer.padded_length = tokens
-            layer.code_all()
+            layer.coded = False
 
     # ---- going back
 

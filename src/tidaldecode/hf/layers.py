@@ -20,7 +20,8 @@ class TidalLayer(CacheLayerMixin):
 
     Attributes:
         keys, values: [B, Hkv, capacity, D]; rows past a sequence's length are undefined.
-        codes: of the keys, about the mean of each sequence's first ones; `None` without any.
+        codes: room for codes of the keys; `None` where nobody chooses by them.
+        coded: whether they hold those of the tokens that are there.
     """
 
     is_sliding = False
@@ -33,6 +34,7 @@ class TidalLayer(CacheLayerMixin):
         self.padded_length = 0
         self.code_bits = 0
         self.codes: KeyCodes | None = None
+        self.coded = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the cache for [B, Hkv, N, D] states.
@@ -49,36 +51,45 @@ class TidalLayer(CacheLayerMixin):
     def _place(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self.codes = room_for_codes(keys.transpose(1, 2), self.code_bits, len(keys)) if self.code_bits else None
+        self.coded = False
         self.sequences.moves += 1
 
     def use_codes(self, bits: int) -> None:
-        """Keeps codes of so many bits from now on, of the tokens that are there too; of 0 bits, none."""
-        if bits == self.code_bits:
-            return
-        self.code_bits = bits
-        if self.is_initialized:
-            self._place(self.keys, self.values)
-            self.code_all()
+        """Keeps codes of so many bits from now on; of 0 bits, none."""
+        if bits != self.code_bits:
+            self.code_bits = bits
+            if self.is_initialized:
+                self._place(self.keys, self.values)
 
-    def code_all(self) -> None:
-        """Makes the codes of all tokens anew."""
-        if self.codes is None or self.padded_length == 0:
-            return
-        new = self.keys[:, :, : self.padded_length]
-        there = torch.arange(self.padded_length, device=new.device) < self.sequences.lengths[:, None]
-        self._centre(new, there)
-        keys = new.transpose(1, 2)
-        for start in range(0, self.padded_length, PREFILL_CHUNK):
-            rows = slice(start, min(start + PREFILL_CHUNK, self.padded_length))
-            self.codes.packed[:, rows], self.codes.factors[:, rows] = encode(
-                keys[:, rows], self.codes.centres[:, None], self.codes
-            )
+    def code_prompt(self) -> None:
+        """Makes the codes of all tokens that are there, once: those that follow are coded as they are written.
 
-    def _centre(self, keys: Tensor, there: Tensor) -> None:
-        """Centres each sequence's codes on the mean of its keys, [B, Hkv, N, D], of those that are `there`, [B, N]."""
-        assert self.codes is not None
-        total = torch.einsum("bn,bhnd->bhd", there.to(keys.dtype), keys)
+        Each sequence's codes are centred on the mean of its own first keys, so that they do not go by the chunks in
+        which a prompt was read, nor by the other prompts of the batch.
+        """
+        if self.codes is None or self.coded or self.padded_length == 0:
+            return
+        rows = self.keys.transpose(1, 2)  # [B, capacity, Hkv, D]
+        first = rows[:, : min(self.padded_length, PREFILL_CHUNK)].float()
+        begun = self.sequences.padded_length - self.padded_length  # tokens of a pass that has begun are not there yet
+        there = torch.arange(first.shape[1], device=rows.device) < (self.sequences.lengths - begun)[:, None]  # [B, N]
+        total = torch.einsum("bn,bnhd->bhd", there.float(), first.masked_fill(~there[..., None, None], 0))
         self.codes.centres.copy_(total / there.sum(1).clamp(min=1)[:, None, None])
+        for start in range(0, self.padded_length, PREFILL_CHUNK):
+            part = slice(start, min(start + PREFILL_CHUNK, self.padded_length))
+            packed, factors = encode(rows[:, part], self.codes.centres[:, None], self.codes)
+            self.codes.packed[:, part], self.codes.factors[:, part] = packed, factors
+        self.coded = True
+
+    def _keep_codes(self, codes: KeyCodes | None, rows: Tensor | None = None) -> None:
+        """Takes codes over after `_place`, if there were any: those of all sequences, or of some `rows`."""
+        if codes is None or self.codes is None:
+            return
+        self.coded = True
+        for name in ("packed", "factors", "centres"):
+            old, new = getattr(codes, name), getattr(self.codes, name)
+            old = old if rows is None else old.index_select(0, rows)
+            new[:, : old.shape[1]].copy_(old)
 
     def check_memory(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         """Looks whether the K and V of all layers fit the GPU, where these are a layer's.
@@ -135,23 +146,17 @@ class TidalLayer(CacheLayerMixin):
         grown = [_room_like(rows, capacity) for rows in (self.keys, self.values)]
         for new, rows in zip(grown, (self.keys, self.values), strict=True):
             new[:, :, : self.padded_length].copy_(rows[:, :, : self.padded_length])
-        codes = self.codes
+        codes, coded = self.codes, self.coded
         self._place(*grown)
-        if codes is not None and self.codes is not None:
-            self.codes.packed[:, : self.padded_length].copy_(codes.packed[:, : self.padded_length])
-            self.codes.factors[:, : self.padded_length].copy_(codes.factors[:, : self.padded_length])
-            self.codes.centres.copy_(codes.centres)
+        self._keep_codes(codes if coded else None)
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences alone, in this order, some perhaps several times; `rows` is [N], int64."""
         rows = rows.to(self.keys.device)
         with torch.inference_mode(False):
-            codes = self.codes
+            codes, coded = self.codes, self.coded
             self._place(self.keys.index_select(0, rows), self.values.index_select(0, rows))
-            if codes is not None and self.codes is not None:
-                self.codes.packed.copy_(codes.packed.index_select(0, rows))
-                self.codes.factors.copy_(codes.factors.index_select(0, rows))
-                self.codes.centres.copy_(codes.centres.index_select(0, rows))
+            self._keep_codes(codes if coded else None, rows)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -160,11 +165,8 @@ class TidalLayer(CacheLayerMixin):
         if self.sequences.padded_length == 0:
             raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
         self.prepare(key_states, value_states)
-        new_tokens = key_states.shape[2]
-        if self.padded_length == 0 and self.codes is not None:
-            padding = new_tokens - self.sequences.new_lengths[:, None]
-            self._centre(key_states, torch.arange(new_tokens, device=key_states.device) >= padding)
-        self.padded_length += new_tokens
+        self.coded = self.coded and self.padded_length > 0  # else another prompt's
+        self.padded_length += key_states.shape[2]
         if self.padded_length != self.sequences.padded_length:
             raise InputError(LEFT_IN_THE_MIDDLE)
         self.write(key_states, value_states)
@@ -181,7 +183,7 @@ class TidalLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         sequences = self.sequences
         k, v = self.keys.transpose(1, 2), self.values.transpose(1, 2)
-        return KV(k, v, sequences.block_table, sequences.lengths, self.codes)
+        return KV(k, v, sequences.block_table, sequences.lengths, self.codes if self.coded else None)
 
     def reset(self) -> None:
         """Forgets all tokens."""

@@ -69,10 +69,16 @@ class Session:
         """Lets the attention look at the K of a prompt, once, before the first step behind it."""
         if self.prepared:
             return
+        self._code_prompts()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, TidalLayer):
                 self.attention.prepare(index, layer.kv())
         self.prepared = True
+
+    def _code_prompts(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, TidalLayer):
+                layer.code_prompt()
 
     def begin(self, kind: Kind, tokens: int) -> None:
         """Starts a forward pass over `tokens` tokens of each sequence, which the sequences have taken in."""
@@ -88,6 +94,7 @@ class Session:
                 self.attention.begin_pass(lengths, sequences.new_lengths, sequences.capacity)
             return
         if kind == "steps":
+            self._code_prompts()
             self.graphs.pop(STEP, None)  # the attention allocates for as many sequences as there are steps
             lengths = lengths + torch.arange(1 - tokens, 1, dtype=torch.int32, device=lengths.device)
             self._step_lengths = lengths
@@ -144,6 +151,7 @@ class Session:
             key, what = STEP, "the decode step"
             self.prepare()
         else:
+            self._code_prompts()  # what is captured writes codes, or does not, for good
             key, what = tokens, f"the pass over {tokens} tokens with full attention"
         graph = self.graphs.get(key)  # `None` in a copy of a cache
         if graph is not None and graph.serves(model, self.sequences):
