@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -171,19 +172,33 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(path):
         assert cells.rows == read_cells(path).rows != []
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["fsync", "flush"])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, way):
+    """Also where closing the file tries to write again what is left."""
     cells = Cells.open(tmp_path / "cells.jsonl", IDENTITY, KEY)
 
-    def fail(number):
+    def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tidaldecode.results.cells.os.fsync", fail)
+    if way == "fsync":
+        monkeypatch.setattr("tidaldecode.results.cells.os.fsync", fail)
+    else:
+        full = io.BufferedRandom(FullDisk(cells._file.raw.name, "r+"))
+        cells._file.close()
+        cells._file = full
     with (
-        cells,
         pytest.raises(InputError, match=r"cells\.jsonl can't be written: No space left on device; the cells bef"),
+        cells,
     ):
         cells.append(dict.fromkeys(KEY, 1))
     assert cells.rows == []
+
+
+class FullDisk(io.FileIO):
+    """A file that nothing more can be written to."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_an_empty_file_is_a_new_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from tidaldecode.serving.settings import Settings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (161, 1, 64, 0)
+LARGE = [(bits, dim, 8, 2, 16) for bits in (1, 2) for dim in (96, 128, 256)] * torch.cuda.is_available()
 SHAPE = {"num_query_heads": 6, "num_kv_heads": 2}
 
 
@@ -177,7 +179,7 @@ def test_a_budget_of_the_whole_context_is_full_attention(tiny, bits):
 @pytest.mark.kernels
 @pytest.mark.parametrize(
     ("bits", "dim", "heads", "kv_heads", "block_size"),
-    [(1, 32, 6, 3, 16), (2, 20, 5, 1, 256), (4, 16, 2, 2, 16), (1, 64, 7, 1, 16)],
+    [(1, 32, 6, 3, 16), (2, 20, 5, 1, 256), (4, 16, 2, 2, 16), (1, 64, 7, 1, 16), *LARGE],
 )
 def test_kernels_write_the_references_codes(bits, dim, heads, kv_heads, block_size):
     pytest.importorskip("triton")
@@ -203,6 +205,7 @@ def test_kernels_write_the_references_codes(bits, dim, heads, kv_heads, block_si
         (2, 20, 5, 1, 256, ["per_group", "per_head"]),
         (1, 64, 7, 1, 16, ["per_group"]),
         (4, 16, 4, 2, 16, ["unified", "per_group"]),
+        *((*shape, ["per_group"]) for shape in LARGE),
     ],
 )
 def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads, block_size, rules):
@@ -324,3 +327,32 @@ def test_a_server_says_that_it_has_no_codes(tiny, tmp_path):
     plan_of(tiny("llama").config, 1).save(tmp_path / "codes.json")
     with pytest.raises(InputError, match="a server's cache has no codes of keys yet"):
         Settings(plan=str(tmp_path / "codes.json")).plan_for(tiny("llama").config)
+
+
+def test_generate_by_a_plan_without_sparse_layers(run, tiny, byte_tokenizer, tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    plan_of(model.config, 2).save(tmp_path / "plan.json")
+    given = "--model", str(tmp_path / "model"), "--plan", str(tmp_path / "plan.json"), "--max-new-tokens", "4", "--json"
+    status, out, err = run("generate", "Call me Ishmael. " * 4, *given)
+    assert status == 0 and "quantized select layers" in err
+    codes = json.loads(out)["context_tokens"] * 6 / 64  # 4 bytes of codes and 2 of a factor, of 64 of K and V
+    assert json.loads(out)["tokens_read_per_kv_head"] == pytest.approx(16 + codes, abs=0.5)
+
+
+def test_a_part_of_a_cache_has_its_own_centres():
+    _, _, kv, codes = make(1)
+    assert torch.equal(kv.of(slice(1, 3)).codes.centres, codes.centres[1:3])
+
+
+def test_steps_without_a_prompt_before_them(tiny):
+    """A prompt of one token is not read: the pass over steps is the first."""
+    model = apply(tiny("llama"), "full")
+    cache = TidalCache(model.config, plan_of(model.config, 2), 64)
+    assert torch.cat(list(step_logits(model, cache, PROMPTS[:1, :5])), 1).isfinite().all()
+
+
+def test_memory_is_asked_for_the_codes_of_all_layers(tiny):
+    cache = TidalCache(tiny("llama").config, plan_of(tiny("llama").config, 2), 64)
+    assert cache.layers[0].code_bits == 0 and cache.layers[0].bits_of_all == [0, *[2] * 6]

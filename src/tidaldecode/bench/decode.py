@@ -120,7 +120,7 @@ class _Engine:
         tokens = sum(min(tokens, context) for tokens in attention.tokens_read(context).values())
         read = kv_bytes(tokens, batch, shape.num_kv_heads, shape.head_dim, self.model.dtype)
         floor_ms = floor_us(weight_bytes(self.model, batch) + read, self.bandwidth_gbs) / 1000
-        return DecodeRow(
+        return DecodeRow.model_construct(
             method=method,
             context=context,
             budget=budget,

@@ -37,9 +37,8 @@ def bench_operations(
         on_report: called with the report so far whenever a shape is done.
 
     Raises:
-        InputError: a setting is wrong, the GPU has no such dtype, or memory is short.
+        InputError: the GPU has no such dtype, or memory is short.
     """
-    settings.check()
     check_dtype(device, dtype)
     shapes = [
         CacheShape(settings.heads, kv_heads, settings.head_dim, settings.batch, context, dtype)
@@ -85,7 +84,7 @@ def _shape_rows(
             base_us[workload.name] = timing.us
         is_step = workload.name.startswith("step")
         base = base_us[SDPA_STEP if is_step else "sdpa"]
-        yield OperationRow(
+        yield OperationRow.model_construct(
             operation=workload.name,
             heads=shape.heads,
             kv_heads=shape.kv_heads,

@@ -31,7 +31,11 @@ _Batch = Annotated[int, Option("Sequences decoded at once.", min=1)]
 
 @dataclass(frozen=True)
 class OperationsSettings:
-    """What to measure: every operation at each number of KV heads, context and budget."""
+    """What to measure: every operation at each number of KV heads, context and budget.
+
+    Raises:
+        InputError: names the first wrong setting.
+    """
 
     heads: Annotated[int, Option("Query heads.", min=1)] = 32
     kv_heads: Annotated[tuple[int, ...], Option("KV heads.", metavar="N,...", parse=integers)] = (8, 32)
@@ -42,12 +46,7 @@ class OperationsSettings:
     layers: Annotated[int, Option("Layers of a decode step.", min=3)] = 32
     seed: Seed = 0
 
-    def check(self) -> None:
-        """Refuses what can't be measured.
-
-        Raises:
-            InputError: names the first wrong setting.
-        """
+    def __post_init__(self) -> None:
         for kv_heads in self.kv_heads:
             if self.heads % kv_heads:
                 raise InputError(f"{self.heads} query heads are no multiple of {kv_heads} KV heads")

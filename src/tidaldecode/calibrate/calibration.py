@@ -16,7 +16,7 @@ from tidaldecode.calibrate.points import BestPoints, Point
 from tidaldecode.calibrate.search import Layers, Search
 from tidaldecode.calibrate.settings import RECENT_TOKENS, SINK_TOKENS, CalibrationSettings, check_apart
 from tidaldecode.calibrate.stretches import Stretch, with_probes
-from tidaldecode.errors import InputError
+from tidaldecode.errors import InputError, one_line
 from tidaldecode.evaluate.perplexity import perplexity
 from tidaldecode.evaluate.study import OnProgress, measure, quiet
 from tidaldecode.methods.method import Method
@@ -82,11 +82,11 @@ def calibrate(
         run.search()
         run.stretches.clear()  # their caches make room for the held-out windows'
         run.check(heldout)
-    except (KeyboardInterrupt, InputError) as error:
+    except (KeyboardInterrupt, InputError, torch.OutOfMemoryError) as error:
         if not run.points.best:
             raise
-        if isinstance(error, InputError):
-            _log.warning("the calibration ended early, and keeps the best plan so far: %s", error)
+        if not isinstance(error, KeyboardInterrupt):
+            _log.warning("the calibration ended early, and keeps the best plan so far: %s", one_line(error))
         stopped = True
     return Found(run.points.chosen, run.points.frontier, run.tried, stopped)
 
@@ -203,7 +203,10 @@ class _Run:
 
     def other_budgets(self, size: int) -> None:
         """The best plan of a size with the other budgets."""
-        plan = self.points.best[size, self.settings.budget].plan
+        best = self.points.best.get((size, self.settings.budget))
+        if best is None:
+            raise InputError(f"no plan in which {size} layers read everything has a finite loss")
+        plan = best.plan
         for budget in self.settings.token_budgets:
             if budget != self.settings.budget:
                 self.add(size, plan.with_budget(budget), f"budget {budget}")

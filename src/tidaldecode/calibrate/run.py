@@ -55,9 +55,11 @@ def report_calibration(
     about = {**measured_on(chosen, began), "text": title, "heldout_text": heldout_title}
     figure = None if results is None else str(results.with_suffix(".png"))
     report = CalibrationReport(about, settings, found, figure)
-    report.plan.save(plan_file)
-    if results is not None:
-        save_results(report.to_json(), results)
+    try:
+        report.plan.save(plan_file)
+    finally:  # the results hold the plan, too
+        if results is not None:
+            save_results(report.to_json(), results)
     return report
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tidaldecode.cli.tables import print_sets, print_table
+from tidaldecode.report.labels import budget_label, ratio
 
 if TYPE_CHECKING:
     from tidaldecode.bench.timing_report import TimingReport
     from tidaldecode.results.timings import DecodeRow, OperationRow
-
 
 _OPERATIONS = ("operation", "budget", "µs", "floor", "over SDPA", "speed-up")
 _DECODE = ("method", "context", "budget", "ms", "floor", "over it", "speed-up", "KV read")
@@ -32,7 +32,7 @@ def print_operations(console: Console, report: TimingReport[OperationRow]) -> No
 
 def _operation(row: OperationRow) -> tuple[str, ...]:
     times = f"{row.us:,.1f}", f"{row.floor_us:,.1f}"
-    return row.operation, _budget(row.budget), *times, _ratio(row.over_sdpa), _ratio(row.speedup_vs_full)
+    return row.operation, budget_label(row.budget), *times, ratio(row.over_sdpa), ratio(row.speedup_vs_full)
 
 
 def print_decode(console: Console, report: TimingReport[DecodeRow]) -> None:
@@ -48,19 +48,9 @@ def print_decode(console: Console, report: TimingReport[DecodeRow]) -> None:
 
 
 def _step(row: DecodeRow) -> tuple[str, ...]:
-    times = f"{row.step_ms:,.3f}", f"{row.floor_ms:,.3f}", _ratio(row.over_floor), _ratio(row.speedup_vs_full)
-    return row.method, f"{row.context:,}", _budget(row.budget), *times, f"{row.kv_read_fraction:.1%}"
+    times = f"{row.step_ms:,.3f}", f"{row.floor_ms:,.3f}", ratio(row.over_floor), ratio(row.speedup_vs_full)
+    return row.method, f"{row.context:,}", budget_label(row.budget), *times, f"{row.kv_read_fraction:.1%}"
 
 
 def _title(about: dict[str, Any]) -> str:
     return f"{about['device']}, {about['dtype']}; memory is read at {about['read_bandwidth_gbs']:,.0f} GB/s"
-
-
-def _budget(budget: int | float | None) -> str:
-    if budget is None:
-        return ""
-    return f"{budget:,}" if isinstance(budget, int) else f"{budget:g}"
-
-
-def _ratio(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"

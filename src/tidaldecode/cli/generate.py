@@ -78,11 +78,11 @@ def _table(answer: Answer) -> Table:
     table.add_row("context, tokens", *(f"{column.context_tokens:,}" for column in columns))
     table.add_row("new tokens", *(f"{len(column.token_ids):,}" for column in columns))
     for role in ("full", "select", "quantized_select", "sparse"):
-        if layers := plan.roles.count(role):
-            label = f"tokens read per new token in each of {layers} {role.replace('_', ' ')} layers"
-            if role in ("sparse", "quantized_select") and sets > 1:
+        if layers := [layer for layer, its_role in enumerate(plan.roles) if its_role == role]:
+            label = f"tokens read per new token in each of {len(layers)} {role.replace('_', ' ')} layers"
+            if layers[0] in plan.reading and sets > 1:
                 label += f",\nper KV head: {sets:g} sets of {budget_words(plan.token_budget)}"
-            table.add_row(label, *(f"{column.mean_reads(plan, role):,.0f}" for column in columns))
+            table.add_row(label, *(f"{column.mean_reads(layers):,.0f}" for column in columns))
     table.add_row("share of the KV cache read", *(f"{column.kv_read_fraction:.1%}" for column in columns))
     if done.accepted_per_round is not None:
         table.add_row("tokens out per round", f"{done.accepted_per_round:.2f}")

@@ -6,6 +6,7 @@ What they leave open is left to the checks that follow, which know everything: n
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,7 @@ def outline_of(name: str) -> Outline:
     elif gguf_of(name) is not None:
         folder = None
     else:
-        folder = Path(name) if Path(name).is_dir() else _fetched(name)
+        folder = Path(name) if os.path.isdir(name) else _fetched(name)
     config = {} if folder is None else _config(folder)
     return Outline(str(folder) if name == demo_model.NAME else name, folder if config else None, config)
 

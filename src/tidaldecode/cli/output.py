@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ def results_file(option: str, folder: Path | None, name: str, figures: bool = Tr
     """
     if folder is None:
         return None
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{option} {folder} is a file: give a folder")
     if figures:
         check_matplotlib()
@@ -66,7 +67,7 @@ def output_file(option: str, path: Path, example: str, json_output: bool) -> Pat
         InputError: it is a folder, its own folder is missing, or it can't be written to.
     """
     file = Path("/dev/stdout") if path == Path("-") else path
-    if file.is_dir():
+    if os.path.isdir(file):
         raise InputError(f"{option} {path} is a folder: give a file, such as {path / example}")
     if json_output and is_standard_output(file):
         raise InputError(f"{option} {path} and --json both write to standard output: leave out one of them")

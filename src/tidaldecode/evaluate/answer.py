@@ -63,7 +63,7 @@ class CheckedPrompt:
         from tidaldecode.hf import apply
         from tidaldecode.hf.second_pass.correction import check_second_pass
 
-        for option in self.settings.passes.asked:
+        for option in self.settings.passes.asked:  # not in `check`: what it imports takes seconds
             check_second_pass(self.chosen.config, option)
         model, prompt = apply(self.chosen.load(), self.plan), torch.tensor([self.token_ids])
         on_progress(0, 0, f"reading {len(self.token_ids):,} tokens")
@@ -118,7 +118,7 @@ class Answer:
             **done.to_json(),
         }
         if sets:
-            tokens = round(done.mean_reads(asked.plan, "sparse"), 2)
+            tokens = round(done.mean_reads(asked.plan.reading), 2)
             answer |= {"sets_per_kv_head": round(sets, 4), "tokens_read_per_kv_head": tokens}
         if passes.lossless is not None:
             accepted = done.accepted_per_round

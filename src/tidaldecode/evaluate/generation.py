@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes, Sampling
 from tidaldecode.hf import TidalCache, applied_plan
 from tidaldecode.hf.second_pass import DraftLength, Rounds
-from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 
 
@@ -51,9 +50,8 @@ class Generation:
     decode_ms_per_token: float | None
     accepted_per_round: float | None = None
 
-    def mean_reads(self, plan: TidalPlan, role: str) -> float:
-        """Tokens that a KV head of a layer with this role reads per new token; there is such a layer."""
-        layers = [layer for layer, its_role in enumerate(plan.roles) if its_role == role]
+    def mean_reads(self, layers: Sequence[int]) -> float:
+        """Tokens that a KV head of these layers reads per new token, the mean over them."""
         return sum(self.tokens_read[layer] for layer in layers) / len(layers)
 
     def to_json(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class TaskSettings:
     def __post_init__(self) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise InputError("lm-eval is not installed: pip install 'tidaldecode[eval]'")
-        if self.include_path is not None and not self.include_path.is_dir():
+        if self.include_path is not None and not os.path.isdir(self.include_path):
             raise InputError(f"--include-path {self.include_path} is no folder: give one with task files (YAML)")
 
     def check(self, tokenizer: Tokenizer) -> None:

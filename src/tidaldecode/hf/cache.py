@@ -75,9 +75,11 @@ class TidalCache(Cache):
 
     def _keep_codes(self, attention: Attention) -> None:
         """Lets the layers keep what an attention chooses by."""
-        for index, layer in enumerate(self.layers):
+        bits = [attention.code_bits(index) for index in range(len(self.layers))]
+        for layer, its_bits in zip(self.layers, bits, strict=True):
             if isinstance(layer, TidalLayer):
-                layer.use_codes(attention.code_bits(index))
+                layer.bits_of_all = bits
+                layer.use_codes(its_bits)
 
     def _attention_of(self, plan: PlanLike) -> DecodeAttention:
         plan = find_plan(plan, self.config)
@@ -182,6 +184,8 @@ class TidalCache(Cache):
             capacity = wanted
         layer.check_growth(capacity)
         self.session.moved()  # before, so that its graphs hold no memory
+        if self._drafts is not None:
+            self._drafts.session.moved()
         for layer in self.layers:
             layer.grow(capacity)
         self.sequences.capacity = capacity

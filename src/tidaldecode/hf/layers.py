@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
@@ -11,6 +13,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.hf.sequences import PREFILL_CHUNK, Sequences
 from tidaldecode.ops import KV, KeyCodes
 from tidaldecode.ops.codes import encode, room_for_codes
+from tidaldecode.ops.values import code_bytes
 
 LEFT_IN_THE_MIDDLE = "the cache was left in the middle of a forward pass: reset() it or make a new one"
 
@@ -33,6 +36,7 @@ class TidalLayer(CacheLayerMixin):
         self.num_layers, self.first = num_layers, first  # the first of so many checks that all of them fit
         self.padded_length = 0
         self.code_bits = 0
+        self.bits_of_all: list[int] = []  # code bits of each layer, for the check
         self.codes: KeyCodes | None = None
         self.coded = False
 
@@ -48,16 +52,18 @@ class TidalLayer(CacheLayerMixin):
         self._place(_room_like(key_states, capacity), _room_like(value_states, capacity))
         self.is_initialized = True
 
-    def _place(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-        self.codes = room_for_codes(keys.transpose(1, 2), self.code_bits, len(keys)) if self.code_bits else None
-        self.coded = False
+    def _place(self, keys: Tensor, values: Tensor, codes: KeyCodes | None = None) -> None:
+        """Takes K, V and the codes of the tokens that are there; without them, room for codes to be made."""
+        self.coded = codes is not None
+        if codes is None and self.code_bits:
+            codes = room_for_codes(keys.transpose(1, 2), self.code_bits, len(keys))
+        self.keys, self.values, self.codes = keys, values, codes
         self.sequences.moves += 1
 
     def use_codes(self, bits: int) -> None:
         """Keeps codes of so many bits from now on; of 0 bits, none."""
         if bits != self.code_bits:
-            self.code_bits = bits
+            self.codes, self.code_bits = None, bits
             if self.is_initialized:
                 self._place(self.keys, self.values)
 
@@ -81,16 +87,6 @@ class TidalLayer(CacheLayerMixin):
             self.codes.packed[:, part], self.codes.factors[:, part] = packed, factors
         self.coded = True
 
-    def _keep_codes(self, codes: KeyCodes | None, rows: Tensor | None = None) -> None:
-        """Takes codes over after `_place`, if there were any: those of all sequences, or of some `rows`."""
-        if codes is None or self.codes is None:
-            return
-        self.coded = True
-        for name in ("packed", "factors", "centres"):
-            old, new = getattr(codes, name), getattr(self.codes, name)
-            old = old if rows is None else old.index_select(0, rows)
-            new[:, : old.shape[1]].copy_(old)
-
     def check_memory(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         """Looks whether the K and V of all layers fit the GPU, where these are a layer's.
 
@@ -105,7 +101,7 @@ class TidalLayer(CacheLayerMixin):
             return
         batch, heads, _, dim = key_states.shape
         per_token = batch * heads * (dim + value_states.shape[-1]) * key_states.element_size() * self.num_layers
-        per_token += batch * heads * (dim * self.code_bits // 8 + 2 * bool(self.code_bits)) * self.num_layers
+        per_token += batch * heads * sum(code_bytes(bits, dim) for bits in self.bits_of_all)
         needed = per_token * capacity
         free = torch.cuda.mem_get_info(key_states.device)[0]
         free += torch.cuda.memory_reserved(key_states.device) - torch.cuda.memory_allocated(key_states.device)
@@ -143,20 +139,27 @@ class TidalLayer(CacheLayerMixin):
         """Makes room for so many tokens of each sequence, if there is less; those that are there stay."""
         if not self.is_initialized or self.keys.shape[2] >= capacity:
             return
-        grown = [_room_like(rows, capacity) for rows in (self.keys, self.values)]
-        for new, rows in zip(grown, (self.keys, self.values), strict=True):
-            new[:, :, : self.padded_length].copy_(rows[:, :, : self.padded_length])
-        codes, coded = self.codes, self.coded
-        self._place(*grown)
-        self._keep_codes(codes if coded else None)
+        there = slice(self.padded_length)
+        keys, values = _room_like(self.keys, capacity), _room_like(self.values, capacity)
+        for new, rows in ((keys, self.keys), (values, self.values)):
+            new[:, :, there].copy_(rows[:, :, there])
+        codes = None
+        if self.codes is not None and self.coded:
+            codes = room_for_codes(keys.transpose(1, 2), self.code_bits, len(keys))
+            codes.packed[:, there].copy_(self.codes.packed[:, there])
+            codes.factors[:, there].copy_(self.codes.factors[:, there])
+            codes.centres.copy_(self.codes.centres)
+        self._place(keys, values, codes)
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences alone, in this order, some perhaps several times; `rows` is [N], int64."""
         rows = rows.to(self.keys.device)
         with torch.inference_mode(False):
-            codes, coded = self.codes, self.coded
-            self._place(self.keys.index_select(0, rows), self.values.index_select(0, rows))
-            self._keep_codes(codes if coded else None, rows)
+            codes = None
+            if self.codes is not None and self.coded:
+                parts = ("packed", "factors", "centres")
+                codes = replace(self.codes, **{part: getattr(self.codes, part).index_select(0, rows) for part in parts})
+            self._place(self.keys.index_select(0, rows), self.values.index_select(0, rows), codes)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object

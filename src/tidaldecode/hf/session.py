@@ -117,6 +117,8 @@ class Session:
             return self.attention.attend(layer, query[:, 0], kv, scale)[:, None]
         if self._kind == "steps" and not self.attention.is_full(layer):
             # each is a sequence of its own to the operations, and all share the one block
+            self.layers[layer].code_prompt()  # of steps without a prompt before them
+            kv = self.layers[layer].kv()
             self.attention.prepare(layer, kv)
             steps = replace(kv, block_table=kv.block_table.expand(len(query[0]), 1), lengths=self._step_lengths)
             return self.attention.attend(layer, query[0], steps, scale)[None]

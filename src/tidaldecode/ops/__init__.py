@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tidaldecode.ops import reference
-from tidaldecode.ops.values import CODE_BITS, KV, Choice, KeyCodes
+from tidaldecode.ops.values import KV, Choice, KeyCodes
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -104,7 +104,6 @@ def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: 
 
 
 __all__ = [
-    "CODE_BITS",
     "KV",
     "MOST_CHUNK_TOKENS",
     "Choice",

@@ -22,7 +22,7 @@ STEPS = {1: 2.0, 2: 0.9957, 4: 0.3352}
 @functools.cache
 def rotation(dim: int, device: torch.device) -> Tensor:
     """A fixed random rotation, [dim, dim], float32: of orthonormal rows, the same in every process."""
-    normal = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    normal = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(normal)
     with torch.inference_mode(False):
         return (q * r.diagonal().sign()).float().contiguous().to(device)

@@ -168,12 +168,14 @@ def choose_by_codes(
     importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=torch.float32)
     kv_heads, dim = codes.centres.shape[1:]
     turned = (query.float() * scale @ codes.rotation).view(len(query), kv_heads, -1, dim)  # [B, Hkv, G, D]
-    for b, length in enumerate(kv.lengths.tolist()):
-        packed = _rows(codes.packed, kv.block_table[b], length)
-        factors = _rows(codes.factors[..., None], kv.block_table[b], length)[..., 0]
-        scores = turned[b] @ decode(packed, factors, codes.bits).transpose(1, 2)  # [Hkv, G, T]
-        parts = [RULES[rule].importance(scores[None], scores[None].softmax(-1)) for rule in selections]
-        importance[b, :, :length] = torch.cat(parts, 1)[0]
+    for run, length in _runs(kv.block_table, kv.lengths, query.shape[1]):
+        packed = _rows(codes.packed, kv.block_table[run.start], length)
+        factors = _rows(codes.factors[..., None], kv.block_table[run.start], length)[..., 0]
+        scores = turned[run] @ decode(packed, factors, codes.bits).transpose(1, 2)  # [n, Hkv, G, T]
+        past = torch.arange(length, device=query.device) >= kv.lengths[run, None]  # [n, T]
+        scores.masked_fill_(past[:, None, None], -torch.inf)
+        parts = [RULES[rule].importance(scores, scores.softmax(-1)) for rule in selections]
+        importance[run, :, :length] = torch.cat(parts, 1)
     select_tokens(importance, kv.lengths, choice, indices)
 
 

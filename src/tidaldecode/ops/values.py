@@ -5,13 +5,18 @@ Both are checked once, where they are made, so that no kernel reads a tensor as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 CODE_BITS = (1, 2, 4)
 """Bits of a channel that keys may be coded with."""
+
+
+def code_bytes(bits: int, dim: int) -> int:
+    """Bytes of the code of a key of `dim` channels, and of its factor; none of 0 bits."""
+    return dim * bits // 8 + 2 if bits else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +101,8 @@ class KV:
 
     def of(self, rows: slice | Tensor) -> KV:
         """The cache of some of the sequences."""
-        return KV(self.k, self.v, self.block_table[rows], self.lengths[rows], self.codes)
+        codes = None if self.codes is None else replace(self.codes, centres=self.codes.centres[rows])
+        return KV(self.k, self.v, self.block_table[rows], self.lengths[rows], codes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -129,7 +129,7 @@ class TidalPlan(BaseModel):
 
     def _check_sources(self, layer: int, sources: tuple[Source, ...]) -> None:
         if layer >= len(self.roles) or self.roles[layer] not in READING:
-            raise ValueError(f"sources: layer {layer} is not a sparse layer")
+            raise ValueError(f"sources: layer {layer} is not a layer that reads chosen tokens")
         if self.model is not None and len(sources) != self.model.num_query_heads:
             raise ValueError(
                 f"sources: layer {layer} names {len(sources)} sets for {self.model.num_query_heads} query heads"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -128,7 +129,7 @@ def read_results(folder: Path) -> tuple[list[Result], list[Skipped]]:
     Raises:
         InputError: there is no such folder, nothing in it, or nothing that is understood.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder} is no folder: give the folder of results")
     paths = sorted(
         path

@@ -11,14 +11,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tidaldecode.errors import InputError
 from tidaldecode.report import articles, overview
 from tidaldecode.report.article import Article
 from tidaldecode.report.drawing import COLORS, check_matplotlib
 from tidaldecode.report.folder import Result, Skipped, read_results
 from tidaldecode.report.labels import counted
 from tidaldecode.report.shares import SharesRead
-from tidaldecode.whole_file import check_writable, whole_file
+from tidaldecode.whole_file import whole_file
 
 _SECTIONS: dict[str, dict[str, Callable[[Result, str, SharesRead], Article]]] = {
     "Quality": {"ppl": articles.perplexity, "needle": articles.needles},
@@ -60,9 +59,6 @@ def write_report(folder: Path, output: Path) -> Report:
         InputError: the folder holds nothing that is understood, the page can't be written, or matplotlib is missing.
     """
     check_matplotlib()
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder: give a file, such as {output / 'report.html'}")
-    check_writable("--output", output)
     results, skipped = read_results(folder)
     shares = SharesRead(results)
     opening = [found for found in (overview.losses(results, shares), overview.speeds(results)) if found is not None]

@@ -83,7 +83,7 @@ class Cells:
                 cells = cls(key, (), file)
                 cells._write({**identity, **({} if environment is None else {"environment": environment})})
         except BaseException:
-            file.close()
+            _close(file)
             raise
         return cells
 
@@ -112,7 +112,7 @@ class Cells:
     def close(self) -> None:
         """Closes the file and so unlocks it."""
         if self._file is not None:
-            self._file.close()
+            _close(self._file)
 
     def __enter__(self) -> Self:
         return self
@@ -214,3 +214,8 @@ def _check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str
 
 def _with(name: str, fields: Mapping[str, Any]) -> str:
     return f"with {name} {json.dumps(fields[name])}" if name in fields else f"without {name}"
+
+
+def _close(file: BufferedRandom) -> None:
+    with contextlib.suppress(OSError):  # what could not be written was told by `append`
+        file.close()

@@ -29,7 +29,7 @@ Fields = Mapping[str, Any]
 class Row(BaseModel):
     """A file's rows may have more fields than are declared; the wrong type of one makes the file foreign.
 
-    Who writes a row makes it by `model_construct`: what was measured is a result, however large.
+    Who writes a row does not validate it: what was measured is a result, however large.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)

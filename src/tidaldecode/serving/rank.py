@@ -123,8 +123,7 @@ class RankAttention(DecodeAttention):
         size, heads = self.group.world_size, self.shape.num_query_heads
         return {
             source.layer
-            for layer, role in enumerate(self.plan.roles)
-            if role == "sparse"
+            for layer in self.plan.reading
             for head, source in enumerate(self.plan.sources_of(layer, self.shape))
             if not self._shared(source.selection)
             and head * size // heads != source.head * size // self.shape.num_sets(source.selection)

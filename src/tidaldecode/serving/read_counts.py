@@ -31,7 +31,7 @@ class ReadCounts:
         # at a context of 2 tokens per budget token, what depends on the length is told from what does not
         context = 2 * attention.plan.budget_for(1) + 1
         reads = attention.tokens_read(context)
-        sparse = [layer for layer, role in enumerate(attention.plan.roles) if role == "sparse"]
+        sparse = self._plan.reading
         self._sparse_layers, self._other_layers = len(sparse), len(reads) - len(sparse)
         self._budgets_read = sum(reads[layer] for layer in sparse) / min(self._plan.budget_for(context), context)
         self.totals = np.zeros(3)

@@ -118,11 +118,14 @@ def text_parts(path: Path) -> Iterator[str]:
     Raises:
         InputError: there is none; and, when it is read, if it can't be or is not UTF-8.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"text file {path} does not exist")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return map(_read, [path])
-    files = sorted(file for file in path.iterdir() if file.suffix == ".txt")
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix == ".txt")
+    except OSError as error:
+        raise InputError(f"text folder {path} can't be read: {error.strerror}") from None
     if not files:
         raise InputError(f"text folder {path} holds no .txt file")
     return (_read(file) + "\n" for file in files)

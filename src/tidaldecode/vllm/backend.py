@@ -164,7 +164,7 @@ def _attention_of(config: VllmConfig) -> RankAttention:
     _log.info(
         "tidaldecode: plan %s with a budget of %s tokens (%s): decoding reads %.1f%% of the KV cache at %d tokens",
         plan.name or "without a name",
-        plan.token_budget,
+        plan.budget_for(context),
         ", ".join(f"{count} {role} layers" for role, count in roles.items()),
         100 * attention.kv_read_fraction(context),
         context,

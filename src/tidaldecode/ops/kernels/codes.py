@@ -14,7 +14,7 @@ from tidaldecode.ops.kernels import scratch
 from tidaldecode.ops.kernels.scores import CODE_STEPS, Scores
 from tidaldecode.ops.kernels.select import Choosing, tables_by_rule
 from tidaldecode.ops.kernels.split_kv import cache_rows, stretch_of
-from tidaldecode.ops.values import KV, Choice, check_rows
+from tidaldecode.ops.values import KV, Choice, KeyCodes
 
 _TILE = 64  # tokens that a program scores at a time
 _ROUNDS, _PROGRAMS = 2, 8
@@ -51,6 +51,7 @@ def _write_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -64,13 +65,18 @@ def _write_kernel(
     real = (n < queries) & (n >= queries - tl.load(new_lengths + b))  # no left padding
     dims = tl.arange(0, BLOCK_D)
     within = dims < DIM
-    rows = key + b * key_b + n.to(tl.int64)[:, None] * key_n + head * key_h + dims[None, :]
-    k = tl.load(rows, mask=real[:, None] & within[None, :], other=0.0).to(tl.float32)
-    k -= tl.load(centres + b * centres_b + head * centres_h + dims, mask=within, other=0.0)[None, :]
+    rows = key + b * key_b + n.to(tl.int64)[:, None] * key_n + head * key_h
     # columns in the order of packing: the codes of a byte side by side
     column = dims % FIELDS * (DIM // FIELDS) + dims // FIELDS
-    turn = tl.load(rotation + dims[:, None] * DIM + column[None, :], mask=within[:, None] & within[None, :], other=0.0)
-    turned = tl.dot(k, turn, input_precision=PRECISION)  # [N, D]
+    turned = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, DIM, BLOCK_K):  # the whole rotation would not fit shared memory where head dims are large
+        inner = start + tl.arange(0, BLOCK_K)
+        there = inner < DIM
+        k = tl.load(rows + inner[None, :], mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
+        k -= tl.load(centres + b * centres_b + head * centres_h + inner, mask=there, other=0.0)[None, :]
+        turn_rows = rotation + inner[:, None] * DIM + column[None, :]
+        turn = tl.load(turn_rows, mask=there[:, None] & within[None, :], other=0.0)
+        turned = tl.dot(k, turn, turned, input_precision=PRECISION)  # [N, D]
     norm = tl.sum(turned * turned, 1)
     code = tl.floor(turned / tl.maximum(tl.sqrt(norm / DIM) * step, 1e-30)[:, None]) + HALF
     code = tl.minimum(tl.maximum(code, 0.0), 2.0 * HALF - 1.0)
@@ -96,7 +102,7 @@ def write_codes(key: Tensor, kv: KV, new_lengths: Tensor) -> None:
     codes = kv.codes
     assert codes is not None
     batch, queries, heads, dim = key.shape
-    block_n = 16 if queries <= 16 else 64
+    block_n = 16 if queries <= 16 or dim > 128 else 64  # what fits the shared memory of smaller GPUs
     overlap = scratch.overlaps(key.device)
     _write_kernel[triton.cdiv(queries, block_n), heads, batch](
         key,
@@ -119,6 +125,7 @@ def write_codes(key: Tensor, kv: KV, new_lengths: Tensor) -> None:
         DIM=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_N=block_n,
+        BLOCK_K=32,
         PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         OVERLAP=overlap,
         launch_pdl=overlap,
@@ -146,10 +153,9 @@ def _as_numbers(u, BASE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "split_target", "turn", "window"])
 def _score_kernel(
-    query,  # [B, Hq, D]
+    query,  # [B, Hq, D], turned as the codes are
     packed,
     factors,
-    rotation,
     block_table,
     lengths,  # [B]
     values,  # see `Scores`
@@ -219,11 +225,7 @@ def _score_kernel(
     g, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     within = dims < DIM
     q_rows = query + b64 * query_b + (head * GROUP + g)[:, None] * query_h + dims[None, :]
-    q = tl.load(q_rows, mask=(g < GROUP)[:, None] & within[None, :], other=0.0)
-    turn_rows = rotation + dims[:, None] * DIM + dims[None, :]
-    turning = tl.load(turn_rows, mask=within[:, None] & within[None, :], other=0.0).to(q.dtype)
-    turned = tl.dot(q, turning, input_precision=PRECISION)  # [G, D]
-    turned = turned.to(q.dtype)
+    turned = tl.load(q_rows, mask=(g < GROUP)[:, None] & within[None, :], other=0.0)  # [G, D]
     # codes are odd integers, 2u + 1 - 2^bits
     offset = tl.sum(turned.to(tl.float32), 1) * (1.0 - 2.0**BITS - 2.0 * BASE)
     byte, shift = dims % WIDTH, (dims // WIDTH * BITS).to(tl.uint16)
@@ -284,10 +286,8 @@ def _score_kernel(
     tl.store(normalizers + b64 * (HEADS * GROUP) + head * GROUP + g, normalizer, mask=g < GROUP)
 
 
-def _score(query: Tensor, kv: KV, scale: float, scores: Scores, turn: int) -> None:
-    """Writes the scores of one round."""
-    codes = kv.codes
-    assert codes is not None
+def _score(query: Tensor, kv: KV, codes: KeyCodes, scale: float, scores: Scores, turn: int) -> None:
+    """Writes the scores of one round, of queries that are turned as the codes are."""
     batch, num_heads, dim = query.shape
     kv_heads, block_size = codes.centres.shape[1], codes.packed.shape[1]
     group = num_heads // kv_heads
@@ -300,7 +300,6 @@ def _score(query: Tensor, kv: KV, scale: float, scores: Scores, turn: int) -> No
         query,
         codes.packed,
         codes.factors,
-        codes.rotation,
         kv.block_table,
         kv.lengths,
         scores.values,
@@ -350,9 +349,11 @@ def choose_by_codes(
     indices: Tensor,
 ) -> None:
     """As `reference.choose_by_codes`; ties as in `full_attention_with_selection`."""
-    check_rows(query=query)
+    codes = kv.codes
+    assert codes is not None
+    turned = (query.float() @ codes.rotation).to(query.dtype)  # once, not in each program
     tables = tables_by_rule(indices, selections, query.shape[1], kv.k.shape[2])
     choosing = Choosing(query, kv, choice, capacity, _TILE, list(tables.values()))
     for turn in range(choosing.scores.rounds.number):
-        _score(query, kv, scale, choosing.scores, turn)
+        _score(turned, kv, codes, scale, choosing.scores, turn)
         choosing.choose(turn, kv.lengths)
