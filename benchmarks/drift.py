@@ -1,6 +1,6 @@
 """How much of a plan's gap comes from drifted K and V, and how much of that cache correction closes.
 
-    python benchmarks/drift.py --windows 18 --stride 8192 --output benchmarks/results/drift_smollm2-135m_h100.json
+    python benchmarks/drift.py --windows 18 --stride 8192 --output drift.json
 
 Real text is decoded, teacher-forced, by the model's own decode steps, all windows side by side. With a correction after
 every token (T = 1) the K and V of all earlier tokens are full attention's, so the gap that is left comes from reading

@@ -1,6 +1,6 @@
 """Greedy lossless tokens of the demo model against full attention's, over many prompts, plans, T and batches.
 
-    python benchmarks/lossless_exact.py --output benchmarks/results/lossless_exact_smollm2-135m_cpu.json
+    python benchmarks/lossless_exact.py --output lossless_exact.json
 
 In float32 every token must be full attention's. In bfloat16 verification sums in another order than a step of a single
 token: a text may leave full attention's where its two best logits are within rounding of each other. Each such place is
