@@ -70,8 +70,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"selection": None}, "selection: "),
         ({"page_size": 16}, "page_size: unknown key"),
         ({"drafting": "none"}, "drafting: Input should be 'plan' or 'verification'"),
-        ({"sources": {3: ("1:unified",)}}, "layer 3 is not a sparse layer"),
-        ({"sources": {9: ("1:unified",)}}, "layer 9 is not a sparse layer"),
+        ({"sources": {3: ("1:unified",)}}, "layer 3 is not a layer that reads chosen tokens"),
+        ({"sources": {9: ("1:unified",)}}, "layer 9 is not a layer that reads chosen tokens"),
         ({"sources": {2: ("3:unified",)}}, "layer 2 reads layer 3, which is no select layer below it"),
         ({"sources": {4: ("nearest",)}}, "'nearest' is no source"),
         (
