@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,19 @@ def test_scores_are_those_of_decode_steps(llama):
         assert row.gap == pytest.approx(statistics.fmean(gaps), abs=1e-4)
         assert row.gap_stderr == pytest.approx(statistics.stdev(gaps) / math.sqrt(3), abs=1e-4)
     assert rows[1].gap != 0 and rows[2].gap != 0
+
+
+def test_rows_say_what_a_step_reads(llama):
+    """Codes of keys among it."""
+    plain = plan_for(llama.config).model_copy(update={"name": "plain"})
+    roles = tuple("quantized_select" if role == "select" else role for role in plain.roles)
+    codes = TidalPlan.validated(**{**plain.model_dump(), "roles": roles, "key_bits": 2, "name": "codes"})
+    methods = [Method.named("tidal", 8, plan) for plan in (plain, codes)] + [Method.named("oracle", 8)]
+    rows = scored(llama, methods, settings=replace(SETTINGS, windows=1))
+    shape = model_shape(llama.config)
+    shares = [method.attention(shape, 64).kv_read_fraction(64) for method in (Method.named("full"), *methods)]
+    assert [row.kv_read_fraction for row in rows] == pytest.approx(shares, abs=1e-6)
+    assert shares[0] == 1 and shares[2] < shares[1]
 
 
 def test_full_attention_is_the_models_own(llama, tiny):

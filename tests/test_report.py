@@ -21,6 +21,7 @@ from tidaldecode.plan import ModelShape
 from tidaldecode.plans import read_plan
 from tidaldecode.report import articles, drawing, losses, overview, scores, speeds
 from tidaldecode.report.article import Table
+from tidaldecode.report.compared import compared
 from tidaldecode.report.drawing import NARROW, WIDE, save_png
 from tidaldecode.report.folder import Result, read_results
 from tidaldecode.report.page import write_report
@@ -515,6 +516,20 @@ def test_shares_of_k_and_v_stand_beside_budgets_where_they_are_known(tmp_path):
         assert f"{label} +0.100 ± 0.000 reads {100 * share:.3g} %" in text
     assert "Not drawn, as the folder does not have the plan or shape that says what they read: tidal, lost." in text
     assert "tidal, lost +0.100 ± 0.000 quest" in text
+
+
+def test_a_row_says_itself_what_it_reads(tmp_path):
+    """Of a plan that is nowhere to be found; the oracle, the floor, is drawn in the same figure, dashed."""
+    rows = [row | {"kv_read_fraction": 1.0 if row["budget"] is None else row["budget"] / 512} for row in PPL]
+    rows = [row | {"method": "oracle"} if row["method"] == "streaming" else row for row in rows]
+    write_cells(tmp_path / "ppl.jsonl", "ppl", ("window", "method", "plan", "budget"), rows)
+    opening = overview.losses(read_results(tmp_path)[0], SharesRead([]))
+    assert opening.tables[0].rows[0]["64"] == "+0.220 ± 0.012\nreads 12.5\N{NO-BREAK SPACE}%"
+    assert "Not drawn" not in opening.figures[0].description
+    shares = compared(read_results(tmp_path)[0], SharesRead([])).shares
+    figure = losses.loss_over_share({"": {summary: share for summary, share in shares.items() if summary.budget}}, 8)
+    styles = {bars.get_label(): bars[0].get_linestyle() for bars in figure.axes[0].containers}
+    assert styles["oracle"] == "--" and styles["tidal, shipped"] == "-"
 
 
 def test_shares_of_what_another_version_wrote_are_not_known():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tidaldecode.models import ChosenModel
     from tidaldecode.results.perplexity import PplSummary
 
-_COLUMNS = ("method", "budget", "nats per token", "above full", "standard error")
+_COLUMNS = ("method", "budget", "nats per token", "above full", "standard error", "KV read")
 
 
 @command
@@ -43,4 +43,5 @@ def ppl(text: TextSource, windows: Windows, methods: MethodOptions, options: Stu
 def _cells(row: PplSummary) -> tuple[str, ...]:
     gap = "" if row.budget is None else f"{row.gap:+.4f}"
     error = "" if row.budget is None or row.gap_stderr is None else f"{row.gap_stderr:.4f}"
-    return row.variant.label, budget_label(row.budget), f"{row.nll:.4f}", gap, error
+    share = "" if row.kv_read_fraction is None else f"{row.kv_read_fraction:.1%}"
+    return row.variant.label, budget_label(row.budget), f"{row.nll:.4f}", gap, error, share

@@ -91,6 +91,7 @@ def _measure(
         "tokens": len(nll),
         "first_position": windows.context - windows.decode,
         "bin_tokens": BIN_TOKENS,
+        "kv_read_fraction": round(held.cache.attention.kv_read_fraction(windows.context), 6),
         "nll_by_position": [float(part.mean()) for part in torch.split(nll, BIN_TOKENS)],
         "seconds": round(time.perf_counter() - began, 3),
     }

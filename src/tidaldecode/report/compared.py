@@ -52,8 +52,15 @@ def compared(results: Sequence[Result], shares_read: SharesRead) -> Compared:
     windows = counted(counts[0], "window") if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} windows"
     levels = {f"{summary.full_nll:.3f}" for summary in summaries}
     words = f"{first.model}, {windows}" + (f", full attention’s loss {levels.pop()}" if len(levels) == 1 else "")
-    shares = {s: shares_read.of(first, s.variant, s.budget, first.context or _end(s)) for s in summaries}
+    shares = {s: _share(s, first, shares_read) for s in summaries}
     return Compared(words, shares, note, _gap_table(shares, words, marked_below, note))
+
+
+def _share(summary: PplSummary, result: Result, shares_read: SharesRead) -> float | None:
+    """As the row says it; files of earlier versions leave it to be computed."""
+    if summary.kv_read_fraction is not None:
+        return summary.kv_read_fraction
+    return shares_read.of(result, summary.variant, summary.budget, result.context or _end(summary))
 
 
 def left_out(cells: SharedRows, what: str) -> str:

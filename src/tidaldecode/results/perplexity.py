@@ -67,6 +67,7 @@ class PplSummary(PplRow):
             windows=len(cells),
             gap=gap,
             gap_stderr=error,
+            kv_read_fraction=cells[0].get("kv_read_fraction"),
         )
 
 

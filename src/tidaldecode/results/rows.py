@@ -75,7 +75,12 @@ class MethodSettings(NamedTuple):
 
 
 class MethodRow(Row):
-    """A row of one method with one budget; the fields are those of `MethodSettings`."""
+    """A row of one method with one budget; but for the last, the fields are those of `MethodSettings`.
+
+    Attributes:
+        kv_read_fraction: bytes that a decode step reads of K, V and what the method chooses by, over those of all K and
+            V; above 1 where sets of one KV head overlap. `None` in files of earlier versions.
+    """
 
     method: Name
     plan: Name | None = None
@@ -84,6 +89,7 @@ class MethodRow(Row):
     selection: Name | None = None
     page_size: int | None = None
     full_layers: int | None = None
+    kv_read_fraction: Number | None = None
 
     @property
     def variant(self) -> MethodSettings:
