@@ -128,6 +128,19 @@ CORRECTION = [
         ("lossless", 4, 64, 0.0, 1.25), ("lossless", 8, 64, 0.0, 1.0),
     ]
 ]  # fmt: skip
+ANSWERS = [
+    {
+        "question": question, "draw": draw, "method": method, "plan": None, "budget": budget, "asked": "Who <b>?",
+        "references": ["Ahab"], "task": "who says", "prompt_digest": "0", "prompt_tokens": 96, "cut": True,
+        "text": f"{method} says <i>{question}", "token_ids": [1, 2], "tokens": 2, "ended": True, "nll": 0.5 + gap,
+        "full_nll": 0.5, "repetition": 0.25, "loops": budget is not None, "rouge_l": 0.5, "f1": 0.75,
+        "reference_rouge_l": 0.125, "reference_f1": 0.25, "kv_read_fraction": share,
+    }
+    for question in ("one", "two")
+    for method, draw, budget, gap, share in [
+        ("full", 0, None, 0.0, 1.0), ("full", 1, None, 0.125, 1.0), ("quest", 0, 64, 0.25, 0.2),
+    ]
+]  # fmt: skip
 DECODE = {
     "model": "llama-tiny", "dtype": "bfloat16", "batch": 1, **ENVIRONMENT,
     "rows": [
@@ -171,6 +184,8 @@ def fill(folder: Path, model: str = "smollm2") -> Path:
     write_cells(folder / "evaluation" / "tasks.jsonl", "lm-eval", ("task", "method", "budget"), TASKS, model)
     key = ("window", "mode", "length", "budget")
     write_cells(folder / "evaluation" / "correction.jsonl", "correction", key, CORRECTION, model)
+    key = ("question", "draw", "method", "budget")
+    write_cells(folder / "evaluation" / "answers.jsonl", "answers", key, ANSWERS, model)
     objects = {
         "decode": DECODE | {"model": model},
         "ops": OPERATIONS,
@@ -220,7 +235,7 @@ def test_every_kind_has_its_place(page):
     ):
         assert words in page.text
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 2 * 11  # each figure for wide and for narrow windows
+    assert page.tags.count("svg") == 2 * 12  # each figure for wide and for narrow windows
 
 
 def test_the_page_opens_with_comparisons_and_the_rest_folds(page, text):
@@ -233,7 +248,7 @@ def test_the_page_opens_with_comparisons_and_the_rest_folds(page, text):
         "measured on NVIDIA H200.",
     ):
         assert words in before_articles
-    assert "<details open" not in text and page.tags.count("h3") == 11
+    assert "<details open" not in text and page.tags.count("h3") == 12
     for numbers in ("searched +0.030", "held out +0.040", "tidal, shipped 64 – 9/12 9/12 18/24"):
         assert numbers in page.text
 
@@ -248,6 +263,15 @@ def test_tables_hold_the_numbers(page):
     assert "plain shipped 64 – – +0.300 ± 0.100 1.00 2.00× – –" in page.text
     assert "lossless shipped 64 – 8 +0.000 1.00 2.00× 7.50 1" in page.text
     assert "Coherence of smollm2" in page.text and "Recall over distance" in page.text
+    assert "quest 64 20 % +0.250 ± 0.000 1.20× 25.0 ± 0.0 % 2 50.0 ± 0.0 % 12.5 ± 0.0 %" in page.text
+
+
+def test_answers_are_read_side_by_side(page):
+    for words in (
+        "one (who says): Who <b>? reference Ahab full full says <i>one full, another seed, +0.125 full says <i>one",
+        "quest, 64, +0.250, loops quest says <i>one two (who says): Who <b>?",
+    ):
+        assert words in page.text
 
 
 def test_nothing_is_loaded(text, page):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from tidaldecode.cli.eval_answers import answers
 from tidaldecode.cli.eval_correction import correction
 from tidaldecode.cli.eval_lm_eval import lm_eval
 from tidaldecode.cli.eval_needle import needle
@@ -14,5 +15,6 @@ evaluate = typer.Typer(
 )
 evaluate.command()(ppl)
 evaluate.command()(needle)
+evaluate.command()(answers)
 evaluate.command()(correction)
 evaluate.command("lm-eval")(lm_eval)

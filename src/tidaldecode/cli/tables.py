@@ -17,6 +17,7 @@ def print_table(
     rows: Iterable[Sequence[str]],
     names: bool = True,
     bold: int | None = None,
+    least: int | None = None,
     **numbers: Any,
 ) -> None:
     """A table of numbers; nothing in it is read as markup.
@@ -24,12 +25,13 @@ def print_table(
     Args:
         names: whether the first column holds names.
         bold: number of a row that stands out.
+        least: letters of a name that are not broken.
         numbers: of `add_column`, for the columns of numbers.
     """
     table = Table(title=Text(title))
     for number, column in enumerate(columns):
         is_name = names and number == 0
-        table.add_column(column, **({} if is_name else {"justify": "right", **numbers}))
+        table.add_column(column, **({"min_width": least} if is_name else {"justify": "right", **numbers}))
     for number, cells in enumerate(rows):
         table.add_row(*map(Text, cells), style="bold" if number == bold else None)
     console.print(table)

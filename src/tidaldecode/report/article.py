@@ -84,12 +84,21 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Texts to be read side by side, by what they are; folded."""
+
+    title: str
+    texts: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Article:
     """One file of results, or a comparison of several.
 
     Attributes:
         facts: what it was measured with.
         made: file, and command, device and versions of each run.
+        texts: what was written.
     """
 
     title: str
@@ -97,6 +106,7 @@ class Article:
     tables: Sequence[Table]
     facts: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
+    texts: Sequence[Texts] = ()
 
 
 def article(

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tidaldecode.errors import InputError
 from tidaldecode.report.labels import written
+from tidaldecode.results.answers import AnswerCell
 from tidaldecode.results.cells import read_cells
 from tidaldecode.results.correction import CorrectionCell, CorrectionRow, rows_of
 from tidaldecode.results.needles import NeedleRow
@@ -61,6 +62,7 @@ _CELLS: dict[str, TypeAdapter[Any]] = {
     "needle": TypeAdapter(list[NeedleRow]),
     "lm-eval": TypeAdapter(list[TaskRow]),
     "correction": TypeAdapter(list[CorrectionCell]),
+    "answers": TypeAdapter(list[AnswerCell]),
 }
 _PRINTED: dict[str, tuple[set[str], TypeAdapter[Any]]] = {
     "decode": ({"step_ms"}, TypeAdapter(list[DecodeRow])),
@@ -69,8 +71,12 @@ _PRINTED: dict[str, tuple[set[str], TypeAdapter[Any]]] = {
     "needle": ({"correct", "total", "accuracy"}, TypeAdapter(list[NeedleRow])),
     "correction": ({"mode", "length", "speedup", "differing"}, TypeAdapter(list[CorrectionRow])),
     "lm-eval": ({"task", "metrics"}, TypeAdapter(list[TaskRow])),
+    "answers": ({"surprise", "repetition", "loops"}, TypeAdapter(list[AnswerCell])),
 }
 """Rows of JSON objects: the fields of the first one by which a kind is known, and all that they must have."""
+
+_SUMS = ("needle", "answers")
+"""Kinds whose rows are sums of their cells, which are shown in their place."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ def _read_json(path: Path, name: str) -> Result:
     rows = []
     if kind in _PRINTED:
         rows = content.pop("rows")
-        rows = content.pop("cells") if kind == "needle" else rows  # its rows are sums of its cells
+        rows = content.pop("cells") if kind in _SUMS else rows
         rows = _checked(kind, rows, _PRINTED[kind][1])
     return Result(name, kind, content, rows, [environment] if environment else [])
 
@@ -210,7 +216,7 @@ def _kind(content: Mapping[str, Any]) -> str:
     rows = content.get("rows")
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     for kind, (marks, _) in _PRINTED.items():
-        if marks <= first.keys() and (kind != "needle" or content.get("cells")):
+        if marks <= first.keys() and (kind not in _SUMS or content.get("cells")):
             return kind
     if "recall" in content:
         coherence = TypeAdapter(_Recall).validate_python(content)

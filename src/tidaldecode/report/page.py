@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tidaldecode.report import articles, overview
+from tidaldecode.report import answers, articles, overview
 from tidaldecode.report.article import Article
 from tidaldecode.report.drawing import COLORS, check_matplotlib
 from tidaldecode.report.folder import Result, Skipped, read_results
@@ -20,7 +20,7 @@ from tidaldecode.report.shares import SharesRead
 from tidaldecode.whole_file import whole_file
 
 _SECTIONS: dict[str, dict[str, Callable[[Result, str, SharesRead], Article]]] = {
-    "Quality": {"ppl": articles.perplexity, "needle": articles.needles},
+    "Quality": {"ppl": articles.perplexity, "needle": articles.needles, "answers": answers.answers},
     "Tasks": {"lm-eval": articles.tasks},
     "Lossless decoding": {"correction": articles.correction},
     "Speed": {"decode": articles.decode_steps, "ops": articles.operations},

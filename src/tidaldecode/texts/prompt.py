@@ -26,9 +26,9 @@ class Prompt:
         """A text that a model without a chat template goes on with: an answer, where a question was asked."""
         return f"{self.text.rstrip()}\n\nQuestion: {self.question}\nAnswer:" if self.question else self.text
 
-    def token_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The user's turn in the model's chat template, or the beginning of a text for a model without one."""
-        if tokenizer.chat_template is None:
+    def token_ids(self, tokenizer: Tokenizer, plain: bool = False) -> list[int]:
+        """The user's turn in the model's chat template; `plain`, or without one, the beginning of a text."""
+        if plain or tokenizer.chat_template is None:
             return tokenizer(self.as_beginning(), verbose=False)["input_ids"]
         turns = [{"role": "user", "content": self.as_turn()}]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
