@@ -20,7 +20,7 @@ from tidaldecode.evaluate.overlap import loops, repetition, rouge_l, token_f1
 from tidaldecode.evaluate.prompt import HeldPrompt
 from tidaldecode.evaluate.study import Case, OnProgress, Study
 from tidaldecode.methods.method import METHOD_KEY, Method, with_full
-from tidaldecode.models import ChosenModel, model_shape
+from tidaldecode.models import ChosenModel
 from tidaldecode.results.answers import OTHER_SEED, AnswerCell, AnswerSummary, answer_summary, nll_over_floor
 from tidaldecode.results.rows import Fields
 from tidaldecode.texts.questions import Asked, Question, ask
@@ -122,7 +122,7 @@ def _measure(
     began, asked = time.perf_counter(), case.what
     seed = seed_of(settings.sampling.seed, asked.question.name, writer.draw)
     ids = write_answer(held, writer.method, settings.max_new_tokens, settings.sampling, seed)
-    share = share_read(held, writer.method, len(ids))
+    share = share_read(held, len(ids))
     nll = -full_log_prob(held, ids)
     text = tokenizer.decode(ids, skip_special_tokens=True)
     own = text if full is None else full["text"]
@@ -147,11 +147,10 @@ def _measure(
     }
 
 
-def share_read(held: HeldPrompt, method: Method, steps: int) -> float:
+def share_read(held: HeldPrompt, steps: int) -> float:
     """Share of K and V that decode steps behind the held prompt read, the first of which takes its last token."""
-    context = held.window.shape[1]
-    attention = method.attention(model_shape(held.model.config), context)
-    return statistics.fmean(attention.kv_read_fraction(context + step) for step in range(steps))
+    context, attention = held.window.shape[1], held.cache.attention
+    return round(statistics.fmean(attention.kv_read_fraction(context + step) for step in range(steps)), 6)
 
 
 def _ends(held: HeldPrompt) -> list[int]:

@@ -41,7 +41,7 @@ class AnswerCell(MethodRow):
         repetition: share of its runs of 8 tokens that came before in it.
         loops: whether it ends in a stretch said three times or more in a row.
         rouge_l, f1: of words, against full attention's answer; `reference_...`: against the nearest reference.
-        kv_read_fraction: share of K and V that its decode steps read.
+        kv_read_fraction: the mean over its decode steps.
     """
 
     question: Name
@@ -64,7 +64,6 @@ class AnswerCell(MethodRow):
     f1: Share
     reference_rouge_l: Share | None
     reference_f1: Share | None
-    kv_read_fraction: Share
     seconds: Number | None = None
 
 
@@ -113,7 +112,7 @@ class AnswerSummary:
             "surprise": Mean(*mean_and_error([cell["nll"] - cell["full_nll"] for cell in cells]))
         }
         for name in _MEANS:
-            known = [float(cell[name]) for cell in cells if cell[name] is not None]
+            known = [float(value) for cell in cells if (value := cell.get(name)) is not None]
             means[name] = Mean(*mean_and_error(known)) if known else None
         loops, ended = (sum(cell[name] for cell in cells) for name in ("loops", "ended"))
         return cls(method, draw, len(cells), loops, ended, means, tuple(cells))
