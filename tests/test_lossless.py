@@ -98,9 +98,9 @@ def test_the_cache_holds_what_it_would_hold(llama, drafting):
     assert_exact(llama, cache, output[:, :-1], mask)
 
 
-def assert_exact(model, cache, ids, mask):
+def assert_exact(model, cache, ids, mask, capacity=100):
     mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-    exact = TidalCache(model.config, TidalPlan.full(model.config.num_hidden_layers), 100)
+    exact = TidalCache(model.config, TidalPlan.full(model.config.num_hidden_layers), capacity)
     model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=exact)
     assert torch.equal(cache.sequences.lengths, exact.sequences.lengths)
     for mine, theirs in zip(cache.layers, exact.layers, strict=True):
@@ -428,13 +428,12 @@ def test_a_seed_gives_the_same_text(llama):
     tidaldecode.apply(llama, plan_for(llama.config))
     ids, mask = ragged_batch()
     options = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2, "max_new_tokens": 20}
-    for length in (4, "auto"):
-        texts = []
-        for _ in range(2):
-            torch.manual_seed(3)
-            texts.append(llama.generate(ids, attention_mask=mask, lossless=length, **options))
-        assert torch.equal(*texts)
-        assert len(texts[0]) == 6
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        texts.append(llama.generate(ids, attention_mask=mask, lossless=4, **options))
+    assert torch.equal(*texts)
+    assert len(texts[0]) == 6
 
 
 # ---- what is refused
@@ -556,16 +555,142 @@ def test_a_cache_of_its_own_has_room_for_such_a_pass(llama):
 # ---- drafting
 
 
+def lengths_drafted(accepts, draft_ms, pass_ms, full_ms=10.0, rounds=40, most=None):
+    """What `auto` drafts, round by round, where these are the times; the first of each kind is compiled and captured.
+
+    Args:
+        accepts: tokens that are accepted of so many.
+        pass_ms: of a pass behind so many drafted tokens.
+    """
+    length, drafted = DraftLength("auto", most), []
+    for _ in range(rounds):
+        drafts = int(length)
+        compiles = 0 if drafts in drafted else 60_000
+        assert length.timed == (0 < drafted.count(drafts) < 3)
+        last_ms = pass_ms(drafts) if drafts else full_ms
+        accepted = accepts(drafts)
+        length.saw(drafts, [accepted], (drafts * draft_ms + compiles) / 1000, (last_ms + compiles) / 1000)
+        drafted.append(drafts)
+    return drafted, length.pace
+
+
+TRIAL = [0, 0, 0, 8, 8, 8]
+
+
 def test_auto_drafts_more_where_more_is_accepted():
-    eager, careful = DraftLength("auto"), DraftLength("auto")
-    for _ in range(30):
-        eager.saw(int(eager), [int(eager)])
-        careful.saw(int(careful), [0])
-    assert int(eager) == eager.longest == 16
-    assert int(careful) == 1
+    drafted, pace = lengths_drafted(lambda drafts: drafts, 2, lambda drafts: 10.5)
+    assert drafted == [*TRIAL, *[16] * 34]
+    assert (pace.length, pace.drafted, pace.accepted_per_round) == (16, 16, 17)
+    assert (pace.draft_ms, pace.pass_ms, pace.full_step_ms) == pytest.approx((2, 10.5, 10))
+    assert pace.speedup == pytest.approx(17 * 10 / (16 * 2 + 10.5))
+    drafted, pace = lengths_drafted(lambda drafts: min(drafts, 1), 1, lambda drafts: 10.5)
+    assert drafted == [*TRIAL, *[2] * 34]
+
+
+def test_auto_drafts_fewer_where_longer_passes_take_longer():
+    drafted, _ = lengths_drafted(lambda drafts: drafts, 2, lambda drafts: 10 + 4 * drafts)
+    assert drafted == [*TRIAL, *[8] * 34]
+    drafted, _ = lengths_drafted(lambda drafts: min(drafts, 3), 2, lambda drafts: 10 + 4 * drafts)
+    assert drafted[6] == 1
+
+
+@pytest.mark.parametrize(
+    ("accepts", "draft_ms", "pass_ms"),
+    [
+        (lambda drafts: 0, 4, lambda drafts: 10.5),  # nothing is accepted
+        (lambda drafts: drafts, 10, lambda drafts: 10.5),  # a draft step takes as long as a full one
+        (lambda drafts: drafts, 2, lambda drafts: 10 + 10 * drafts),  # a pass as long as its steps one by one
+    ],
+)
+def test_auto_switches_itself_off_where_it_cannot_win(accepts, draft_ms, pass_ms):
+    drafted, pace = lengths_drafted(accepts, draft_ms, pass_ms)
+    assert drafted == [*TRIAL, *[0] * 34]
+    assert (pace.length, pace.drafted) == (0, 8) and pace.speedup < 1
+
+
+def test_auto_switches_itself_off_when_its_drafts_are_refused_later():
+    calls = itertools.count()
+    drafted, pace = lengths_drafted(lambda drafts: drafts if next(calls) < 20 else 0, 2, lambda drafts: 10.5, rounds=80)
+    assert drafted[6:18] == [16] * 12 and drafted[-1] == 0
+    assert drafted.index(0, 6) == len(drafted) - drafted[6:].count(0)  # for good
+    assert pace.length == 0
+
+
+def test_auto_with_few_tokens_left():
+    drafted, pace = lengths_drafted(lambda drafts: drafts, 4, lambda drafts: 10.5, most=3)
+    assert drafted[:6] == [0, 0, 0, 3, 3, 3] and set(drafted[6:]) <= {2, 3} and pace.length
+    length = DraftLength("auto")
+    length.saw(0, [0])
+    assert length.pace is None
     fixed = DraftLength(5)
     fixed.saw(5, [0])
-    assert int(fixed) == 5
+    assert int(fixed) == 5 and not fixed.timed and fixed.pace is None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that steps and passes move: `clock.full`, `clock.draft` and `clock.verify` milliseconds."""
+
+    class Clock:
+        now, full, draft, verify = 50.0, 10.0, 2.0, 11.0
+
+    clock, decode = Clock(), lossless._Speculation._decode
+
+    def timed_decode(speculation, cache, drafted):
+        is_full = cache is speculation.cache.for_full_steps()
+        clock.now += (clock.full if is_full else clock.draft) / 1000
+        return decode(speculation, cache, drafted)
+
+    def timed_pass(*arguments, **options):
+        clock.now += clock.verify / 1000
+        return full_pass(*arguments, **options)
+
+    monkeypatch.setattr(lossless._Speculation, "_decode", timed_decode)
+    monkeypatch.setattr(lossless, "full_pass", timed_pass)
+    monkeypatch.setattr(lossless, "now", lambda device: clock.now)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("batch", "wins", "drafting"),
+    [(1, True, "plan"), (4, False, "plan"), (4, True, "verification"), (1, False, "verification")],
+)
+def test_auto_gives_full_attentions_text_whatever_it_decides(llama, clock, caplog, batch, wins, drafting):
+    clock.draft = 2.0 if wins else 10.0
+    ids, mask = ragged_batch(LENGTHS[:batch])
+    options = {**GREEDY, "max_new_tokens": 50}
+    expected = llama.generate(ids, attention_mask=mask, **options)
+    plan = plans(llama.config, drafting)["good"]
+    tidaldecode.apply(llama, plan)
+    cache = TidalCache(llama.config, plan, 150)
+    with caplog.at_level("INFO", "tidaldecode"):
+        output = llama.generate(ids, attention_mask=mask, past_key_values=cache, lossless="auto", **options)
+    assert torch.equal(output, expected)
+    assert cache.get_seq_length() == output.shape[1] - 1
+    assert_exact(llama, cache, output[:, :-1], mask, 150)
+    choosing = [0] if drafting == "verification" else []  # a pass
+    assert cache.rounds.drafted[: 6 + len(choosing)] == [0, 0, 0, *choosing, 8, 8, 8]
+    pace, (record,) = cache.rounds.pace, caplog.records
+    assert record.levelname == ("INFO" if wins else "WARNING")
+    assert (pace.draft_ms, pace.pass_ms, pace.full_step_ms) == pytest.approx((clock.draft, 11, 10))
+    if wins:
+        assert pace.length == 16 and pace.speedup > 2 and record.message.startswith("lossless auto drafts 16 tokens")
+    else:
+        assert not any(cache.rounds.drafted[6 + len(choosing) :])
+        assert record.message == (
+            "lossless auto switched itself off: 8 draft steps of 10.00 ms and a pass of 11.00 ms give 9.00 tokens, "
+            "0.99 times as fast as full steps of 10.00 ms"
+        )
+
+
+def test_auto_samples_the_same_text_by_the_same_clock(llama, clock):
+    tidaldecode.apply(llama, plan_for(llama.config))
+    ids, mask = ragged_batch()
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        texts.append(llama.generate(ids, attention_mask=mask, lossless="auto", do_sample=True, max_new_tokens=16))
+    assert torch.equal(*texts)
 
 
 def test_rounds():
@@ -573,6 +698,7 @@ def test_rounds():
     assert rounds.accepted_per_round is None
     rounds.add(4, [5, 1])
     rounds.add(4, [3])
+    rounds.add(0, [1, 1])  # a step with full attention
     assert rounds.accepted_per_round == 3
 
 

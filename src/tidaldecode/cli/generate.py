@@ -57,6 +57,8 @@ def generate(
 
         answer = checked.answer(on_progress, on_text)
     console.print(_table(answer))
+    if (pace := answer.done.pace) is not None and pace.length:  # that it switched itself off is logged
+        console.print(str(pace), highlight=False, soft_wrap=True, markup=False)
     if answer.full is not None:
         console.print(
             _difference(answer.prompt.tokenizer, answer.done, answer.full),

@@ -69,8 +69,9 @@ class CheckedPrompt:
         on_progress(0, 0, f"reading {len(self.token_ids):,} tokens")
         try:
             done, cache = generate_measured(model, self.tokenizer, prompt, self.settings, on_text)
-        finally:
+        except BaseException:
             on_text("\n")
+            raise
         if not self.settings.compare:
             return Answer(self, done)
         on_progress(0, 0, "decoding with full attention")
@@ -124,6 +125,8 @@ class Answer:
             accepted = done.accepted_per_round
             rounded = None if accepted is None else round(accepted, 4)
             answer |= {"lossless": passes.lossless, "accepted_per_round": rounded}
+        if passes.lossless == "auto":
+            answer["pace"] = None if done.pace is None else done.pace.to_json()
         if passes.correction_interval is not None:
             answer["correction_interval"] = passes.correction_interval
         if self.full is not None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError
 from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes, Sampling
 from tidaldecode.hf import TidalCache, applied_plan
-from tidaldecode.hf.second_pass import DraftLength, Rounds
+from tidaldecode.hf.second_pass import DraftLength, Pace, Rounds
 from tidaldecode.plans.find import find_plan
 
 
@@ -39,7 +39,8 @@ class Generation:
             without the first correction's tokens, and without each round that is the first to draft so many tokens:
             its pass is compiled and captured. `None` where there is no other.
         accepted_per_round: tokens that came out of a round of lossless decoding, full attention's own included; `None`
-            for other decoding, and where there was no round.
+            for other decoding, and where no round drafted.
+        pace: what `--lossless auto` went by; `None` for other decoding, and where too few tokens came.
     """
 
     context_tokens: int
@@ -49,6 +50,7 @@ class Generation:
     kv_read_fraction: float
     decode_ms_per_token: float | None
     accepted_per_round: float | None = None
+    pace: Pace | None = None
 
     def mean_reads(self, layers: Sequence[int]) -> float:
         """Tokens that a KV head of these layers reads per new token, the mean over them."""
@@ -80,7 +82,8 @@ def generate_measured(
         model: a model with a plan applied.
         prompt: [1, n], token ids.
         settings: how; the model's plan is left as it is.
-        on_text: called with each piece of text as it comes, and with nothing whenever a token came.
+        on_text: called with each piece of text as it comes, the last one with a line's end behind it, and with nothing
+            whenever a token came.
 
     Returns:
         The generation, and the cache that holds prompt and new tokens.
@@ -185,6 +188,7 @@ def _generation(
         kv_read_fraction=sum(fractions) / tokens,
         decode_ms_per_token=streamer.ms(passes, cache.rounds, compiled=int(model.device.type == "cuda")),
         accepted_per_round=cache.rounds.accepted_per_round if rounds and cache.rounds else None,
+        pace=cache.rounds.pace if rounds and cache.rounds else None,
     )
 
 
@@ -217,7 +221,7 @@ class _TimedStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)
+        self._on_text(text + "\n" if stream_end else text)
 
     def ms(self, passes: Passes, rounds: Rounds | None, compiled: int) -> float | None:
         """Milliseconds per token of a generation, as `Generation.decode_ms_per_token` says.

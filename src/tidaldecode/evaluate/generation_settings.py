@@ -67,7 +67,9 @@ class Passes:
     lossless: Annotated[
         int | Literal["auto"] | None,
         Option(
-            "Draft T tokens by the plan, verify: the text is full attention's.", metavar="T|auto", parse=_draft_length
+            "Draft T tokens by the plan, verify: the text is full attention's. auto: as many as pay, or none.",
+            metavar="T|auto",
+            parse=_draft_length,
         ),
     ] = None
     correction_interval: Annotated[

@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache
 
 from tidaldecode.errors import InputError
 from tidaldecode.hf.layers import LEFT_IN_THE_MIDDLE, TidalLayer, WindowLayer
+from tidaldecode.hf.rounds import Rounds
 from tidaldecode.hf.sequences import Sequences
-from tidaldecode.hf.session import Correction, Kind, Rounds, Session
+from tidaldecode.hf.session import Correction, Kind, Session
 from tidaldecode.methods.protocol import Attention
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
@@ -58,7 +59,7 @@ class TidalCache(Cache):
         self.sequences = Sequences(capacity)
         self.correction: Correction | None = None
         self.rounds: Rounds | None = None
-        self._drafts: TidalCache | None = None
+        self._views: dict[str, TidalCache] = {}  # of the same sequences and rows, with sessions of their own
         self._one_mask = self._mask_seen = False
         attention = self._attention_of(plan)
         windows = sliding_windows(config)
@@ -103,7 +104,7 @@ class TidalCache(Cache):
     def attention(self, attention: Attention) -> None:
         self._keep_codes(attention)
         self.session.use(attention)
-        self._drafts = None
+        self._views.pop("drafts", None)
 
     def for_drafts(self, longest: int) -> TidalCache:
         """The cache as rounds of lossless decoding see it, which draft at most `longest` tokens.
@@ -114,15 +115,22 @@ class TidalCache(Cache):
         plan = self.attention.plan if isinstance(self.attention, DecodeAttention) else None
         if plan is None or plan.drafting == "plan":
             return self
-        before = None if self._drafts is None else self._drafts.attention
-        if self._drafts is None or not isinstance(before, VerifiedDrafts) or before.longest < longest:
-            self._drafts = None  # so that the new one does not hold it
-            drafts = copy.copy(self)
-            drafts.session = Session(
-                self.sequences, self.layers, VerifiedDrafts(plan, model_shape(self.config), longest)
-            )
-            self._drafts = drafts
-        return self._drafts
+        drafts = self._views.get("drafts")
+        if drafts is not None and isinstance(drafts.attention, VerifiedDrafts) and drafts.attention.longest >= longest:
+            return drafts
+        return self._view("drafts", VerifiedDrafts(plan, model_shape(self.config), longest))
+
+    def for_full_steps(self) -> TidalCache:
+        """The cache as decode steps with full attention see it, whatever attends in this one's."""
+        steps = self._views.get("full")
+        return self._view("full", self._attention_of("full")) if steps is None else steps
+
+    def _view(self, name: str, attention: Attention) -> TidalCache:
+        """A cache over the same sequences and rows, with an attention and captured passes of its own."""
+        view = copy.copy(self)
+        view._views, view.session = {}, Session(self.sequences, self.layers, attention)
+        self._views[name] = view
+        return view
 
     # ---- a forward pass
 
@@ -184,8 +192,8 @@ class TidalCache(Cache):
             capacity = wanted
         layer.check_growth(capacity)
         self.session.moved()  # before, so that its graphs hold no memory
-        if self._drafts is not None:
-            self._drafts.session.moved()
+        for view in self._views.values():
+            view.session.moved()
         for layer in self.layers:
             layer.grow(capacity)
         self.sequences.capacity = capacity
@@ -208,7 +216,7 @@ class TidalCache(Cache):
         self.sequences.begin(batch, new_tokens, device, new_lengths)
         if self.sequences.lengths is not lengths:  # another number of sequences, or device
             self.session.moved()
-            self._drafts = None
+            self._views.clear()
         self.session.begin(kind, new_tokens)
 
     def count(self, tokens: int) -> None:
@@ -376,7 +384,7 @@ class TidalCache(Cache):
             layer.take(rows)
         self.sequences.take(rows)
         self.session.moved()
-        self._drafts = None
+        self._views.clear()
         if self.correction is not None:
             self.correction.take(rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -225,30 +225,3 @@ class Correction:
     def forget(self, tokens: int | None = None) -> None:
         """The last `tokens` decoded tokens left the cache, or all of them."""
         del self._steps[0 if tokens is None else max(0, len(self) - tokens) :]
-
-
-@dataclass
-class Rounds:
-    """What the rounds of one lossless generation drafted and accepted.
-
-    Attributes:
-        drafted: tokens that each round drafted for each sequence.
-        sequences: sequences that each round was for: those that were not done.
-        tokens: tokens that came out of each round, of all these sequences together; in a sequence's last round also
-            those behind its end of sequence, which nobody sees.
-    """
-
-    drafted: list[int] = field(default_factory=list)
-    sequences: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-
-    def add(self, drafted: int, tokens: list[int]) -> None:
-        """Records a round and the tokens that came out of it for each sequence that was not done."""
-        self.drafted.append(drafted)
-        self.sequences.append(len(tokens))
-        self.tokens.append(sum(tokens))
-
-    @property
-    def accepted_per_round(self) -> float | None:
-        """Tokens that came out of a round for a sequence, the one of full attention's own included; the mean."""
-        return sum(self.tokens) / sum(self.sequences) if self.sequences else None

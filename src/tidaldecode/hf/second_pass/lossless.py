@@ -2,11 +2,14 @@
 
 The verification pass is that of cache correction, whose logits are full attention's at each drafted position. Reading
 them makes TidalDecode its own draft model in speculative decoding (Leviathan et al., ICML 2023). A plan may say that
-drafts read what the pass chose (`drafting`); then a first round verifies alone, and drafts nothing.
+drafts read what the pass chose (`drafting`); then a first round verifies alone, and drafts nothing. A round that is to
+draft nothing (`auto`) is a decode step with full attention.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +23,15 @@ from transformers.generation.streamers import BaseStreamer
 from tidaldecode.errors import InputError
 from tidaldecode.hf.cache import TidalCache
 from tidaldecode.hf.cache_name import CACHE
+from tidaldecode.hf.rounds import Rounds
 from tidaldecode.hf.second_pass.correction import full_pass
+from tidaldecode.hf.second_pass.draft_length import DraftLength
 from tidaldecode.hf.second_pass.processors import check_processors, may_mind
-from tidaldecode.hf.second_pass.speculation import DraftLength, accept_greedy, accept_sampled
+from tidaldecode.hf.second_pass.speculation import accept_greedy, accept_sampled
 from tidaldecode.hf.second_pass.tokens import Output, TokenBuffer
 from tidaldecode.hf.sequences import PREFILL_CHUNK
-from tidaldecode.hf.session import Rounds
+
+_logger = logging.getLogger("tidaldecode")
 
 
 def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_kept: bool) -> Callable[..., Any]:
@@ -60,6 +66,8 @@ def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_k
             sequences = speculation.run(output, cache_is_kept)
         if streamer is not None:
             streamer.end()
+        if (pace := length.pace) is not None:  # behind the text, which may go to the same terminal
+            _logger.log(logging.INFO if pace.length else logging.WARNING, "%s", pace)
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: speculation.cache})
         return sequences
@@ -113,6 +121,7 @@ class _Speculation:
                 self._align()
                 self._round()
                 output.hand_out()
+            self._rounds.pace = self.length.pace
             if cache_is_kept:
                 self._level(output.sequences)
         except BaseException:  # the user's too: the sequences end together, where the shortest does
@@ -124,16 +133,23 @@ class _Speculation:
     def _round(self) -> None:
         tokens = self.tokens
         left = [0 if end else self._most - count for count, end in zip(tokens.counts, tokens.closed, strict=True)]
+        began, steps = self._now(), int(self.length) == 0
         drafted, draft = self._draft(min(int(self.length), max(left) - 1) if self._may_draft else 0)
-        accepted, behind = self._verify(drafted, draft)
-        self._may_draft = True
+        between = self._now()
+        accepted, behind = self._full_step() if steps else self._verify(drafted, draft)
+        self._may_draft = self._drafts is self.cache or not steps
         tokens.write(accepted, behind)
-        numbers = accepted.tolist()
+        numbers, ended = accepted.tolist(), self._now()
         new = [min(number + 1, room) for number, room in zip(numbers, left, strict=True)]
         tokens.extend(new)
         drafts = drafted.shape[1]
         self._rounds.add(drafts, [count for count, room in zip(new, left, strict=True) if room])
-        self.length.saw(drafts, [number for number, room in zip(numbers, left, strict=True) if room])
+        open_ones = [number for number, room in zip(numbers, left, strict=True) if room]
+        self.length.saw(drafts, open_ones, between - began, ended - between)
+
+    def _now(self) -> float:
+        """Seconds, where they are wanted: then the device is waited for."""
+        return now(self.model.device) if self.length.timed else 0.0
 
     def _draft(self, drafts: int) -> tuple[Tensor, Tensor | None]:
         """Decodes `drafts` tokens by the plan: the tokens [B, N], and when sampling their distributions [B, N, V].
@@ -142,20 +158,29 @@ class _Speculation:
         """
         drafted, draft, self._all_ended = 0, None, False
         while drafted < drafts and not self._all_ended:
-            logits = self.model(
-                input_ids=self._device(self.tokens.window(drafted - 1, 1)),
-                position_ids=self._positions(1),
-                use_cache=True,
-                logits_to_keep=1,
-                **{CACHE: self._drafts},
-            ).logits[:, -1]
-            token, distribution = self._choose(self.tokens.scores(self.processors, drafted, logits))
+            token, distribution = self._decode(self._drafts, drafted)
             self.tokens.write(drafted, token)
             if self.samples:
                 draft = _placed(distribution, draft, drafted, drafts)
             drafted += 1
             self._all_ended = self._may_mind and self.tokens.all_ended(drafted)
         return self.tokens.window(0, drafted), None if draft is None else draft[:, :drafted]
+
+    def _decode(self, cache: TidalCache, drafted: int) -> tuple[Tensor, Tensor]:
+        """Decodes a token behind `drafted` drafted ones; see `_choose`."""
+        logits = self.model(
+            input_ids=self._device(self.tokens.window(drafted - 1, 1)),
+            position_ids=self._positions(1),
+            use_cache=True,
+            logits_to_keep=1,
+            **{CACHE: cache},
+        ).logits[:, -1]
+        return self._choose(self.tokens.scores(self.processors, drafted, logits))
+
+    def _full_step(self) -> tuple[Tensor, Tensor]:
+        """A decode step with full attention; as `_verify`."""
+        token = self._decode(self.cache.for_full_steps(), 0)[0]
+        return torch.zeros_like(token), token
 
     def _verify(self, drafted: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor]:
         """Runs each sequence's last token and the drafted ones with full attention.
@@ -226,6 +251,13 @@ class _Speculation:
             ids = self._device(sequences[:, first:stop])
             full_pass(self.model, self.cache, ids, positions, new_lengths=new_lengths, last_logits=True, capture=False)
             ends = ends + new_lengths
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _placed(row: Tensor, room: Tensor | None, step: int, steps: int) -> Tensor:
