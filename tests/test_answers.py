@@ -19,6 +19,9 @@ from tidaldecode.evaluate.overlap import loops, repetition, rouge_l, token_f1
 from tidaldecode.evaluate.prompt import HeldPrompt
 from tidaldecode.evaluate.study import measure
 from tidaldecode.methods.method import Method
+from tidaldecode.report import answers as articles
+from tidaldecode.report.folder import read_results
+from tidaldecode.report.shares import SharesRead
 from tidaldecode.results.cells import Cells, read_cells
 from tidaldecode.texts.questions import SHIPPED, Question, QuestionSource, ask
 
@@ -228,7 +231,16 @@ def test_eval_answers(run, command, folder, monkeypatch):
     ]
     assert {cell["asked"] for cell in again if cell["question"] == "1"} == {"How few?"}
     monkeypatch.setattr("tidaldecode.models.ModelFiles.model", lambda *arguments: 1 / 0)
-    assert json.loads(run(*command, *more)[1])["cells"] == again
+    status, printed, err = run(*command, *more)
+    assert json.loads(printed)["cells"] == again
+    (kept,), _ = read_results(output)
+    (output / "printed.json").write_text(printed)
+    assert [result.file for result in read_results(output)[0]] == ["answers.jsonl"]  # the other one says the same
+    (output / "printed.json").rename(folder / "notes" / "printed.json")
+    (shown,), _ = read_results(folder / "notes")
+    first, second = (articles.answers(result, "a", SharesRead([])) for result in (kept, shown))
+    assert (first.figures, first.tables) == (second.figures, second.tables) and len(second.texts) == 3
+    assert {text.title: text.texts for text in first.texts} == {text.title: text.texts for text in second.texts}
     assert_one_line(run(*command, *more, "--seed", "1"), "answers.jsonl", "seed 0", "seed 1")
 
 

@@ -33,5 +33,5 @@ def answers(source: QuestionSource, settings: AnswerSettings, methods: MethodOpt
     figures = options.draw(report, title, answers=surprise_over_share)
     rows = answer_table(report.rows, brief=True)
     title += f", prompts of {settings.context:,} tokens at most; surprise ± one standard error, nats per token"
-    print_table(options.console, title, list(rows[0]), [list(row.values()) for row in rows], least=12)
+    print_table(options.console, title, list(rows[0]), [list(row.values()) for row in rows], least=8)
     options.show(report, figure=figures[0] if figures else None)
