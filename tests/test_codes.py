@@ -15,6 +15,7 @@ from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.method import Method
 from tidaldecode.ops import KV, Choice, KeyCodes, reference
 from tidaldecode.ops.codes import decode, encode, room_for_codes, rotation
+from tidaldecode.rules import RULES
 from tidaldecode.serving.settings import Settings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -205,10 +206,15 @@ def test_kernels_write_the_references_codes(bits, dim, heads, kv_heads, block_si
         (2, 20, 5, 1, 256, ["per_group", "per_head"]),
         (1, 64, 7, 1, 16, ["per_group"]),
         (4, 16, 4, 2, 16, ["unified", "per_group"]),
+        (2, 96, 3, 1, 256, ["per_group"]),
+        (1, 16, 8, 1, 256, ["per_group"]),
+        (2, 32, 16, 1, 16, ["unified"]),
+        (4, 64, 2, 2, 256, ["per_head"]),
         *((*shape, ["per_group"]) for shape in LARGE),
     ],
 )
-def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads, block_size, rules):
+def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads, block_size, rules, monkeypatch):
+    """But for ties: importances that agree in their exponent and first 8 bits."""
     pytest.importorskip("triton")
     from tidaldecode.ops import kernels
 
@@ -217,14 +223,59 @@ def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads,
     sets = sum({"unified": 1, "per_group": kv_heads, "per_head": heads}[rule] for rule in rules)
     choice = Choice.alike(kv.lengths, 24, recent=3, sinks=2)
     wanted, chosen = (torch.full((len(LENGTHS), sets, 24), -1, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    select, seen = reference.select_tokens, []
+    monkeypatch.setattr(reference, "select_tokens", lambda *given: seen.append(given[0]) or select(*given))
+    probabilities = replace(RULES["per_head"], by_scores=False)
+    monkeypatch.setitem(RULES, "per_head", probabilities)
     reference.choose_by_codes(query, kv, 0.2, rules, choice, 200, wanted)
     kernels.choose_by_codes(query, kv, 0.2, rules, choice, 200, chosen)
     for b, length in enumerate(LENGTHS):
+        count = min(24, length)
         for s in range(sets):
-            count = min(24, length)
-            here, there = set(chosen[b, s, :count].tolist()), set(wanted[b, s, :count].tolist())
-            assert len(here) == count
-            assert len(here & there) >= count - (0 if dtype == torch.float32 else 1)
+            here, there = chosen[b, s, :count].long(), wanted[b, s, :count].long()
+            assert len(set(here.tolist())) == count and set(here.tolist()) <= set(range(length))
+            values = seen[0][b, s]
+            torch.testing.assert_close(values[here].sort().values, values[there].sort().values, rtol=2**-7, atol=1e-9)
+
+
+@pytest.mark.kernels
+def test_sets_of_codes_depend_on_neither_rounds_nor_capacity_nor_what_lay_in_memory(monkeypatch):
+    """The sequences in one round, in rounds of about one, and with room for many times their length."""
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+
+    monkeypatch.setattr("tidaldecode.ops.kernels.code_scores._PROGRAMS", 1)
+    monkeypatch.setattr(f"{__name__}.LENGTHS", lengths := (530, 30, 520))
+    query, keys, kv, _ = make(2, 16, 4, 2, 544, torch.float32, lengths)
+    write(keys, kv)
+    tables = []
+    for room, capacity in ((1, 530), (2**29, 9000)):
+        monkeypatch.setattr("tidaldecode.ops.kernels.chunks._ROOM", room)
+        table = torch.full((3, 2, 60), -7, dtype=torch.int32, device=DEVICE)
+        kernels.choose_by_codes(query, kv, 0.2, ["per_group"], Choice.alike(kv.lengths, 60, 5, 3), capacity, table)
+        tables.append(table)
+    assert torch.equal(*tables)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dim", [20, 64])
+def test_kernels_turn_queries_as_the_reference(dim):
+    pytest.importorskip("triton")
+    from tidaldecode.ops.codes import turned_query
+    from tidaldecode.ops.kernels import code_scores
+
+    query, _, _, codes = make(2, dim, 18, 1)
+    query[0, 0] = 0
+    (numbers, steps), (wanted, wanted_steps) = (turn(query, codes) for turn in (code_scores.turned_query, turned_query))
+    torch.testing.assert_close(steps, wanted_steps, rtol=1e-5, atol=1e-20)
+    assert (numbers.int() - wanted.int()).abs().max() <= 1 and (numbers != wanted).float().mean() < 0.01
+    assert not numbers[0, 0].any()
+
+
+def test_a_head_s_codes_lie_together():
+    codes = room_for_codes(torch.zeros(2, 21, 3, 16), 2, 2)
+    assert codes.packed.shape == (2, 21, 3, 4) and codes.packed.stride() == (3 * 32 * 4, 4, 32 * 4, 1)
+    assert codes.factors.shape == (2, 21, 3) and codes.factors.stride() == (3 * 32, 1, 32)
 
 
 @pytest.mark.parametrize("chunk", [1024, 12])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from tidaldecode.ops.codes import decode, encode
+from tidaldecode.ops.codes import decode, encode, turned_query
 from tidaldecode.ops.values import KV, Choice
 from tidaldecode.rules import RULES
 
@@ -167,7 +167,8 @@ def choose_by_codes(
     assert codes is not None
     importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=torch.float32)
     kv_heads, dim = codes.centres.shape[1:]
-    turned = (query.float() * scale @ codes.rotation).view(len(query), kv_heads, -1, dim)  # [B, Hkv, G, D]
+    numbers, steps = turned_query(query, codes)
+    turned = (numbers * (steps * scale)[..., None]).view(len(query), kv_heads, -1, dim)  # [B, Hkv, G, D]
     for run, length in _runs(kv.block_table, kv.lengths, query.shape[1]):
         packed = _rows(codes.packed, kv.block_table[run.start], length)
         factors = _rows(codes.factors[..., None], kv.block_table[run.start], length)[..., 0]

@@ -1,4 +1,4 @@
-"""Selection in three launches, from counts of coarse bins: see `select`."""
+"""Selection in three launches, or two, from counts of coarse bins: see `select`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tidaldecode.ops.kernels.chunks import chunks_in_round, sequence_of
 from tidaldecode.ops.kernels.largest import choose_among, ordered, write_forced
 from tidaldecode.ops.kernels.scores import mean_probabilities
 
-FEW_HEADS = 4
-"""Importances of more heads are kept, of fewer computed anew: as many bytes, or fewer."""
+SHORT_SHIFT = 15
+"""What a short key leaves out of an importance that is not negative: all but its exponent and 8 bits."""
 
-_FEW_HEADS = tl.constexpr(FEW_HEADS)
+_SHORT_SHIFT = tl.constexpr(SHORT_SHIFT)
 _BEFORE = tl.constexpr(128)  # earlier chunks whose counts are added up at once
 
 
@@ -49,6 +49,7 @@ def _importance(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    PAIR: tl.constexpr,
     CODED: tl.constexpr,
 ):
     """Importances of a chunk's tokens to a set: as they are given, or from scores."""
@@ -57,7 +58,7 @@ def _importance(
     else:
         of_sequence = normalizers + b * (SETS * HEADS)
         value = mean_probabilities(
-            values, tops, of_sequence, place, s * HEADS, SETS * HEADS, GROUP, HEADS, CHUNK, TILE, CODED
+            values, tops, of_sequence, place, s * HEADS, SETS * HEADS, GROUP, HEADS, CHUNK, TILE, PAIR, CODED
         )
     return value
 
@@ -72,7 +73,7 @@ def count_kernel(
     budgets,
     recents,
     sink,
-    importance,  # [chunks, S, CHUNK], written with more than a few HEADS
+    importance,  # [chunks, S, CHUNK], written if KEPT: float32, or the importances' short keys, uint16
     reaching,  # [chunks, S, BINS], written: importances of a chunk in each bin or above it
     totals,  # [B, S, BINS], added up over the chunks; zero before
     batch,
@@ -87,8 +88,11 @@ def count_kernel(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    PAIR: tl.constexpr,
     CODED: tl.constexpr,
     BINS: tl.constexpr,
+    KEPT: tl.constexpr,
+    SHORT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
@@ -106,12 +110,15 @@ def count_kernel(
             token = start + tl.arange(0, CHUNK)
             value = _importance(
                 values, tops, normalizers, b, s, place, token, length, values_b, values_s,
-                SETS, HEADS, GROUP, CHUNK, TILE, CODED,
+                SETS, HEADS, GROUP, CHUNK, TILE, PAIR, CODED,
             )  # fmt: skip
-            if HEADS > _FEW_HEADS:
+            key = ordered(value)
+            if SHORT:
+                tl.store(importance + row * CHUNK + tl.arange(0, CHUNK), (key >> _SHORT_SHIFT).to(tl.uint16))
+            elif KEPT:
                 tl.store(importance + row * CHUNK + tl.arange(0, CHUNK), value)
             free = (token >= sink) & (token < length - recent)
-            its_bin = _bin(ordered(value), budget - sink - recent, HEADS > 0)
+            its_bin = _bin(key, budget - sink - recent, HEADS > 0)
             counts = tl.histogram(its_bin, BINS, mask=free)
             bins = tl.arange(0, BINS)
             tl.store(reaching + row * BINS + bins, tl.cumsum(counts, 0, reverse=True))
@@ -145,6 +152,7 @@ def write_above_kernel(
     candidate_keys,  # for each sequence and set its chunks, one after another; written
     candidate_tokens,
     indices,  # [B, S, K], written
+    tickets,  # [B, S], zero before and after; with FINISH
     batch,
     turn,
     window,
@@ -159,8 +167,12 @@ def write_above_kernel(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    PAIR: tl.constexpr,
     CODED: tl.constexpr,
     BINS: tl.constexpr,
+    KEPT: tl.constexpr,
+    SHORT: tl.constexpr,
+    FINISH: tl.constexpr,  # the last program of a set does what `finish_kernel` does
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
@@ -178,15 +190,18 @@ def write_above_kernel(
             tl.store(chosen_set + token, token, mask=token < length)
         elif start < length - recent:
             row = place.to(tl.int64) * SETS + s
-            if HEADS > _FEW_HEADS:
-                value = tl.load(importance + row * CHUNK + tl.arange(0, CHUNK))
+            if SHORT:
+                key = tl.load(importance + row * CHUNK + tl.arange(0, CHUNK)).to(tl.int32)
+            elif KEPT:
+                key = ordered(tl.load(importance + row * CHUNK + tl.arange(0, CHUNK)))
             else:
                 value = _importance(
                     values, tops, normalizers, b, s, place, token, length, values_b, values_s,
-                    SETS, HEADS, GROUP, CHUNK, TILE, CODED,
+                    SETS, HEADS, GROUP, CHUNK, TILE, PAIR, CODED,
                 )  # fmt: skip
+                key = ordered(value)
             wanted = budget - sink - recent
-            border, _, _ = _border(totals + b64 * totals_b + s * BINS, wanted, BINS)
+            border, num_above, num_candidates = _border(totals + b64 * totals_b + s * BINS, wanted, BINS)
             above_before, reached_before = 0, 0
             first_row = row - (chunk - first) * SETS
             for start_before in range(0, chunk - first, _BEFORE):
@@ -197,8 +212,7 @@ def write_above_kernel(
                 reached_before += tl.sum(tl.load(counts, mask=there, other=0))
 
             free = (token >= sink) & (token < length - recent)
-            key = ordered(value)
-            its_bin = _bin(key, wanted, HEADS > 0)
+            its_bin = _bin(key << _SHORT_SHIFT if SHORT else key, wanted, HEADS > 0)
             above, inside = free & (its_bin > border), free & (its_bin == border)
             ranks = tl.cumsum(above.to(tl.int32) + (inside.to(tl.int32) << 16), 0)  # both counts in one scan
             tl.store(chosen_set + sink + above_before + (ranks & 0xFFFF) - 1, token, mask=above)
@@ -206,6 +220,23 @@ def write_above_kernel(
             entry = room * CHUNK + reached_before - above_before + (ranks >> 16) - 1
             tl.store(candidate_keys + entry, key, mask=inside)
             tl.store(candidate_tokens + entry, token, mask=inside)
+            if FINISH:
+                tl.debug_barrier()  # all threads' stores come before the ticket
+                ticket = tickets + b * SETS + s
+                parts = (length - recent + CHUNK - 1) // CHUNK
+                if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
+                    tl.store(ticket, 0)
+                    write_forced(chosen_set, length, budget, recent, sink, 256)
+                    room *= CHUNK
+                    choose_among(
+                        candidate_keys + room,
+                        candidate_tokens + room,
+                        num_candidates,
+                        wanted - num_above,
+                        chosen_set + sink + num_above,
+                        1024,
+                        1024,
+                    )
 
 
 @triton.jit(do_not_specialize=["batch", "turn", "window"])
@@ -252,4 +283,6 @@ def finish_kernel(
         num_candidates,
         wanted - num_above,
         chosen_set + sink + num_above,
+        1024,
+        8192,
     )

@@ -11,15 +11,9 @@ from torch import Tensor
 
 from tidaldecode.ops.codes import STEPS
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.scores import CODE_STEPS, Scores
+from tidaldecode.ops.kernels.code_scores import pair_of, score, tile_of, turned_query
 from tidaldecode.ops.kernels.select import Choosing, tables_by_rule
-from tidaldecode.ops.kernels.split_kv import cache_rows, stretch_of
-from tidaldecode.ops.values import KV, Choice, KeyCodes
-
-_TILE = 64  # tokens that a program scores at a time
-_ROUNDS, _PROGRAMS = 2, 8
-_STEPS = tl.constexpr(CODE_STEPS)
-_LOG2_E = tl.constexpr(1.4426950408889634)
+from tidaldecode.ops.values import KV, Choice
 
 
 @triton.jit
@@ -132,213 +126,6 @@ def write_codes(key: Tensor, kv: KV, new_lengths: Tensor) -> None:
     )
 
 
-_BASES = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 0}
-
-
-@triton.jit
-def _as_numbers(u, BASE: tl.constexpr):
-    """Small integers, uint16, as numbers: bfloat16 128 + u, float16 1024 + u or float32 u, by the base.
-
-    Conversions are slow. So the integer becomes the last bits of a mantissa, behind the exponent at which they count
-    as ones.
-    """
-    if BASE == 128:
-        numbers = (u | 0x4300).to(tl.bfloat16, bitcast=True)
-    elif BASE == 1024:
-        numbers = (u | 0x6400).to(tl.float16, bitcast=True)
-    else:
-        numbers = u.to(tl.float32)
-    return numbers
-
-
-@triton.jit(do_not_specialize=["batch", "split_target", "turn", "window"])
-def _score_kernel(
-    query,  # [B, Hq, D], turned as the codes are
-    packed,
-    factors,
-    block_table,
-    lengths,  # [B]
-    values,  # see `Scores`
-    tops,
-    normalizers,
-    counts,
-    budgets,
-    turn,
-    window,
-    partial_normalizers,  # [slots, Hkv, G]
-    tickets,
-    scale,
-    batch,
-    split_target,
-    query_b,
-    query_h,
-    packed_block,
-    packed_row,
-    packed_head,
-    factors_block,
-    factors_row,
-    factors_head,
-    table_b,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
-    BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CODED: tl.constexpr,
-    COUNTS: tl.constexpr,
-    MERGE_S: tl.constexpr,
-    BASE: tl.constexpr,  # see `_as_numbers`
-    PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    WIDTH: tl.constexpr = DIM * BITS // 8
-    TILES: tl.constexpr = CHUNK // TILE
-    SHARE: tl.constexpr = (COUNTS + HEADS - 1) // HEADS  # counters that each head's program clears
-    head, slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    busy, b, split, num_splits, first_slot, length, first_chunk = stretch_of(
-        lengths, slot, batch, split_target, turn, window, BATCH, TILE, CHUNK
-    )
-    if not busy:
-        return
-    b64 = tl.cast(b, tl.int64)
-    if split == 0:
-        entry = tl.arange(0, triton.next_power_of_2(SHARE))
-        cleared = (entry < SHARE) & (head * SHARE + entry < COUNTS)
-        tl.store(counts + b64 * COUNTS + head * SHARE + entry, tl.zeros_like(entry), mask=cleared)
-    if length <= tl.load(budgets + b):
-        return
-    table = block_table + b64 * table_b
-    p_base, f_base = packed + head * packed_head, factors + head * factors_head
-    if BLOCK == 0:
-        block = tl.load(table).to(tl.int64)
-        p_base += block * packed_block
-        f_base += block * factors_block
-    g, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    within = dims < DIM
-    q_rows = query + b64 * query_b + (head * GROUP + g)[:, None] * query_h + dims[None, :]
-    turned = tl.load(q_rows, mask=(g < GROUP)[:, None] & within[None, :], other=0.0)  # [G, D]
-    # codes are odd integers, 2u + 1 - 2^bits
-    offset = tl.sum(turned.to(tl.float32), 1) * (1.0 - 2.0**BITS - 2.0 * BASE)
-    byte, shift = dims % WIDTH, (dims // WIDTH * BITS).to(tl.uint16)
-
-    tiles = (length + TILE - 1) // TILE
-    per_split = (tiles + num_splits - 1) // num_splits
-    begin = split * per_split * TILE
-    end = tl.minimum(begin + per_split * TILE, length)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(begin, end, TILE):
-        token = start + tl.arange(0, TILE)
-        inside = token < end
-        token = tl.where(inside, token, 0)
-        p_rows = cache_rows(token, table, packed_block, packed_row, BLOCK, WIDE)
-        f_rows = cache_rows(token, table, factors_block, factors_row, BLOCK, WIDE)
-        here = inside[:, None] & within[None, :]
-        codes = tl.load(p_base + (p_rows[:, None] + byte[None, :]), mask=here, other=0)
-        codes = _as_numbers((codes.to(tl.uint16) >> shift[None, :]) & (2**BITS - 1), BASE)
-        factor = tl.load(f_base + f_rows, mask=inside, other=0.0).to(tl.float32)
-        dots = tl.dot(turned, tl.trans(codes), input_precision=PRECISION)  # [G, T], float32
-        scores = (2.0 * dots + offset[:, None]) * (factor * (scale * _LOG2_E))[None, :]
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        place = ((first_chunk + start // CHUNK).to(tl.int64) * HEADS + head) * TILES + start % CHUNK // TILE
-        place = place * GROUP + g
-        pointers = values + (place * TILE)[:, None] + tl.arange(0, TILE)[None, :]
-        real = g < GROUP
-        if CODED:
-            code = tl.minimum((new_top[:, None] - scores) * _STEPS + 0.5, 65535.0).to(tl.int32).to(tl.uint16)
-            tl.store(pointers, code, mask=real[:, None])
-            tl.store(tops + place, new_top, mask=real)
-        else:
-            tl.store(pointers, scores, mask=real[:, None])
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
-        top = new_top
-
-    normalizer = top + tl.log2(total)
-    if num_splits > 1:
-        tl.store(partial_normalizers + (slot * HEADS + head) * GROUP + g, normalizer, mask=g < GROUP)
-        tl.debug_barrier()  # all threads' stores come before the ticket
-        ticket = tickets + b * HEADS + head
-        if tl.atomic_add(ticket, 1, sem="acq_rel") != num_splits - 1:
-            return
-        tl.store(ticket, 0)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        for first in range(0, num_splits, MERGE_S):
-            part = first + tl.arange(0, MERGE_S)
-            rows = ((first_slot + part) * HEADS + head)[:, None] * GROUP + g[None, :]
-            there = (part < num_splits)[:, None] & (g < GROUP)[None, :]
-            # past the first-level cache: other multiprocessors wrote these
-            piece = tl.load(partial_normalizers + rows, mask=there, other=float("-inf"), cache_modifier=".cg")
-            new_top = tl.maximum(tl.maximum(top, tl.max(piece, 0)), -1e30)
-            total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(piece - new_top[None, :]), 0)
-            top = new_top
-        normalizer = top + tl.log2(total)
-    tl.store(normalizers + b64 * (HEADS * GROUP) + head * GROUP + g, normalizer, mask=g < GROUP)
-
-
-def _score(query: Tensor, kv: KV, codes: KeyCodes, scale: float, scores: Scores, turn: int) -> None:
-    """Writes the scores of one round, of queries that are turned as the codes are."""
-    batch, num_heads, dim = query.shape
-    kv_heads, block_size = codes.centres.shape[1], codes.packed.shape[1]
-    group = num_heads // kv_heads
-    programs = scratch.multiprocessors(query.device) * _PROGRAMS * (1 if batch == 1 else _ROUNDS)
-    longest = triton.cdiv(block_size * kv.block_table.shape[1], _TILE)
-    split_target = max(1, min(programs // kv_heads, batch * longest))
-    slots = split_target + batch - 1
-    overlap = scratch.overlaps(query.device)
-    _score_kernel[kv_heads, slots](
-        query,
-        codes.packed,
-        codes.factors,
-        kv.block_table,
-        kv.lengths,
-        scores.values,
-        scores.tops,
-        scores.normalizers,
-        scores.counts,
-        scores.budgets,
-        turn,
-        scores.rounds.window,
-        torch.empty(slots * num_heads, dtype=torch.float32, device=query.device),
-        scratch.zeros("tickets", batch * kv_heads, query.device),
-        scale,
-        batch,
-        split_target,
-        *query.stride()[:2],
-        *codes.packed.stride()[:3],
-        *codes.factors.stride(),
-        kv.block_table.stride(0),
-        BITS=codes.bits,
-        GROUP=group,
-        HEADS=kv_heads,
-        DIM=dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_M=max(16, triton.next_power_of_2(group)),
-        TILE=_TILE,
-        BATCH=scratch.padded(batch),
-        BLOCK=0 if kv.block_table.shape[1] == 1 else block_size,
-        WIDE=block_size * codes.packed.stride(1) >= 2**31,
-        CHUNK=scores.rounds.tokens,
-        CODED=scores.coded,
-        COUNTS=scores.counts.shape[1],
-        MERGE_S=32,
-        BASE=_BASES[query.dtype],
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        OVERLAP=overlap,
-        launch_pdl=overlap,
-    )
-
-
 def choose_by_codes(
     query: Tensor,
     kv: KV,
@@ -351,9 +138,10 @@ def choose_by_codes(
     """As `reference.choose_by_codes`; ties as in `full_attention_with_selection`."""
     codes = kv.codes
     assert codes is not None
-    turned = (query.float() @ codes.rotation).to(query.dtype)  # once, not in each program
     tables = tables_by_rule(indices, selections, query.shape[1], kv.k.shape[2])
-    choosing = Choosing(query, kv, choice, capacity, _TILE, list(tables.values()))
+    pair = pair_of(codes, query.shape[1] // kv.k.shape[2])
+    choosing = Choosing(query, kv, choice, capacity, tile_of(pair), list(tables.values()), pair)
+    turned = turned_query(query, codes)
     for turn in range(choosing.scores.rounds.number):
-        _score(turned, kv, codes, scale, choosing.scores, turn)
+        score(*turned, kv, codes, scale, choosing.scores, turn)
         choosing.choose(turn, kv.lengths)

@@ -32,6 +32,7 @@ def _importance_kernel(
     SETS: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    PAIR: tl.constexpr,
     CODED: tl.constexpr,
     AS_SCORES: tl.constexpr,  # one head a set, and its scores instead of its probabilities
 ):
@@ -41,7 +42,7 @@ def _importance_kernel(
         chunk, s = before + item // SETS, item % SETS
         b, _, first = sequence_of(chunk, chunks, behind, batch, BATCH)
         place = chunk - turn * window
-        if AS_SCORES:
+        if AS_SCORES and PAIR == 0:
             entry = tl.arange(0, CHUNK)
             first_tile = (place.to(tl.int64) * (ALL_HEADS // GROUP) + s // GROUP) * (CHUNK // TILE)
             row = (first_tile + entry // TILE) * GROUP + s % GROUP
@@ -58,8 +59,11 @@ def _importance_kernel(
                 HEADS,
                 CHUNK,
                 TILE,
+                PAIR,
                 CODED,
             )
+            if AS_SCORES:  # down to where the probability underflows
+                value = (tl.log2(value) + tl.load(normalizers + b * ALL_HEADS + s)) * _LN_2
         token = (chunk - first) * CHUNK + tl.arange(0, CHUNK)
         row = importance + b.to(tl.int64) * importance_b + s * importance_s
         tl.store(row + token, value, mask=token < tl.load(lengths + b))
@@ -75,7 +79,8 @@ def write_importance(scores: Scores, turn: int, importance: Tensor, as_scores: b
         as_scores: for S = Hq, the scores instead of the probabilities.
     """
     batch, sets = importance.shape[:2]
-    room, kv_heads, tiles, group, tile = scores.values.shape
+    room, kv_heads, tiles = scores.values.shape[:3]
+    group, tile = scores.normalizers.shape[1] // kv_heads, scores.tile
     _importance_kernel[min(room * sets, scratch.multiprocessors(importance.device) * _PROGRAMS),](
         scores.values,
         scores.tops,
@@ -92,6 +97,7 @@ def write_importance(scores: Scores, turn: int, importance: Tensor, as_scores: b
         SETS=sets,
         CHUNK=tiles * tile,
         TILE=tile,
+        PAIR=scores.pair,
         CODED=scores.coded,
         AS_SCORES=as_scores,
         num_warps=8,

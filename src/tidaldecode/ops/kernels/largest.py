@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_FEW, _MANY = tl.constexpr(1024), tl.constexpr(8192)  # candidates that a program holds, usually and at most
 _LEAST, _MOST = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFF)
 
 
@@ -56,50 +55,54 @@ def write_forced(chosen_set, length, budget, recent, sink, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def choose_among(keys, tokens, count, wanted, chosen):
-    """Writes the tokens of the `wanted` largest of `count` keys, the earlier of equal ones."""
-    if count <= _FEW:
-        _choose_among_held(keys, tokens, count, wanted, chosen, _FEW)
-    elif count <= _MANY:
-        _choose_among_held(keys, tokens, count, wanted, chosen, _MANY)
+def choose_among(keys, tokens, count, wanted, chosen, FEW: tl.constexpr, MANY: tl.constexpr):
+    """Writes the tokens of the `wanted` largest of `count` keys, the earlier of equal ones.
+
+    A program holds `FEW` candidates, usually, and `MANY` at most; it reads more of them once for each bisection.
+    """
+    if count <= FEW:
+        _choose_among_held(keys, tokens, count, wanted, chosen, FEW)
+    elif FEW < MANY and count <= MANY:
+        _choose_among_held(keys, tokens, count, wanted, chosen, MANY)
     else:
-        _choose_among_many(keys, tokens, count, wanted, chosen)
+        _choose_among_many(keys, tokens, count, wanted, chosen, MANY)
 
 
 @triton.jit
 def _choose_among_held(keys, tokens, count, wanted, chosen, HELD: tl.constexpr):
     entry = tl.arange(0, HELD)
     real = entry < count
-    key = tl.load(keys + entry, mask=real, other=0)
-    token = tl.load(tokens + entry, mask=real, other=0)
+    # past the first-level cache: other multiprocessors may have written these in the same launch
+    key = tl.load(keys + entry, mask=real, other=0, cache_modifier=".cg")
+    token = tl.load(tokens + entry, mask=real, other=0, cache_modifier=".cg")
     write_largest(key, token, real, threshold_of(key, real, wanted), wanted, chosen)
 
 
 @triton.jit
-def _choose_among_many(keys, tokens, count, wanted, chosen):
+def _choose_among_many(keys, tokens, count, wanted, chosen, MANY: tl.constexpr):
     """As `choose_among`, for more keys than a program holds."""
-    entry = tl.arange(0, _MANY)
+    entry = tl.arange(0, MANY)
     low, high = _MOST, _LEAST
-    for start in range(0, count, _MANY):
+    for start in range(0, count, MANY):
         real = start + entry < count
-        key = tl.load(keys + start + entry, mask=real, other=0)
+        key = tl.load(keys + start + entry, mask=real, other=0, cache_modifier=".cg")
         low = tl.minimum(low, tl.min(tl.where(real, key, _MOST)))
         high = tl.maximum(high, tl.max(tl.where(real, key, _LEAST)))
     while low < high:
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        reached = _count_reaching(keys, count, middle)
+        reached = _count_reaching(keys, count, middle, MANY)
         if reached >= wanted:
             low = middle
         else:
             high = middle - 1
         if reached == wanted:
             high = middle
-    num_above = _count_reaching(keys, count, low + 1) if low < _MOST else 0
+    num_above = _count_reaching(keys, count, low + 1, MANY) if low < _MOST else 0
     above_written, equal_written = 0, 0
-    for start in range(0, count, _MANY):
+    for start in range(0, count, MANY):
         real = start + entry < count
-        key = tl.load(keys + start + entry, mask=real, other=0)
-        token = tl.load(tokens + start + entry, mask=real, other=0)
+        key = tl.load(keys + start + entry, mask=real, other=0, cache_modifier=".cg")
+        token = tl.load(tokens + start + entry, mask=real, other=0, cache_modifier=".cg")
         above, equal = real & (key > low), real & (key == low)
         ranks = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
         tl.store(chosen + above_written + (ranks & 0xFFFF) - 1, token, mask=above)
@@ -110,11 +113,11 @@ def _choose_among_many(keys, tokens, count, wanted, chosen):
 
 
 @triton.jit
-def _count_reaching(keys, count, threshold):
+def _count_reaching(keys, count, threshold, MANY: tl.constexpr):
     """How many of `count` keys reach a threshold."""
-    entry = tl.arange(0, _MANY)
+    entry = tl.arange(0, MANY)
     reached = 0
-    for start in range(0, count, _MANY):
-        key = tl.load(keys + start + entry, mask=start + entry < count, other=0)
+    for start in range(0, count, MANY):
+        key = tl.load(keys + start + entry, mask=start + entry < count, other=0, cache_modifier=".cg")
         reached += tl.sum(((start + entry < count) & (key >= threshold)).to(tl.int32))
     return reached

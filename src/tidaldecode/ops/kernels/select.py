@@ -3,7 +3,8 @@
 Three short launches. The first counts the importances of each chunk of tokens by coarse bins (the float's exponent and
 its first mantissa bits); given scores it makes importances of them on the way. The second knows from the counts in
 which bin the budget ends: it writes the tokens above that bin, and lists those in it as candidates. The third finds
-the exact threshold among the candidates, by bisection. Where a chunk's tokens go follows from the counts of the chunks
+the exact threshold among the candidates, by bisection; where codes of keys are scored, the last program of a set does
+that at the end of the second launch. Where a chunk's tokens go follows from the counts of the chunks
 before it, so that the same importances always give the same table. Programs take the chunks that there are, one after
 another. A short row of importances needs one launch: a program holds all of it, and bisects at once.
 
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.bins import FEW_HEADS, count_kernel, finish_kernel, write_above_kernel
+from tidaldecode.ops.kernels.bins import count_kernel, finish_kernel, write_above_kernel
 from tidaldecode.ops.kernels.chunks import Rounds, rounds_for
 from tidaldecode.ops.kernels.largest import ordered, threshold_of, write_forced, write_largest
 from tidaldecode.ops.kernels.scores import Scores
@@ -31,6 +32,8 @@ from tidaldecode.rules import RULES
 _IMPORTANCE_BINS, _SCORE_BINS = 256, 64  # counters of an index set; counting costs as much as there are bins
 _HELD = 8192  # importances that one program can hold
 _PROGRAMS = 8  # on a multiprocessor
+_FINISHING_REGISTERS = 80  # of a thread, or fewer programs run side by side; what is spilled is the last program's
+_FEW_HEADS = 4  # importances of more heads are kept, of fewer computed anew: as many bytes, or fewer
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: 
         )
         return
     rounds = rounds_for(batch, capacity, sets, _bytes(sets))
-    lists = _Lists.room(indices, rounds, _IMPORTANCE_BINS, kept=False)
+    lists = _Lists.room(indices, rounds, _IMPORTANCE_BINS, kept=None)
     totals = torch.zeros(batch, sets * _IMPORTANCE_BINS, dtype=torch.int32, device=indices.device)
     for turn in range(rounds.number):
         _count_and_choose(importance, rounds, turn, lengths, choice, totals, lists, indices)
@@ -101,7 +104,8 @@ class _Lists:
     """What the launches of a round leave for each other, by chunks.
 
     Attributes:
-        importance: [chunks, S, C], float32; what scores of more than a few heads became.
+        importance: [chunks, S, C]; what scores of more than a few heads became, float32; of codes of keys short keys,
+            uint16, which compare importances by their exponent and 8 bits alone.
         reaching: [chunks, S, BINS], int32.
         candidate_keys, candidate_tokens: [chunks · S · C], int32.
     """
@@ -112,11 +116,11 @@ class _Lists:
     candidate_tokens: Tensor
 
     @classmethod
-    def room(cls, indices: Tensor, rounds: Rounds, bins: int, kept: bool) -> _Lists:
+    def room(cls, indices: Tensor, rounds: Rounds, bins: int, kept: torch.dtype | None) -> _Lists:
         sets = indices.shape[1]
         candidates = indices.new_empty(2, rounds.chunks * sets * rounds.tokens)
         return cls(
-            indices.new_empty(rounds.chunks if kept else 0, sets, rounds.tokens, dtype=torch.float32),
+            indices.new_empty(rounds.chunks if kept else 0, sets, rounds.tokens, dtype=kept or torch.float32),
             indices.new_empty(rounds.chunks, sets, bins),
             *candidates,
         )
@@ -137,6 +141,7 @@ class Choosing:
         capacity: the longest that a sequence can become.
         tile: tokens that attention reads at once.
         tables: for each rule, the index sets that it writes, [B, S, K], int32; S is 1, Hkv or Hq.
+        pair: as for `Scores`.
 
     Attributes:
         scores: room for the scores; attention fills it for one round, then `choose` reads it.
@@ -150,6 +155,7 @@ class Choosing:
         capacity: int,
         tile: int,
         tables: list[Tensor],
+        pair: int = 0,
     ) -> None:
         sets = [table.shape[1] for table in tables]
         heads = query.shape[-2]
@@ -164,11 +170,15 @@ class Choosing:
             counts=sum(sets) * _SCORE_BINS,
             more_bytes=_bytes(max(sets)),
             coded=True,
+            pair=pair,
         )
         for table in tables:
             check_rows(indices=table)
         rounds = self.scores.rounds
-        self._lists = [_Lists.room(table, rounds, _SCORE_BINS, heads // table.shape[1] > FEW_HEADS) for table in tables]
+        self._lists = []
+        for table in tables:
+            many = torch.float32 if heads // table.shape[1] > _FEW_HEADS else None
+            self._lists.append(_Lists.room(table, rounds, _SCORE_BINS, torch.uint16 if pair else many))
 
     def choose(self, turn: int, lengths: Tensor) -> None:
         """Writes the index sets of one round.
@@ -194,16 +204,16 @@ def _count_and_choose(
     lists: _Lists,
     indices: Tensor,
 ) -> None:
-    """The three launches of one round, from scores or from importances [B, S, T]."""
+    """The launches of one round, from scores or from importances [B, S, T]."""
     batch, sets = indices.shape[:2]
     overlap = scratch.overlaps(indices.device)
     if isinstance(source, Scores):
         values, cached, strides = (source.values, source.tops, source.normalizers), source.lengths, (0, 0)
-        kv_heads, _, group, tile = source.values.shape[1:]
-        heads, coded = kv_heads * group // sets, source.coded
+        tile, pair, coded, all_heads = source.tile, source.pair, source.coded, source.normalizers.shape[1]
+        heads, group = all_heads // sets, all_heads // source.values.shape[1]
     else:
         values, cached, strides = (source,) * 3, lengths, (source.stride(0), source.stride(1))
-        heads, group, tile, coded = 0, 1, rounds.tokens, False
+        heads, group, tile, pair, coded = 0, 1, rounds.tokens, 0, False
     which = cached, lengths, choice.budgets, choice.recents, choice.sinks
     bins = lists.reaching.shape[2]
     shared = {
@@ -218,11 +228,15 @@ def _count_and_choose(
         "HEADS": heads,
         "GROUP": group,
         "TILE": tile,
+        "PAIR": pair,
         "CODED": coded,
+        "KEPT": lists.importance.numel() > 0,
+        "SHORT": lists.importance.dtype == torch.uint16,
     }
     programs = min(rounds.chunks * sets, scratch.multiprocessors(indices.device) * _PROGRAMS)
     turn_and_strides = batch, turn, rounds.window, *strides, totals.stride(0)
     candidates = lists.candidate_keys, lists.candidate_tokens
+    finish = pair > 0
     warps = 4 if rounds.tokens < 2048 and heads <= 1 else 8
     count_kernel[programs,](
         *values, *which, lists.importance, lists.reaching, totals, *turn_and_strides, **read, **shared, num_warps=warps
@@ -235,12 +249,17 @@ def _count_and_choose(
         totals,
         *candidates,
         indices,
+        scratch.zeros("choosing tickets", batch * sets, indices.device),
         *turn_and_strides,
         *indices.stride()[:2],
         **read,
         **shared,
+        FINISH=finish,
         num_warps=warps,
+        maxnreg=_FINISHING_REGISTERS if finish else None,
     )
+    if finish:
+        return
     finish_kernel[sets, batch](
         *which,
         totals,
