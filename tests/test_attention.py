@@ -85,3 +85,48 @@ def test_a_fraction_of_the_context_grows_with_each_sequence():
         attention.begin(torch.tensor(lengths).int(), capacity=60)
         assert attention.counts.tolist() == [length // 4 for length in lengths]
     assert attention.indices.shape == (2, 8, 15)
+
+
+BUDGETS = {1: 12, 3: 5}
+
+
+def test_layers_that_choose_have_budgets_of_their_own():
+    """Each head of a sparse layer reads all of the set that it names, of whichever budget."""
+    torch.manual_seed(0)
+    lengths, capacity = torch.tensor([30, 10]).int(), 64
+    sources = {4: ("1:unified", "1:unified", "3:unified", "3:unified"), 5: ("3:unified",) * 4}
+    attention = DecodeAttention(plan(selection="unified", budgets=BUDGETS, sources=sources), SHAPE)
+    table = torch.arange(2)[:, None].int()
+    keys, values, queries = torch.randn(6, 2, 30, 2, 8), torch.randn(6, 2, 30, 2, 8), torch.randn(6, 2, 4, 8)
+    attention.begin(lengths, capacity)
+    assert attention.counts.tolist() == [[5, 12], [5, 10]]  # the sets of one budget lie together, the smallest first
+    outputs = [
+        attention.attend(layer, queries[layer], KV(keys[layer], values[layer], table, lengths), 8**-0.5)
+        for layer in range(6)
+    ]
+    for b, length in enumerate(lengths.tolist()):
+        chosen = {}
+        for layer, budget in BUDGETS.items():
+            scores = torch.einsum("hd,thd->ht", queries[layer, b], keys[layer, b, :length].repeat_interleave(2, 1))
+            importance = (scores * 8**-0.5).softmax(-1).mean(0)[:-1]
+            chosen[layer] = [*importance.topk(min(budget, length) - 1).indices.tolist(), length - 1]
+        for layer, heads in ((4, (1, 1, 3, 3)), (5, (3, 3, 3, 3))):
+            for head, source in enumerate(heads):
+                own = (queries[layer, b, head] @ keys[layer, b, chosen[source], head // 2].T * 8**-0.5).softmax(-1)
+                expected = own @ values[layer, b, chosen[source], head // 2]
+                torch.testing.assert_close(outputs[layer][b, head], expected)
+
+
+def test_fractions_of_the_context_by_layer():
+    attention = DecodeAttention(plan(selection="unified", token_budget=0.25, budgets={3: 0.5}), SHAPE)
+    attention.begin(torch.tensor([40, 12]).int(), capacity=60)
+    assert attention.counts.tolist() == [[10, 20], [3, 6]]
+    assert attention.tokens_read(40) == dict(enumerate([40, 40, 10, 40, 20, 20]))
+
+
+def test_what_a_step_reads_of_sets_with_budgets_of_their_own():
+    sources = {4: ("1:unified", "1:unified", "1:unified", "3:unified")}
+    attention = DecodeAttention(plan(selection="unified", budgets=BUDGETS, sources=sources), SHAPE)
+    assert attention.tokens_read(100) == dict(enumerate([100, 100, 12, 100, (12 + 12 + 5) / 2, 5]))
+    assert attention.tokens_read(10)[4] == (10 + 10 + 5) / 2
+    assert attention.tokens_read(5)[4] == 5

@@ -258,8 +258,8 @@ def test_budgets_on_the_device_are_the_plans(fraction, recent):
     attention = DecodeAttention(plan, shape)
     attention.begin(lengths, 10**6)
     budgets = [plan.budget_for(length) for length in lengths.tolist()]
-    assert attention._choice.budgets.tolist() == budgets
-    assert attention._choice.recents.tolist() == [plan.recent_for(budget) for budget in budgets]
+    assert attention._choices[0].budgets.tolist() == budgets
+    assert attention._choices[0].recents.tolist() == [plan.recent_for(budget) for budget in budgets]
 
 
 def test_a_model_that_cannot_be_captured_says_so_once(tiny, caplog):

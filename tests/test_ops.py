@@ -103,13 +103,17 @@ def test_sparse_attention_reads_only_what_was_chosen(heads, kv_heads, sets, bloc
     generator = torch.Generator().manual_seed(1)
     counts = torch.tensor([9, 1, 12, 4]).int()
     rows = {"one": 1, "per_group": kv_heads, "per_head": heads}[sets]
+    of_sets = counts[:, None].repeat(1, rows + 2)
+    if sets != "one":  # each set has a count of its own
+        of_sets = torch.randint(1, 5, (rows + 2, 4), generator=generator).int().T
+        counts = of_sets
     head_to_set = torch.randperm(rows + 2, generator=generator)[:rows]
     indices = torch.zeros(len(LENGTHS), rows + 2, 12, dtype=torch.int32)
-    for b, (length, count) in enumerate(zip(LENGTHS, counts.tolist(), strict=True)):
-        for row in range(rows + 2):
+    for b, length in enumerate(LENGTHS):
+        for row, count in enumerate(of_sets[b].tolist()):
             indices[b, row, :count] = torch.randperm(length, generator=generator)[:count]
     for b, length in enumerate(LENGTHS):  # what no set chose must not be read
-        read = {token for row in head_to_set for token in indices[b, row, : counts[b]].tolist()}
+        read = {token for row in head_to_set for token in indices[b, row, : of_sets[b, row]].tolist()}
         for token in set(range(length)) - read:
             case.k_cache[case.block_table[b, token // block_size], token % block_size] = torch.nan
             case.v_cache[case.block_table[b, token // block_size], token % block_size] = torch.nan
@@ -117,7 +121,7 @@ def test_sparse_attention_reads_only_what_was_chosen(heads, kv_heads, sets, bloc
     for b in range(len(LENGTHS)):
         for head in range(heads):
             row = head_to_set[head * rows // heads]
-            expected = case.attend(b, head, indices[b, row, : counts[b]].tolist())
+            expected = case.attend(b, head, indices[b, row, : of_sets[b, row]].tolist())
             torch.testing.assert_close(output[b, head].double(), expected, rtol=1e-4, atol=1e-5)
 
 

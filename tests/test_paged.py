@@ -100,7 +100,7 @@ def _same_sets(exact, paged, layer, query, plain, dtype):
     """All but a few tokens that tie in this precision are the reference's."""
     exact.indices.zero_()
     reference.full_attention_with_selection(
-        query.double(), plain, 0.2, exact.writes[layer], exact._choice, CAPACITY, exact._written_by(layer)
+        query.double(), plain, 0.2, exact.writes[layer], exact.choice_of(layer), CAPACITY, exact._written_by(layer)
     )
     pairs = zip(exact._written_by(layer), paged._written_by(layer), exact.counts.tolist(), strict=True)
     for wanted, got, count in pairs:

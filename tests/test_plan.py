@@ -31,6 +31,7 @@ def test_survives_a_file(tmp_path):
         model=ModelShape(name="m", num_layers=5, num_query_heads=4, num_kv_heads=2, head_dim=8),
         sources={4: ("1:unified", "3:per_head:2", "3:per_group:1", "1:per_head:0")},
         drafting="verification",
+        budgets={1: 0.5},
     )
     plan.save(tmp_path / "plan.json")
     assert TidalPlan.load(tmp_path / "plan.json") == plan
@@ -70,6 +71,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"selection": None}, "selection: "),
         ({"page_size": 16}, "page_size: unknown key"),
         ({"drafting": "none"}, "drafting: Input should be 'plan' or 'verification'"),
+        ({"budgets": {0: 300}}, "budgets: layer 0 is not a layer that chooses"),
+        ({"budgets": {9: 300}}, "budgets: layer 9 is not a layer that chooses"),
+        ({"budgets": {1: 0.5}}, "budgets: 0.5 of layer 1 must be tokens or a fraction, as token_budget is"),
+        ({"budgets": {1: 0}}, "budgets: layer 1: 0 must be positive"),
+        ({"budgets": {1: 4}, "sink_tokens": 4}, r"budgets: layer 1: 4 is below sink_tokens \+ recent"),
         ({"sources": {3: ("1:unified",)}}, "layer 3 is not a layer that reads chosen tokens"),
         ({"sources": {9: ("1:unified",)}}, "layer 9 is not a layer that reads chosen tokens"),
         ({"sources": {2: ("3:unified",)}}, "layer 2 reads layer 3, which is no select layer below it"),
@@ -116,6 +122,16 @@ def test_budget_at_a_context():
     assert plan.recent_for(1000) == 250
     assert plan.budget_for(20) == 4 + 1 + 1  # never too small for sinks, recent tokens and one more
     assert plan.with_budget(64).budget_for(10_000) == 64
+
+
+def test_budgets_of_layers_go_along_with_another_budget():
+    plan = TidalPlan(**FIELDS | {"token_budget": 256}, budgets={1: 1024, 3: 100}).with_budget(512)
+    assert [plan.budget_for(10_000, layer) for layer in (None, 1, 3)] == [512, 2048, 200]
+    plan = plan.with_budget(0.25)
+    assert [plan.budget_for(1000, layer) for layer in (None, 1, 3)] == [250, 1000, 98]
+    with pytest.raises(InputError, match="budgets: layer 3: 1 is below sink_tokens"):
+        TidalPlan(**FIELDS, budgets={3: 2}).with_budget(20)
+
     with pytest.raises(InputError, match="5 is below"):
         plan.with_budget(5)
 

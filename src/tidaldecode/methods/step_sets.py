@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,27 +18,43 @@ class StepSets:
 
     Attributes:
         indices: [B, num_sets, width], int32; the table of index sets.
-        counts: [B], int32; valid entries of each of a sequence's sets.
-        choice: tokens to choose.
+        counts: valid entries of a sequence's sets, int32: [B] where all have the same budget, else [B, num_sets].
+        choices: tokens to choose, by budget.
     """
 
     indices: Tensor
     counts: Tensor
-    choice: Choice
+    choices: tuple[Choice, ...]
 
     @classmethod
-    def room(cls, lengths: Tensor, num_sets: int, width: int, choice: Choice) -> StepSets:
+    def room(cls, lengths: Tensor, num_sets: int, width: int, *choices: Choice) -> StepSets:
         """Room for the sets of sequences of these lengths, [B]."""
         with torch.inference_mode(False):
-            return cls(lengths.new_zeros(len(lengths), num_sets, width), torch.zeros_like(lengths), choice)
+            counts = torch.zeros_like(lengths)
+            if len(choices) > 1:
+                counts = lengths.new_zeros(num_sets, len(lengths)).T  # a set's counts lie together, for kernels
+            return cls(lengths.new_zeros(len(lengths), num_sets, width), counts, choices)
+
+    @property
+    def choice(self) -> Choice:
+        """Of the only budget."""
+        (choice,) = self.choices
+        return choice
 
     def of(self, rows: slice) -> StepSets:
         """The part for some of the sequences."""
-        return StepSets(self.indices[rows], self.counts[rows], self.choice.of(rows))
+        return StepSets(self.indices[rows], self.counts[rows], tuple(choice.of(rows) for choice in self.choices))
 
-    def count(self, lengths: Tensor) -> None:
-        """Writes how many tokens the sets of sequences of these lengths hold, [B]."""
-        torch.minimum(self.choice.budgets, lengths, out=self.counts)
+    def count(self, lengths: Tensor, sets: Sequence[slice] = ()) -> None:
+        """Writes how many tokens the sets of sequences of these lengths hold, [B].
+
+        Args:
+            sets: of each budget, where there are several.
+        """
+        if not sets:
+            torch.minimum(self.choice.budgets, lengths, out=self.counts)
+        for part, choice in zip(sets, self.choices if sets else (), strict=True):
+            self.counts.T[part] = torch.minimum(choice.budgets, lengths)
 
 
 def fits(table: Tensor | None, lengths: Tensor, width: int) -> bool:
@@ -53,17 +70,22 @@ def map_of_heads(shape: ModelShape, selection: str, device: torch.device) -> Ten
     return torch.arange(heads, device=device) * sets // heads
 
 
-def choice_like(plan: TidalPlan, lengths: Tensor) -> Choice:
-    """Room for what a plan chooses for sequences of these lengths, [B]; filled where it goes by no length."""
-    budget = min(plan.budget_for(1), torch.iinfo(torch.int32).max)
+def choice_like(plan: TidalPlan, lengths: Tensor, layer: int | None = None) -> Choice:
+    """Room for what a plan chooses for sequences of these lengths, [B]; filled where it goes by no length.
+
+    Args:
+        layer: the one that chooses, which may have a budget of its own.
+    """
+    budget = min(plan.budget_for(1, layer), torch.iinfo(torch.int32).max)
     return Choice.alike(lengths, budget, plan.recent_for(budget), plan.sink_tokens)
 
 
-def write_budgets(plan: TidalPlan, lengths: Tensor, choice: Choice) -> None:
+def write_budgets(plan: TidalPlan, lengths: Tensor, choice: Choice, layer: int | None = None) -> None:
     """Writes `plan.budget_for` and `plan.recent_for` of every length, on the device, into what `choice_like` made."""
-    if isinstance(plan.token_budget, int):
+    fraction = plan.budget_of(layer)
+    if isinstance(fraction, int):
         return
-    exact = torch.ceil(lengths.double() * plan.token_budget).clamp(min=plan.budget_for(1))
+    exact = torch.ceil(lengths.double() * fraction).clamp(min=plan.budget_for(1, layer))
     choice.budgets.copy_(exact)
     if isinstance(plan.recent_tokens, float):
         choice.recents.copy_((exact * plan.recent_tokens).floor().clamp(min=1))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +16,12 @@ from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.methods.method import Method
 from tidaldecode.methods.protocol import Attention
+from tidaldecode.methods.reads import LayerReads
 from tidaldecode.methods.step_sets import StepSets, choice_like, write_budgets
 from tidaldecode.models import check_plan
 from tidaldecode.ops import KV, Choice
 from tidaldecode.ops.values import code_bytes
-from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan, sets_read
+from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -87,7 +90,10 @@ class DecodeAttention(Attention):
 
     Attributes:
         indices: the table of index sets, [B, num_sets, width], int32; `None` before the first step.
-        counts: valid entries of each of a sequence's sets, [B], int32; the tokens that its sparse layers read.
+        writes: the rules of the sets that each layer chooses.
+        budgets: for each of the different budgets of those layers one that has it, the smallest budget first.
+        counts: valid entries of a sequence's sets, the tokens that its sparse layers read, int32: [B] where all budgets
+            are the same, else [B, num_sets].
     """
 
     def __init__(self, plan: TidalPlan, shape: ModelShape, heads: range | None = None) -> None:
@@ -95,17 +101,29 @@ class DecodeAttention(Attention):
         self.shape = shape
         self.heads = range(shape.num_query_heads) if heads is None else heads
         sources = {layer: plan.sources_of(layer, shape) for layer in plan.reading}
-        self.writes = _writes(sources)
+        writes = _writes(sources)
+        # sets of one budget lie together in the table
+        self.writes = dict(sorted(writes.items(), key=lambda layer: plan.budget_of(layer[0])))
+        self.budgets = tuple({plan.budget_of(layer): layer for layer in self.writes}.values())
         self._first_row = _first_rows(self.writes, shape)
         self._sets = {layer: sum(map(shape.num_sets, rules)) for layer, rules in self.writes.items()}
         self.num_sets = sum(self._sets.values())
+        self._sets_of_budget = self._by_budget() if len(self.budgets) > 1 else ()
         self._sources = {layer: of_all[self.heads.start : self.heads.stop] for layer, of_all in sources.items()}
         self.head_to_set = {layer: self._map(of_mine) for layer, of_mine in self._sources.items()}
         self._in_order = {layer: part for layer, rows in self.head_to_set.items() if (part := _as_slice(rows.tolist()))}
         self.indices: Tensor | None = None
         self.counts: Tensor | None = None
         self._capacity = 0
-        self._choice: Choice | None = None
+        self._choices: tuple[Choice, ...] = ()
+
+    def _by_budget(self) -> tuple[slice, ...]:
+        """The rows of the table that the sets of each budget lie in."""
+        ends, last = [], 0
+        for budget in (self.plan.budget_of(layer) for layer in self.budgets):
+            last += sum(number for layer, number in self._sets.items() if self.plan.budget_of(layer) == budget)
+            ends.append(last)
+        return tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
     def _map(self, sources: Sequence[Source]) -> Tensor:
         """Rows of the table that the heads read, in the shortest form that `sparse_attention` takes."""
@@ -131,50 +149,59 @@ class DecodeAttention(Attention):
 
     def _allocate(self, rows: int, capacity: int, device: torch.device) -> StepSets:
         """Room for the sets of a step of `rows` sequences."""
-        width = min(self.plan.budget_for(capacity), capacity)
         with torch.inference_mode(False):
             lengths = torch.zeros(rows, dtype=torch.int32, device=device)
-            return StepSets.room(lengths, self.num_sets, width, choice_like(self.plan, lengths))
+            choices = [choice_like(self.plan, lengths, layer) for layer in self.budgets or (None,)]
+            return StepSets.room(lengths, self.num_sets, self.width(self.writes, capacity), *choices)
+
+    def width(self, layers: Iterable[int], capacity: int) -> int:
+        """The most tokens of a set of some layers, where no sequence becomes longer than the capacity."""
+        return min(max((self.plan.budget_for(capacity, layer) for layer in layers), default=1), capacity)
 
     def _use(self, sets: StepSets, capacity: int) -> None:
         """Where this step's sets go."""
         if self.indices is None or self.indices.device != sets.indices.device:
             self.head_to_set = {layer: rows.to(sets.indices.device) for layer, rows in self.head_to_set.items()}
         self.indices, self.counts = sets.indices, sets.counts
-        self._choice, self._capacity = sets.choice, capacity
+        self._choices, self._capacity = sets.choices, capacity
 
     def _count(self, lengths: Tensor) -> None:
         """How many tokens the sets of each sequence hold."""
-        assert self._choice is not None and self.counts is not None
-        write_budgets(self.plan, lengths, self._choice)
-        torch.minimum(self._choice.budgets, lengths, out=self.counts)
+        for layer, choice in zip(self.budgets, self._choices, strict=bool(self.budgets)):
+            write_budgets(self.plan, lengths, choice, layer)
+        self._step_sets().count(lengths, self._sets_of_budget)
+
+    def _step_sets(self) -> StepSets:
+        assert self.indices is not None and self.counts is not None
+        return StepSets(self.indices, self.counts, self._choices)
+
+    def choice_of(self, layer: int) -> Choice:
+        """What a layer chooses for each sequence of the step."""
+        budgets = [self.plan.budget_of(other) for other in self.budgets]
+        return self._choices[budgets.index(self.plan.budget_of(layer))]
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """See `Attention`; by the layer's role."""
         if self.code_bits(layer):
-            assert self._choice is not None
-            written = self._written_by(layer)
-            ops.choose_by_codes(query, kv, scale, self.writes[layer], self._choice, self._capacity, written)
+            written, choice = self._written_by(layer), self.choice_of(layer)
+            ops.choose_by_codes(query, kv, scale, self.writes[layer], choice, self._capacity, written)
         if layer in self._sources:
-            assert self.indices is not None and self.counts is not None
-            rows, sets = self._sets_of(layer)
-            return ops.sparse_attention(query, kv, sets, self.counts, rows, scale)
+            rows, sets, counts = self._sets_of(layer)
+            return ops.sparse_attention(query, kv, sets, counts, rows, scale)
         if self.is_full(layer):
             return ops.full_attention(query, kv, scale)
         return self._select(layer, query, kv, scale)
 
     def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """Full attention that writes the layer's rows of the table."""
-        assert self._choice is not None
-        return ops.full_attention_with_selection(
-            query, kv, scale, self.writes[layer], self._choice, self._capacity, self._written_by(layer)
-        )
+        written, choice = self._written_by(layer), self.choice_of(layer)
+        return ops.full_attention_with_selection(query, kv, scale, self.writes[layer], choice, self._capacity, written)
 
     def _written_by(self, layer: int) -> Tensor:
         """The rows of the table that a select layer writes, [B, S, width]; its rules' sets in order."""
         assert self.indices is not None
         first = self._first_row[layer, self.writes[layer][0]]
-        return self.indices[:, first : first + self._sets[layer]]
+        return self.indices[:, first : first + self._sets[layer], : self.width([layer], self._capacity)]
 
     def code_bits(self, layer: int) -> int:
         """See `Attention`; a layer whose choice nobody reads needs no codes."""
@@ -185,26 +212,32 @@ class DecodeAttention(Attention):
         """Whether a layer reads the whole cache and chooses nothing: a select layer whose sets nobody reads, too."""
         return self.plan.roles[layer] in ("full", "select") and not self.writes.get(layer)
 
-    def _sets_of(self, layer: int) -> tuple[Tensor | None, Tensor]:
-        """The table, and the map into it; a part of the table without a map where the heads read it in order."""
-        assert self.indices is not None
-        if layer in self._in_order:
-            return None, self.indices[:, self._in_order[layer]]
-        return self.head_to_set[layer], self.indices
+    def _sets_of(self, layer: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The table, the map into it and the counts; a part of them without a map where the heads read it in order."""
+        assert self.indices is not None and self.counts is not None
+        width = self.width({source.layer for source in self._sources[layer]}, self._capacity)
+        if layer not in self._in_order:
+            return self.head_to_set[layer], self.indices[:, :, :width], self.counts
+        rows = self._in_order[layer]
+        return None, self.indices[:, rows, :width], self.counts[:, rows] if self._sets_of_budget else self.counts
 
     # ---- what a step reads
 
     def tokens_read(self, context: int) -> dict[int, float]:
         """See `Attention`: of the layers with a role."""
-        budget = self.plan.budget_for(context)
-        reads: dict[int, float] = {}
-        for layer, role in enumerate(self.plan.roles):
-            if layer in self._sources and budget < context:
-                reads[layer] = budget * sets_read(self._sources[layer], self.shape.group_size)
-                reads[layer] += context * self._code_share(layer)
-            elif role is not None:
-                reads[layer] = context
-        return reads
+        layers = (layer for layer, role in enumerate(self.plan.roles) if role is not None)
+        return {layer: float(self.reads(layer).tokens(np.array([context]))[0]) for layer in layers}
+
+    def reads(self, layer: int) -> LayerReads:
+        """What a layer with a role reads."""
+        sources = self._sources.get(layer, ())
+        group, groups = self.shape.group_size, len(sources) // self.shape.group_size
+        sets: Counter[tuple[int | float, int]] = Counter()
+        for start in range(0, len(sources), group):
+            for source in set(sources[start : start + group]):
+                sets[self.plan.budget_of(source.layer), self.plan.budget_for(1, source.layer)] += 1
+        budgets = tuple((*budget, number / groups) for budget, number in sorted(sets.items()))
+        return LayerReads(budgets, self._code_share(layer))
 
     def _code_share(self, layer: int) -> float:
         """Bytes of a token's codes and their factor over those of its K and V in 16 bits."""
@@ -217,8 +250,7 @@ def _digest(plan: TidalPlan) -> str:
     left_out = {"name", "origin", "calibration", "model", "token_budget"}
     if plan.drafting == "plan":  # results that are older than the choice keep their digests
         left_out.add("drafting")
-    if plan.key_bits is None:
-        left_out.add("key_bits")
+    left_out |= {name for name in ("key_bits", "budgets") if getattr(plan, name) is None}
     rules = plan.model_dump_json(exclude=left_out)
     return hashlib.sha256(rules.encode()).hexdigest()[:12]
 

@@ -195,7 +195,7 @@ def sparse_attention(
         query: [B, Hq, D].
         kv: the cache; its lengths are not read.
         indices: [B, S, K], int32; the step's table of index sets.
-        counts: [B], int32; tokens of each of the sequence's sets.
+        counts: [B], int32; tokens of each of the sequence's sets; or [B, S], of each set, contiguous over B.
         head_to_set: [1], [Hkv] or [Hq], integer; the set that all heads, the heads of each KV head, or each query head
             read. The shorter forms read each K and V row once for all heads that share a set. `None` is the map of
             sets that are as many as one of these forms has entries, in order; it spares the look-up.
@@ -211,13 +211,22 @@ def sparse_attention(
         head_to_set = torch.arange(indices.shape[1], device=indices.device)
     check_map(len(head_to_set), num_heads, num_kv_heads)
     output = torch.empty_like(query)
-    for b, count in enumerate(counts.tolist()):
-        chosen = indices[b, :, : -(-count // page_size)].index_select(0, head_to_set)
+    counts = counts[:, None].expand(-1, indices.shape[1]) if counts.dim() == 1 else counts
+    for b, of_heads in enumerate(counts.index_select(1, head_to_set).tolist()):  # [1 | Hkv | Hq]
+        most = max(of_heads)
+        chosen = indices[b, :, : -(-most // page_size)].index_select(0, head_to_set)
         if page_size > 1:
             chosen = (chosen[..., None] * page_size + torch.arange(page_size, device=chosen.device)).flatten(1)
-        chosen = chosen[:, :count]  # [1 | Hkv | Hq, count]
+        chosen = chosen[:, :most]  # [1 | Hkv | Hq, most]
+        past = None
+        if min(of_heads) < most:
+            past = torch.arange(most, device=chosen.device) >= counts.new_tensor(of_heads)[:, None]
+            chosen = torch.where(past, chosen[:, :1], chosen)
         keys, values = _gather(kv.k, kv.block_table[b], chosen), _gather(kv.v, kv.block_table[b], chosen)
-        output[b] = _weigh(_grouped_scores(query[b], keys, scale).softmax(-1), values)
+        scores = _grouped_scores(query[b], keys, scale)
+        if past is not None:
+            scores.view(len(past), -1, most).masked_fill_(past[:, None], -torch.inf)
+        output[b] = _weigh(scores.softmax(-1), values)
     return output
 
 

@@ -59,9 +59,11 @@ class TidalPlan(BaseModel):
             `quantized_select` layers.
         token_budget: tokens that a sparse layer reads, sinks and recent tokens included; a float is a fraction of
             the context, in (0, 1].
+        budgets: by layer that chooses, how many tokens its sets hold where that is not `token_budget`; tokens or
+            fractions as that is. All who read a set read all of it.
         sink_tokens: first tokens of the context that are always read.
         recent_tokens: last tokens that are always read, the new token among them (so at least 1); a float is a
-            share of the budget, in [0, 0.99].
+            share of a set's budget, in [0, 0.99].
         selection: whose scores choose, one of `tidaldecode.rules`: each query head its own set (`per_head`), the query
             heads of a KV head together (`per_group`), or all query heads together (`unified`).
         sources: for each layer that reads chosen tokens, and for each of its query heads, the set that it reads. Of
@@ -85,6 +87,7 @@ class TidalPlan(BaseModel):
     selection: Selection
     key_bits: Literal[1, 2, 4] | None = None
     token_budget: StrictInt | StrictFloat
+    budgets: dict[int, StrictInt | StrictFloat] | None = None
     sink_tokens: StrictInt = Field(default=0, ge=0)
     recent_tokens: StrictInt | StrictFloat = 1
     sources: dict[int, tuple[Source, ...]] | None = None
@@ -95,7 +98,7 @@ class TidalPlan(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_roles()
-        self._check_budget()
+        self._check_budgets()
         for layer, sources in (self.sources or {}).items():
             self._check_sources(layer, sources)
         return self
@@ -111,21 +114,30 @@ class TidalPlan(BaseModel):
         if self.model is not None and self.key_bits is not None and self.model.head_dim * self.key_bits % 8:
             raise ValueError(f"key_bits: {self.key_bits} bits of {self.model.head_dim} channels fill no whole bytes")
 
-    def _check_budget(self) -> None:
-        budget, recent = self.token_budget, self.recent_tokens
+    def _check_budgets(self) -> None:
+        recent = self.recent_tokens
         if isinstance(recent, float) and not 0 <= recent <= 0.99:
             raise ValueError(f"recent_tokens: {recent} as a share of the budget must lie in [0, 0.99]")
         if isinstance(recent, int) and recent < 1:
             raise ValueError(f"recent_tokens: {recent} must be at least 1: the new token is always read")
+        self._check_budget("token_budget", self.token_budget)
+        for layer, budget in (self.budgets or {}).items():
+            if layer >= len(self.roles) or self.roles[layer] not in CHOOSING:
+                raise ValueError(f"budgets: layer {layer} is not a layer that chooses")
+            if type(budget) is not type(self.token_budget):
+                raise ValueError(f"budgets: {budget} of layer {layer} must be tokens or a fraction, as token_budget is")
+            self._check_budget(f"budgets: layer {layer}", budget)
+
+    def _check_budget(self, name: str, budget: int | float) -> None:
         if isinstance(budget, float):
             if not 0 < budget <= 1:
-                raise ValueError(f"token_budget: {budget} as a fraction of the context must lie in (0, 1]")
+                raise ValueError(f"{name}: {budget} as a fraction of the context must lie in (0, 1]")
             return
         if budget <= 0:
-            raise ValueError(f"token_budget: {budget} must be positive")
+            raise ValueError(f"{name}: {budget} must be positive")
         least = self.sink_tokens + self.recent_for(budget) + 1
         if budget < least:
-            raise ValueError(f"token_budget: {budget} is below sink_tokens + recent_tokens + 1 = {least}")
+            raise ValueError(f"{name}: {budget} is below sink_tokens + recent_tokens + 1 = {least}")
 
     def _check_sources(self, layer: int, sources: tuple[Source, ...]) -> None:
         if layer >= len(self.roles) or self.roles[layer] not in READING:
@@ -150,14 +162,23 @@ class TidalPlan(BaseModel):
 
     # ---- what the numbers mean at a context length
 
-    def budget_for(self, context: int) -> int:
-        """Tokens that a sparse layer reads at a context of `context` tokens (the context itself may be shorter)."""
-        if isinstance(self.token_budget, int):
-            return self.token_budget
-        budget = max(math.ceil(self.token_budget * context), self.sink_tokens + 2)
+    def budget_for(self, context: int, layer: int | None = None) -> int:
+        """Tokens of a set at a context of `context` tokens (the context itself may be shorter).
+
+        Args:
+            layer: which layer chose it; by default one without a budget of its own.
+        """
+        fraction = self.budget_of(layer)
+        if isinstance(fraction, int):
+            return fraction
+        budget = max(math.ceil(fraction * context), self.sink_tokens + 2)
         while budget < self.sink_tokens + self.recent_for(budget) + 1:  # the recent tokens are a share of it, below 1
             budget += 1
         return budget
+
+    def budget_of(self, layer: int | None) -> int | float:
+        """Tokens, or fraction of the context, of the sets that a layer chooses."""
+        return self.token_budget if layer is None else (self.budgets or {}).get(layer, self.token_budget)
 
     def recent_for(self, budget: int) -> int:
         """Recent tokens among `budget` tokens, the new token included."""
@@ -199,12 +220,19 @@ class TidalPlan(BaseModel):
     # ---- making plans
 
     def with_budget(self, token_budget: int | float) -> Self:
-        """The same plan with another budget (tokens, or a fraction of the context).
+        """The same plan with another budget (tokens, or a fraction of the context); all others go along with it.
 
         Raises:
-            InputError: the budget leaves no room beside the sinks and recent tokens.
+            InputError: a budget leaves no room beside the sinks and recent tokens.
         """
-        return self.validated(**{**self.model_dump(), "token_budget": token_budget})
+        fields = {**self.model_dump(), "token_budget": token_budget}
+        if self.budgets is not None and token_budget != self.token_budget:
+            factor = token_budget / self.token_budget
+            fields["budgets"] = {
+                layer: round(budget * factor) if isinstance(token_budget, int) else min(budget * factor, 1.0)
+                for layer, budget in self.budgets.items()
+            }
+        return self.validated(**fields)
 
     def with_drafting(self, drafting: Drafting) -> Self:
         """The same plan with another way to draft in lossless decoding.

@@ -93,7 +93,7 @@ class RankAttention(DecodeAttention):
         self.read_counts = ReadCounts(self, told=rank == 0)
         self.limits = limits
         self._room: StepSets | None = None
-        of_one = self.num_sets * min(plan.budget_for(limits.context), limits.context) * 4
+        of_one = self.num_sets * self.width(self.writes, limits.context) * 4
         self.most_rows = max(limits.requests, _SET_BYTES // max(of_one, 1))
         self.kept_bytes = limits.requests * of_one
         scores = len(self.heads) * limits.context * 4
@@ -140,7 +140,7 @@ class RankAttention(DecodeAttention):
 
     def is_short(self, length: int) -> bool:
         """Whether a sequence is read in full, as each shorter one is, because it is no longer than its budget."""
-        return self.plan.budget_for(length) >= length
+        return all(self.plan.budget_for(length, layer) >= length for layer in self.budgets)
 
     @property
     def has_room(self) -> bool:
@@ -185,8 +185,7 @@ class RankAttention(DecodeAttention):
         return output
 
     def _in_turns(self, at_once: int, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        assert self.indices is not None and self.counts is not None and self._choice is not None
-        whole, outputs = StepSets(self.indices, self.counts, self._choice), []
+        whole, outputs = self._step_sets(), []
         for start in range(0, len(query), at_once):
             part = slice(start, start + at_once)
             self._use(whole.of(part), self._capacity)
@@ -212,7 +211,7 @@ class RankAttention(DecodeAttention):
     def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         if not self._adds_up(layer):
             return super()._select(layer, query, kv, scale)
-        assert self._choice is not None and self.indices is not None
+        assert self.indices is not None
         rules, mine = self.writes[layer], self._mine[layer]
         widths = [rows.stop - rows.start for rows in mine]
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -221,13 +220,15 @@ class RankAttention(DecodeAttention):
         for rule, rows, of_rule in zip(rules, mine, torch.split(importance, widths, 1), strict=True):
             if self._shared(rule):
                 of_rule = self.group.all_reduce(of_rule.contiguous())
-            ops.select_tokens(of_rule, kv.lengths, self._choice, self.indices[:, rows])
+            written = self.indices[:, rows, : self.width([layer], self._capacity)]
+            ops.select_tokens(of_rule, kv.lengths, self.choice_of(layer), written)
         return output
 
     def _written_by(self, layer: int) -> Tensor:
         """Of the rows of the table that a select layer writes those of this rank, [B, S, width]."""
         assert self.indices is not None
-        return self.indices[:, self._mine[layer][0].start : self._mine[layer][-1].stop]
+        rows = slice(self._mine[layer][0].start, self._mine[layer][-1].stop)
+        return self.indices[:, rows, : self.width([layer], self._capacity)]
 
     def _exchange(self, layer: int) -> None:
         """Brings the sets that the other ranks chose."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,9 @@ class ReadCounts:
     """
 
     def __init__(self, attention: DecodeAttention, told: bool = True) -> None:
-        self._plan = attention.plan
-        # at a context of 2 tokens per budget token, what depends on the length is told from what does not
-        context = 2 * attention.plan.budget_for(1) + 1
-        reads = attention.tokens_read(context)
-        sparse = self._plan.reading
-        self._sparse_layers, self._other_layers = len(sparse), len(reads) - len(sparse)
-        self._budgets_read = sum(reads[layer] for layer in sparse) / min(self._plan.budget_for(context), context)
+        layers = [layer for layer, role in enumerate(attention.plan.roles) if role is not None]
+        self._layers = len(layers)
+        self._reads = Counter(attention.reads(layer) for layer in layers)  # few are different
         self.totals = np.zeros(3)
         self._told = told
         self._counters: Counters | None = None
@@ -49,11 +46,8 @@ class ReadCounts:
             A line for the engine's log, from time to time.
         """
         lengths = lengths[lengths > 0].astype(np.float64)
-        budget, least = self._plan.token_budget, self._plan.budget_for(1)
-        budgets = least if isinstance(budget, int) else np.maximum(np.ceil(lengths * budget), least)
-        sparse = np.where(budgets >= lengths, lengths * self._sparse_layers, budgets * self._budgets_read)
-        read = (lengths * self._other_layers + sparse).sum()
-        step = np.array([len(lengths), read, lengths.sum() * (self._other_layers + self._sparse_layers)])
+        read = sum(number * reads.tokens(lengths).sum() for reads, number in self._reads.items())
+        step = np.array([len(lengths), read, lengths.sum() * self._layers])
         self.totals += step
         return self._tell(step) if self._told else None
 

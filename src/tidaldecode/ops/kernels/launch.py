@@ -44,7 +44,7 @@ class Sets:
     page_size: int
 
     def __post_init__(self) -> None:
-        check_rows(indices=self.indices, counts=self.counts, head_to_set=self.head_to_set)
+        check_rows(indices=self.indices, counts=self.counts.t(), head_to_set=self.head_to_set)
 
 
 def attend(
@@ -100,7 +100,9 @@ def attend(
     partials = torch.empty(slots * heads * rows * (dim + 1), dtype=torch.float32, device=query.device)
     overlap = scratch.overlaps(query.device)
     none = output  # stands for what a variant does not read
-    index_strides = (0, 0) if indices is None else indices.stride()[:2]
+    set_strides: tuple[int, ...] = (0, 0, 0)
+    if sets is not None:
+        set_strides = (*sets.indices.stride()[:2], sets.counts.stride(1) if sets.counts.dim() == 2 else 0)
     if scores is None:
         score_tensors, window, budgets = (none,) * 4, 1, none
     else:
@@ -131,7 +133,7 @@ def attend(
         *kv.v.stride()[:3],
         kv.block_table.stride(0),
         *output.stride()[:3],
-        *index_strides,
+        *set_strides,
         QUERIES=queries,
         GROUP=group,
         HEADS=heads,

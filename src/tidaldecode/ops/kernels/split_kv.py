@@ -86,7 +86,7 @@ def attend_kernel(
     k_cache,
     v_cache,
     block_table,
-    lengths,  # [B], tokens to read
+    lengths,  # [B], tokens to read; with SPARSE [S, B], of each set
     new_lengths,  # [B]; with QUERIES > 1
     indices,  # [B, S, K]; with SPARSE
     head_to_set,
@@ -119,6 +119,7 @@ def attend_kernel(
     output_h,
     indices_b,
     indices_s,
+    lengths_s,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that a program serves
     HEADS: tl.constexpr,  # programs side by side: KV heads, or query heads with an index set each
@@ -154,6 +155,11 @@ def attend_kernel(
     SHARE_2: tl.constexpr = triton.next_power_of_2(SHARE)
     head, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
     slot = tl.program_id(1)
+    if SPARSE:
+        chosen = tl.cast(0 if ONE_SET else head, tl.int64)
+        if MAPPED:
+            chosen = tl.load(head_to_set + chosen).to(tl.int64)
+        lengths += chosen * lengths_s
     busy, b, split, num_splits, first_slot, length, first_chunk = stretch_of(
         lengths, slot, batch, split_target, turn, window, BATCH, BLOCK_T, CHUNK
     )
@@ -166,9 +172,6 @@ def attend_kernel(
         k_base += block * k_block
         v_base += block * v_block
     if SPARSE:
-        chosen = tl.cast(0 if ONE_SET else head, tl.int64)
-        if MAPPED:
-            chosen = tl.load(head_to_set + chosen).to(tl.int64)
         chosen_set = indices + b64 * indices_b + chosen * indices_s
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
