@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from command_line import assert_one_line
 from families import LAYERS
 from tidaldecode import InputError, TidalCache, TidalPlan, apply
+from tidaldecode.calibrate.allocation import FULL, SPARSE, Allocator
+from tidaldecode.calibrate.allocation_search import AllocationSearch
 from tidaldecode.calibrate.assignment import Assignment
 from tidaldecode.calibrate.attention_weights import ChosenSets
 from tidaldecode.calibrate.calibration import calibrate
@@ -45,7 +49,7 @@ def settings(**changes):
         "context": CONTEXT, "decode": DECODE, "windows": 2, "heldout_windows": 2, "heldout_decode": 8,
         "budgets": (BUDGET,), "probes": PROBES,
     }  # fmt: skip
-    wanted = {} if "max_gap" in changes else {"select_layers": 2}
+    wanted = {} if {"max_gap", "max_read"} & changes.keys() else {"select_layers": 2}
     return CalibrationSettings(**{**small, **wanted, **changes})
 
 
@@ -261,6 +265,90 @@ def test_the_search_keeps_to_its_tries():
     assert sizes[0] <= 4 and sizes[1] <= 8 and sizes[2] <= 12
 
 
+# ---- allocation of a share
+
+
+BUDGETS = (8, 16, 32)
+
+
+def allocator_of(seed, weights=None, per_query_head=False):
+    """Random lost mass that gets less with the budget, and least by a layer's own choice."""
+    generator = torch.Generator().manual_seed(seed)
+    lost = torch.rand(6, 6, len(SETS), 4, generator=generator) * (1 + 3 * torch.rand(6, 1, 1, 1, generator=generator))
+    lost[torch.arange(6), torch.arange(6)] *= 0.3
+    lost[torch.ones(6, 6).triu(1).bool()] = torch.inf
+    by_budget = {budget: lost * (8 / budget) ** 0.5 for budget in BUDGETS}
+    allocator = Allocator.of(SHAPE, range(6), by_budget, SETS, per_query_head, 400, 0.05)
+    return allocator if weights is None else dataclasses.replace(allocator, weights=weights)
+
+
+@pytest.mark.parametrize("per_query_head", [False, True])
+def test_what_an_allocation_says_is_what_its_plan_reads_and_loses(per_query_head):
+    allocator = allocator_of(0, per_query_head=per_query_head)
+    allocation = allocator.allocation([FULL, 0, SPARSE, 2, SPARSE, 1], 0.01)
+    budgets = allocator.budgets_of(allocation)
+    assert budgets == {1: 8, 3: 32, 5: 16}
+    plan = TidalPlan(
+        model=SHAPE, roles=allocator.roles(allocation), selection="unified", key_bits=2, token_budget=8,
+        budgets={3: 32, 5: 16}, sources=allocator.sources(allocation),
+    )  # fmt: skip
+    assert plan.roles == ("full", *["quantized_select", "sparse"] * 2, "quantized_select")
+    reads = DecodeAttention(plan, SHAPE).tokens_read(400)
+    codes = dict.fromkeys(budgets, 400 * 4 / 32)  # 2 bits of 8 channels and a factor, of 32 bytes of K and V
+    without = sum(reads.values()) - sum(codes.values())
+    expected = (allocation.share * 6 - 0.05 * 3) * 400
+    assert without <= expected + 1e-6 if per_query_head else without == pytest.approx(expected)  # sets may be shared
+    by_budget = {budget: allocator_of(0, per_query_head=True).lost[place] for place, budget in enumerate(BUDGETS)}
+    for layer, sources in plan.sources.items():
+        lost = [by_budget[budgets[source.layer]][layer, source.layer, head] for head, source in enumerate(sources)]
+        if per_query_head:
+            assert sum(lost) == pytest.approx(allocation.losses[layer])
+    assert allocation.losses[0] == 0
+
+
+def test_a_layer_whose_choice_nobody_reads_has_no_codes():
+    allocator = allocator_of(0)
+    lost = allocator.lost.copy()
+    lost[:, :, 3] = 100.0  # the choice of layer 3 serves nobody, itself included
+    allocation = dataclasses.replace(allocator, lost=lost).allocation([0, 0, 0, 0, 0, 0], 0.0)
+    assert allocation.states[3] == SPARSE and allocation.states.count(SPARSE) == 1
+
+
+def test_a_layer_that_nothing_below_chose_for_is_no_allocation():
+    assert allocator_of(0).allocation([SPARSE, 0, 0, 0, 0, 0], 0.0) is None
+    assert allocator_of(0).allocation([FULL, SPARSE, 0, 0, 0, 0], 0.0) is None
+    assert allocator_of(0).allocation([FULL] * 6, 0.0).share == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("most", [0.06, 0.12, 0.3])
+def test_the_best_allocation_is_near_the_best_of_all(seed, most):
+    """Against all 5 ** 5 states of five layers above one that chooses, each with the same price of readers' sets."""
+    weights = np.random.default_rng(seed).random(6) + 0.1
+    allocator = allocator_of(seed, weights)
+    found, price = allocator.best_within(most)
+    assert found.share <= most
+    options = (allocator.allocation([0, *rest], price) for rest in itertools.product(range(FULL, 3), repeat=5))
+    best = min(allocator.predicted(option) for option in options if option is not None and option.share <= most)
+    assert allocator.predicted(found) <= 1.15 * best
+
+
+def test_the_search_for_an_allocation_learns_which_layers_matter():
+    weights = np.array([1, 1, 9, 1, 1, 0.1])
+    truth = allocator_of(1, weights)
+    search = AllocationSearch(allocator_of(1), truth.predicted)
+    best = search.best_within(0.1)
+    assert best.share <= 0.1
+    known, _ = truth.best_within(0.1)
+    assert truth.predicted(best) <= 1.05 * truth.predicted(known)
+    assert len(search.measured) == len({allocation.states for allocation, _ in search.measured})
+    search.most_tries = 3
+    before = len(search.measured)
+    search.best_within(0.2)
+    assert len(search.measured) <= before + 3
+    assert AllocationSearch(allocator_of(1), truth.predicted).best_within(0.001) is None
+
+
 # ---- calibration
 
 
@@ -320,6 +408,34 @@ def test_the_cheapest_plan_within_a_gap(tiny):
     assert found.chosen.heldout_gap is not None
 
 
+def test_the_best_plan_that_reads_a_share(tiny, tmp_path):
+    model = apply(tiny(), "full")
+    wanted = settings(max_read=0.4, budgets=(10, BUDGET, 32), tries=4)
+    found = calibrate(model, text(), text(1), wanted)
+    plan = found.chosen.plan
+    assert found.chosen.kv_read_fraction <= 0.4 and found.chosen.heldout_gap is not None
+    assert plan.roles.count("quantized_select") and plan.key_bits == 2 and plan.sink_tokens and plan.recent_tokens
+    plan.save(tmp_path / "plan.json")
+    assert TidalPlan.load(tmp_path / "plan.json") == plan
+    stretches = stretches_of(model, wanted.starts(text()), seed=0)
+    loss = mean_loss(stretches, DecodeAttention(plan, model_shape(model.config)))
+    assert loss.divergence == pytest.approx(found.chosen.loss.divergence, rel=1e-4)
+    cheaper = calibrate(model, text(), text(1), settings(max_read=0.2, budgets=(10, BUDGET), tries=4))
+    assert cheaper.chosen.kv_read_fraction <= 0.2 and cheaper.chosen.loss.divergence > loss.divergence
+
+
+def test_the_cheapest_plan_with_codes_within_a_gap(tiny):
+    wanted = settings(max_gap=1.0, key_bits=2, budgets=(10, BUDGET, 32), tries=3)
+    found = calibrate(apply(tiny("gemma3_text"), "full"), text(), text(1), wanted)
+    assert found.chosen.loss.text_divergence <= 1.0
+    assert all(point.loss.text_divergence > 1.0 for point in found.frontier if point is not found.chosen)
+
+
+def test_a_share_that_no_plan_reads_is_told(tiny):
+    with pytest.raises(InputError, match="no plan reads as little as 1.0% of K and V: .* it is 1[0-9]"):
+        calibrate(apply(tiny(), "full"), text(), text(1), settings(max_read=0.01))
+
+
 def test_no_plan_within_a_gap(tiny):
     found = calibrate(apply(tiny(), "full"), text(), text(1), settings(max_gap=1e-9))
     assert found.chosen is found.frontier[-1] and found.chosen.loss.text_divergence > 1e-9
@@ -352,11 +468,11 @@ def test_damaged_weights_are_told_before_the_search(tiny):
 
 
 def test_a_plan_that_overflows_is_not_chosen(tiny, monkeypatch):
-    from tidaldecode.calibrate import calibration
+    from tidaldecode.calibrate import calibration_run
 
     losses = iter([math.nan] * 9)
     monkeypatch.setattr(
-        calibration,
+        calibration_run,
         "mean_loss",
         lambda *arguments: Loss(next(losses, None) or mean_loss(*arguments).divergence, 1.0, 1.0),
     )
@@ -365,12 +481,12 @@ def test_a_plan_that_overflows_is_not_chosen(tiny, monkeypatch):
 
 
 def test_a_check_that_fails_keeps_the_plan(tiny, monkeypatch, caplog):
-    from tidaldecode.calibrate import calibration
+    from tidaldecode.calibrate import calibration_run
 
     def fail(*arguments):
         raise InputError("the KV cache does not fit")
 
-    monkeypatch.setattr(calibration, "perplexity", fail)
+    monkeypatch.setattr(calibration_run, "perplexity", fail)
     found = calibrate(apply(tiny(), "full"), text(), text(1), settings())
     assert found.stopped and found.chosen.heldout_gap is None and "the KV cache does not fit" in caplog.text
 
@@ -433,7 +549,11 @@ def test_wrong_settings(tiny):
         ({"max_gap": 0.1, "select_layers": 2}, "give --select-layers or --max-gap, not both"),
         ({"max_gap": 0.1, "full_layers": 0}, "give --full-layers or --max-gap, not both"),
         ({"max_gap": -1.0}, "must be positive"),
-        ({"budgets": (16, 32)}, "several budgets need a largest gap"),
+        ({"max_read": 0.1, "select_layers": 2}, "give --select-layers or --max-read, not both"),
+        ({"max_read": 0.1, "max_gap": 0.1}, "give --max-gap or --max-read, not both"),
+        ({"max_read": 1.5}, "a largest share of 1.5 must lie between 0 and 1"),
+        ({"max_read": 0.1, "key_bits": 3}, "codes of 3 bits: there are those of 1, 2, 4"),
+        ({"budgets": (16, 32)}, "several budgets need --max-gap or --max-read"),
         ({"budgets": (1,)}, "budget 1 is too small: 4 sinks, half of it recent tokens and a chosen one make 9"),
         ({"budgets": (8, 64), "max_gap": 0.1}, "budget 8 is too small"),
         ({"budgets": (FIRST,)}, f"budget {FIRST} leaves nothing to calibrate: .* context of {FIRST} tokens"),
@@ -516,7 +636,7 @@ def test_the_command(run, command, tmp_path):
 
 
 def test_an_interrupted_command_writes_the_best_plan(run, command, tmp_path, monkeypatch):
-    from tidaldecode.calibrate import calibration
+    from tidaldecode.calibrate import calibration_run
 
     tried = []
 
@@ -526,7 +646,7 @@ def test_an_interrupted_command_writes_the_best_plan(run, command, tmp_path, mon
             raise KeyboardInterrupt
         return mean_loss(*arguments)
 
-    monkeypatch.setattr(calibration, "mean_loss", stopping)
+    monkeypatch.setattr(calibration_run, "mean_loss", stopping)
     status, out, err = run(*command, "--json")
     assert status == 130 and "stopped" in err
     assert json.loads(out)["stopped"] is True and json.loads(out)["heldout_gap"] is None
@@ -539,8 +659,9 @@ def test_an_interrupted_command_writes_the_best_plan(run, command, tmp_path, mon
     [
         (["--select-layers", "5"], ["2 full and 5 select layers leave no sparse one among the 7 layers"]),
         (["--max-gap", "0.1"], ["--select-layers or --max-gap"]),
+        (["--key-bits", "2"], ["--select-layers or --key-bits"]),
         (["--budget", "5"], ["budget 5 is too small", "make 9"]),
-        (["--budget", "16,32"], ["several budgets need a largest gap"]),
+        (["--budget", "16,32"], ["several budgets need --max-gap or --max-read"]),
         (["--budget", "300"], ["budget 300 leaves nothing to calibrate", "context of 284 tokens"]),
         (["--budget", "0.1"], ["--budget '0.1'"]),
         (["--selection", "best"], ["--selection 'best' is unknown"]),

@@ -27,12 +27,14 @@ class ChosenSets:
         selections: the rules by which tokens are chosen; each has sets of its own.
         token_budget: tokens of each set; at least `sink_tokens + recent_tokens + 1`.
         sink_tokens, recent_tokens: first and last tokens that are always chosen, the new one among them.
+        key_bits: bits of the codes that choose, as in a `quantized_select` layer; 0 chooses by exact scores.
     """
 
     selections: tuple[Selection, ...]
     token_budget: int
     sink_tokens: int = 0
     recent_tokens: int = 1
+    key_bits: int = 0
 
     def of(self, shape: ModelShape) -> tuple[tuple[Selection, int], ...]:
         """Rule and head of each set."""
@@ -109,21 +111,42 @@ class AttentionWithWeights(DecodeAttention):
         past = torch.arange(self._capacity, device=lengths.device) >= lengths[:, None]
         weights = scores.masked_fill_(past[:, None], -torch.inf).softmax(-1)
         shown = LayerWeights(layer, weights, self._chosen, lengths.clamp(max=self.chosen_sets.token_budget))
-        self._chosen[layer] = {
-            rule: self._choose(scores if RULES[rule].by_scores else shown.averaged(self.shape.num_sets(rule)), lengths)
-            for rule in self.chosen_sets.selections
-        }
+        if self.chosen_sets.key_bits:
+            self._chosen[layer] = self._chosen_by_codes(query, kv, scale)
+        else:
+            self._chosen[layer] = {rule: self._choose(rule, scores, shown, lengths) for rule in self._rules}
         self._show(shown)
         return output
 
-    def _choose(self, importance: Tensor, lengths: Tensor) -> Tensor:
-        """The index sets that importances [n, sets, T] choose, [n, sets, k]."""
-        steps, num_sets, _ = importance.shape
-        sets = self.chosen_sets
-        indices = lengths.new_zeros(steps, num_sets, min(sets.token_budget, self._capacity))
-        choice = Choice.alike(lengths, sets.token_budget, sets.recent_tokens, sets.sink_tokens)
-        ops.select_tokens(importance, lengths, choice, indices)
+    def _choose(self, rule: Selection, scores: Tensor, shown: LayerWeights, lengths: Tensor) -> Tensor:
+        """The index sets of a rule by exact scores, [n, sets, k]."""
+        number = self.shape.num_sets(rule)
+        indices = self._room(number, lengths)
+        importance = scores if RULES[rule].by_scores else shown.averaged(number)
+        ops.select_tokens(importance, lengths, self._choice(lengths), indices)
         return indices
+
+    def _chosen_by_codes(self, query: Tensor, kv: KV, scale: float) -> dict[Selection, Tensor]:
+        """The index sets of all rules, [n, sets, k] each."""
+        numbers = [self.shape.num_sets(rule) for rule in self._rules]
+        indices, choice = self._room(sum(numbers), kv.lengths), self._choice(kv.lengths)
+        ops.choose_by_codes(query, kv, scale, self._rules, choice, self._capacity, indices)
+        return dict(zip(self._rules, torch.split(indices, numbers, 1), strict=True))
+
+    @property
+    def _rules(self) -> tuple[Selection, ...]:
+        return self.chosen_sets.selections
+
+    def _room(self, number: int, lengths: Tensor) -> Tensor:
+        return lengths.new_zeros(len(lengths), number, min(self.chosen_sets.token_budget, self._capacity))
+
+    def _choice(self, lengths: Tensor) -> Choice:
+        sets = self.chosen_sets
+        return Choice.alike(lengths, sets.token_budget, sets.recent_tokens, sets.sink_tokens)
+
+    def code_bits(self, layer: int) -> int:
+        """See `Attention`."""
+        return self.chosen_sets.key_bits
 
     def is_full(self, layer: int) -> bool:
         """No layer is: each of them chooses."""

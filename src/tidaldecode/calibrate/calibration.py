@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from tidaldecode.calibrate.assignment import Assignment
-from tidaldecode.calibrate.attention_weights import ChosenSets
-from tidaldecode.calibrate.loss import mean_loss
-from tidaldecode.calibrate.lost_mass import measure_lost_mass
-from tidaldecode.calibrate.points import BestPoints, Point
-from tidaldecode.calibrate.search import Layers, Search
-from tidaldecode.calibrate.settings import RECENT_TOKENS, SINK_TOKENS, CalibrationSettings, check_apart
-from tidaldecode.calibrate.stretches import Stretch, with_probes
+from tidaldecode.calibrate.by_share import SharesByCodes
+from tidaldecode.calibrate.calibration_run import CalibrationRun
+from tidaldecode.calibrate.points import Point
+from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.errors import InputError, one_line
-from tidaldecode.evaluate.perplexity import perplexity
-from tidaldecode.evaluate.study import OnProgress, measure, quiet
-from tidaldecode.methods.method import Method
-from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.models import model_shape, sliding_windows
-from tidaldecode.plan import TidalPlan, recent_among
+from tidaldecode.evaluate.study import OnProgress, quiet
 from tidaldecode.texts.text import Text
 
 _log = logging.getLogger(__name__)
@@ -75,11 +66,12 @@ def calibrate(
     """
     settings.check(model.config)
     check_apart(text, settings.starts(text), heldout, settings.heldout(heldout))
-    run = _Run(model, settings, on_progress)
+    run = CalibrationRun(model, settings, on_progress)
     stopped = False
     try:
         run.read(text)
-        run.search()
+        search = SharesByCodes(run).search if settings.code_bits else run.search
+        search()
         run.stretches.clear()  # their caches make room for the held-out windows'
         run.check(heldout)
     except (KeyboardInterrupt, InputError, torch.OutOfMemoryError) as error:
@@ -89,150 +81,3 @@ def calibrate(
             _log.warning("the calibration ended early, and keeps the best plan so far: %s", one_line(error))
         stopped = True
     return Found(run.points.chosen, run.points.frontier, run.tried, stopped)
-
-
-class _Run:
-    """One calibration at work; it can be stopped at any time."""
-
-    def __init__(self, model: PreTrainedModel, settings: CalibrationSettings, on_progress: OnProgress) -> None:
-        self.model, self.settings, self.on_progress = model, settings, on_progress
-        self.shape = model_shape(model.config)
-        windows = sliding_windows(model.config)
-        self.layers = tuple(layer for layer, window in enumerate(windows) if window is None)
-        self.sink_tokens: int = SINK_TOKENS[0]
-        self.recent_tokens: int | float = RECENT_TOKENS[0]
-        self.stretches: list[Stretch] = []
-        self.points = BestPoints(settings.max_gap)
-        self.tried = self.done = 0
-        by_number, (self.full_layers, select_layers) = settings.max_gap is None, settings.most_layers
-        self.first = self.full_layers + 1
-        self.last = self.full_layers + select_layers if by_number else len(self.layers) - 1
-        self.begun = settings.windows + len(SINK_TOKENS) + len(RECENT_TOKENS) + 1  # two looks at the attention
-        self.per_size = Search.most_tries + len(settings.token_budgets) - 1
-        # how many sizes a largest gap takes is not known before: the total grows with each
-        self.total = self.begun + (self.last - self.first + 1 if by_number else 1) * self.per_size
-
-    def step(self, what: str) -> None:
-        """Says what begins, and counts it."""
-        self.on_progress(self.done, self.total, what)
-        self.done += 1
-
-    def read(self, text: Text) -> None:
-        """Reads the windows."""
-        settings, probes = self.settings, self.settings.probes
-        generator = torch.Generator().manual_seed(settings.seed)
-        for number, start in enumerate(settings.starts(text), start=1):
-            self.step(f"reading window {number} of {settings.windows}")
-            window = text.window(start, settings.context - probes.steps)
-            window = with_probes(window, settings.decode, probes, generator)
-            stretch = Stretch.read(self.model, window, settings.decode, probes.steps)
-            stretch.check()
-            self.stretches.append(stretch)
-
-    def search(self) -> None:
-        """Finds the best plan of one size after another."""
-        settings = self.settings
-        search = Search(
-            self.assignment(),
-            lambda layers: self.measure(search.assignment, layers),
-            self.full_layers,
-            settings.tries,
-        )
-        self.choose_shares(search)
-        search.assignment = self.assignment()
-        for number, layers in enumerate(search.sizes(self.first, self.last), start=1):
-            self.other_budgets(len(layers.reading))
-            self.done = self.begun + number * self.per_size
-            self.total = max(self.total, self.done + self.per_size * (len(layers.reading) < self.last))
-            if settings.max_gap is not None and not self.cheaper_possible(settings.max_gap, len(layers.reading) + 1):
-                return
-
-    def cheaper_possible(self, max_gap: float, size: int) -> bool:
-        """Whether a plan with so many layers that read everything could be cheaper than the best within the gap."""
-        chosen = self.points.chosen
-        if chosen.loss.text_divergence > max_gap:
-            return True
-        share = min(self.settings.token_budgets) / self.settings.context
-        return (size + (len(self.layers) - size) * share) / len(self.layers) < chosen.kv_read_fraction
-
-    def assignment(self) -> Assignment:
-        """What the layers lose by each other's choice, with the present sinks and recent tokens."""
-        self.step("attention of all layers")
-        settings = self.settings
-        recent = recent_among(settings.budget, self.recent_tokens)
-        sets = ChosenSets(settings.selections, settings.budget, self.sink_tokens, recent)
-        lost = measure_lost_mass(self.stretches, sets)
-        return Assignment.of(self.shape, self.layers, lost, sets.of(self.shape), settings.per_query_head)
-
-    def choose_shares(self, search: Search) -> None:
-        """Chooses how many sinks and recent tokens every set holds, on a plan that is only predicted to be good."""
-        layers = search.start(min(self.last, self.first + 1))
-        losses: dict[tuple[int, int | float], float] = {}
-
-        def try_shares(sinks: int, recent: int | float) -> None:
-            self.sink_tokens, self.recent_tokens = sinks, recent
-            plan = self.plan(search.assignment, layers)
-            losses[sinks, recent] = self.add(len(layers.reading), plan, "sinks and recent tokens")
-
-        for recent in RECENT_TOKENS:
-            try_shares(SINK_TOKENS[0], recent)
-        recent = min(losses, key=losses.__getitem__)[1]
-        for sinks in SINK_TOKENS[1:]:
-            if sinks <= min(self.settings.token_budgets) / 4:
-                try_shares(sinks, recent)
-        self.sink_tokens, self.recent_tokens = min(losses, key=losses.__getitem__)
-
-    def plan(self, assignment: Assignment, layers: Layers) -> TidalPlan:
-        """The plan in which these layers read everything."""
-        return TidalPlan.validated(
-            model=self.shape,
-            roles=assignment.roles(layers.reading, layers.select),
-            selection=self.settings.selections[0],
-            token_budget=self.settings.budget,
-            sink_tokens=self.sink_tokens,
-            recent_tokens=self.recent_tokens,
-            sources=assignment.sources(layers.reading, layers.select) or None,
-        )
-
-    def measure(self, assignment: Assignment, layers: Layers) -> float:
-        """The loss of a plan with these layers."""
-        size = len(layers.reading)
-        best = self.points.best.get((size, self.settings.budget))
-        so_far = "" if best is None else f", best so far {best.loss.divergence:.4f}"
-        return self.add(size, self.plan(assignment, layers), f"plans in which {size} layers read everything{so_far}")
-
-    def other_budgets(self, size: int) -> None:
-        """The best plan of a size with the other budgets."""
-        best = self.points.best.get((size, self.settings.budget))
-        if best is None:
-            raise InputError(f"no plan in which {size} layers read everything has a finite loss")
-        plan = best.plan
-        for budget in self.settings.token_budgets:
-            if budget != self.settings.budget:
-                self.add(size, plan.with_budget(budget), f"budget {budget}")
-
-    def add(self, size: int, plan: TidalPlan, what: str) -> float:
-        """The loss of a plan on all windows, infinite where it overflows; the plan is kept if it is the best so far."""
-        self.step(what)
-        self.tried += 1
-        attention = DecodeAttention(plan, self.shape)
-        loss = mean_loss(self.stretches, attention)
-        return self.points.add(size, Point(plan, loss, attention.kv_read_fraction(self.settings.context)))
-
-    def check(self, heldout: Text) -> None:
-        """Measures the plans of the frontier, and the one that is chosen, on the held-out text."""
-        frontier = self.points.frontier
-        keys = [key for key, point in self.points.best.items() if any(point is other for other in frontier)]
-        plans = [
-            self.points.best[key].plan.model_copy(update={"name": f"plan {number} of {len(keys)}"})
-            for number, key in enumerate(keys, start=1)
-        ]
-
-        def on_progress(done: int, total: int, what: str) -> None:
-            self.on_progress(self.total + done, self.total + total, f"held-out {what}")
-
-        methods = [Method.named("tidal", None, plan) for plan in plans]
-        study = perplexity(heldout, self.settings.heldout(heldout), methods)
-        rows = measure(study, self.model, on_progress=on_progress)
-        for key, row in zip(keys, rows[1:], strict=True):
-            self.points.best[key] = replace(self.points.best[key], heldout_gap=row.gap, heldout_error=row.gap_stderr)

@@ -31,12 +31,13 @@ def measure_lost_mass(stretches: Sequence[Stretch], sets: ChosenSets) -> Tensor:
 
     Returns:
         [L, L, S, Hq], float32, on the CPU: the layer that reads, the layer that chooses, its set, and the query head
-        that reads it; infinite where the second is not below the first or one attends to a sliding window.
+        that reads it; infinite where the second is not below the first or one attends to a sliding window. A layer that
+        chooses by codes reads its own choice, too.
     """
 
     def measure(shown: LayerWeights) -> Iterator[tuple[int, Tensor]]:
         for below, chosen in shown.chosen.items():
-            if below < shown.layer:
+            if below < shown.layer or (below == shown.layer and sets.key_bits):
                 yield below, _lost(shown, torch.cat([chosen[rule] for rule in sets.selections], 1)).float()
 
     return mean_between_layers(stretches, sets, measure, torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from tidaldecode.calibrate.loss import Loss
@@ -29,19 +30,18 @@ class Point:
 
 @dataclass
 class BestPoints:
-    """The best plan of each size and budget that was tried; a size is how many layers read everything.
+    """The best plan of each kind that was tried: of a number of layers that read everything and a budget, or a share.
 
     Attributes:
         max_gap: see `CalibrationSettings`.
     """
 
     max_gap: float | None
-    best: dict[tuple[int, int], Point] = field(default_factory=dict)
+    best: dict[Hashable, Point] = field(default_factory=dict)
 
-    def add(self, size: int, point: Point) -> float:
-        """Keeps a plan if it is the best of its size and budget; its loss, infinite where it overflows."""
-        assert isinstance(point.plan.token_budget, int)
-        key, loss = (size, point.plan.token_budget), point.loss.divergence
+    def add(self, key: Hashable, point: Point) -> float:
+        """Keeps a plan if it is the best of its kind; its loss, infinite where it overflows."""
+        loss = point.loss.divergence
         if not math.isfinite(loss):
             return math.inf
         if key not in self.best or loss < self.best[key].loss.divergence:

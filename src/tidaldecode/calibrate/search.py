@@ -12,11 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from tidaldecode.calibrate.assignment import Assignment
-
-_RIDGE = 0.3  # how strongly the weights hold on to their common mean, in units of lost mass
+from tidaldecode.calibrate.weights import fitted_weights
 
 
 @dataclass(frozen=True)
@@ -124,15 +121,10 @@ class Search:
         return self.measured[layers]
 
     def _fit(self) -> None:
-        """Fits the weights to what was measured: ridge regression towards their common mean, none negative."""
+        """Fits the weights to what was measured."""
         tried = [layers for layers, loss in self.measured.items() if math.isfinite(loss)]
         if not tried:
             return
-        features = torch.stack([self.assignment.losses(layers.reading, layers.select) for layers in tried])
-        losses = torch.tensor([self.measured[layers] for layers in tried], dtype=torch.float64)
-        mean = float(losses.sum() / features.sum().clamp(min=1e-9))
-        size = features.shape[1]
-        rows = torch.cat([features, _RIDGE * torch.eye(size, dtype=torch.float64)])
-        wanted = torch.cat([losses - features.sum(1) * mean, losses.new_zeros(size)])
-        change = torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0]
-        self.assignment = replace(self.assignment, weights=(change + mean).clamp(min=0.1 * mean))
+        lost = [self.assignment.losses(layers.reading, layers.select) for layers in tried]
+        weights = fitted_weights(lost, [self.measured[layers] for layers in tried])
+        self.assignment = replace(self.assignment, weights=weights)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tidaldecode.errors import InputError
 from tidaldecode.models import check_architecture, sliding_windows
 from tidaldecode.options import Option, Seed, budget, integers, names_of
-from tidaldecode.plan import Selection, recent_among, tokens_of
+from tidaldecode.plan import KEY_BITS, Selection, recent_among, tokens_of
 from tidaldecode.rules import RULES
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
@@ -18,14 +18,17 @@ from tidaldecode.texts.windows import Windows
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SINK_TOKENS = (4, 0, 16)
+SINK_TOKENS = (4, 16)
 """Numbers of sinks that are tried; the first one while the share of recent tokens is chosen."""
 
-RECENT_TOKENS = (0.25, 0.125, 0.5, 1)
-"""Recent tokens that are tried: shares of the budget, and the new token alone."""
+RECENT_TOKENS = (0.25, 0.125, 0.5)
+"""Shares of the budget that are tried for recent tokens.
+
+Never none of either: teacher-forced text hardly misses them, and a model that writes by itself goes wrong without."""
 
 _SELECT_LAYERS, _FULL_LAYERS = 5, 2
 _BUDGETS, _GAP_BUDGETS = (256,), (64, 128, 256, 512, 1024)
+_BITS, _SHARES = 2, (7, 6, 5, 4, 3)  # of the context: from a 128th to an eighth
 _COHERENCE_WINDOWS = Windows(context=4096, decode=64, windows=4)
 _RUN = 128  # tokens in a row by which two texts are told to overlap: more than a licence's header shares
 
@@ -53,9 +56,11 @@ class CalibrationSettings:
     """What plan is looked for, and on which decode steps.
 
     Attributes:
-        budgets: the search goes by the middle one.
+        budgets: the search goes by the middle one; layers that choose by codes get one of them each.
         select_layers: the best plans with fewer are found on the way.
         max_gap: the largest divergence from full attention on the text, in nats per token (`Loss.text_divergence`).
+        max_read: the largest share of K and V that a step reads at the end of a window, codes counted.
+        key_bits: see `TidalPlan`; then any layer may choose by codes, and the cheapest allocation is looked for.
         decode: decode steps of a window that predict the text's own tokens.
         heldout_windows, heldout_decode: of the text that the plan is checked on; at most a quarter of a window is
             decoded.
@@ -88,6 +93,18 @@ class CalibrationSettings:
     max_gap: Annotated[
         float | None, Option("Find the cheapest plan that loses so little, instead of N layers.", metavar="NATS")
     ] = None
+    max_read: Annotated[
+        float | None,
+        Option("Find the plan that loses least and reads so little of K and V, by codes of keys.", metavar="SHARE"),
+    ] = None
+    key_bits: Annotated[
+        int | None,
+        Option(
+            f"Layers choose by codes of keys of so many bits a channel: {', '.join(map(str, KEY_BITS))}. "
+            f"Default: with --max-read {_BITS}, else no codes.",
+            metavar="BITS",
+        ),
+    ] = None
     selections: Annotated[
         tuple[Selection, ...],
         Option(
@@ -108,14 +125,8 @@ class CalibrationSettings:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for option, number in (("--select-layers", self.select_layers), ("--full-layers", self.full_layers)):
-            if self.max_gap is not None and number is not None:
-                raise InputError(f"give {option} or --max-gap, not both: the gap decides how many layers it takes")
-        if self.max_gap is not None and not 0 < self.max_gap < float("inf"):
-            raise InputError(f"a largest gap of {self.max_gap} nats must be positive")
+        self._check_goal()
         budgets = self.token_budgets
-        if self.max_gap is None and len(budgets) > 1:
-            raise InputError("several budgets need a largest gap: a number of select layers takes one")
         if self.first_step <= 2 * self.probes.steps:
             raise InputError(
                 f"a context of {self.context} tokens is too short for {self.decode} decode steps and the "
@@ -133,22 +144,51 @@ class CalibrationSettings:
                 f"context of {self.first_step} tokens, and all of it would be read"
             )
 
+    def _check_goal(self) -> None:
+        goals = {"--max-gap": self.max_gap, "--max-read": self.max_read, "--key-bits": self.key_bits}
+        goal = next((option for option, value in goals.items() if value is not None), None)
+        for option, number in (("--select-layers", self.select_layers), ("--full-layers", self.full_layers)):
+            if goal is not None and number is not None:
+                raise InputError(f"give {option} or {goal}, not both: with {goal} the search decides how many it takes")
+        if self.max_gap is not None and not 0 < self.max_gap < float("inf"):
+            raise InputError(f"a largest gap of {self.max_gap} nats must be positive")
+        if self.max_read is not None and not 0 < self.max_read < 1:
+            raise InputError(f"a largest share of {self.max_read} must lie between 0 and 1")
+        if self.max_gap is not None and self.max_read is not None:
+            raise InputError("give --max-gap or --max-read, not both: one finds the cheapest plan, the other the best")
+        if self.key_bits is not None and self.key_bits not in KEY_BITS:
+            raise InputError(f"codes of {self.key_bits} bits: there are those of {', '.join(map(str, KEY_BITS))}")
+        if self.key_bits is not None and self.max_gap is None and self.max_read is None:
+            raise InputError("codes of keys need a goal: give --max-read or --max-gap")
+        if goal is None and len(self.token_budgets) > 1:
+            raise InputError("several budgets need --max-gap or --max-read: a number of select layers takes one")
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of the codes that layers choose by; 0 if they read everything to choose."""
+        return self.key_bits or (0 if self.max_read is None else _BITS)
+
     @property
     def token_budgets(self) -> tuple[int, ...]:
         """The budgets that are given, or the default's."""
-        return self.budgets or (_BUDGETS if self.max_gap is None else _GAP_BUDGETS)
+        if self.budgets:
+            return self.budgets
+        if self.code_bits:
+            least = next(budget for budget in itertools.count(1) if budget > SINK_TOKENS[0] + _most_recent(budget))
+            return tuple(max(least, self.context >> shift) for shift in _SHARES)
+        return _BUDGETS if self.max_gap is None else _GAP_BUDGETS
 
     @property
     def most_layers(self) -> tuple[int, int]:
         """How many layers read everything without choosing, and how many may choose; with a gap all may."""
-        if self.max_gap is not None:
+        if self.max_gap is not None or self.code_bits:
             return 0, 1
         full = _FULL_LAYERS if self.full_layers is None else self.full_layers
         return full, self.select_layers or _SELECT_LAYERS
 
     def to_json(self) -> dict[str, Any]:
         """The settings, with those that were left to defaults, as results hold them."""
-        full, select = (_FULL_LAYERS, None) if self.max_gap is not None else self.most_layers
+        full, select = (_FULL_LAYERS, None) if self.most_layers == (0, 1) else self.most_layers
         return {**asdict(self), "select_layers": select, "full_layers": full, "budgets": self.token_budgets}
 
     @property

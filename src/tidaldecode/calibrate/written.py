@@ -79,6 +79,7 @@ class CalibrationReport:
                 {
                     "full_layers": point.plan.roles.count("full"),
                     "select_layers": point.plan.roles.count("select"),
+                    "quantized_select_layers": point.plan.roles.count("quantized_select"),
                     "token_budget": point.plan.token_budget,
                     **_numbers(point),
                     "plan": json.loads(self._plan(point).to_json()),

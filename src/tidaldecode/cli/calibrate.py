@@ -80,7 +80,7 @@ def _draw(report: CalibrationReport) -> None:
 def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None:
     settings, found = report.settings, report.found
     model, seconds = report.about["model"], report.about["seconds"]
-    columns = ("full + select", "budget", "KV read", "loss", "on text", "gap", "gap, held-out text")
+    columns = ("full + choosing", "budget", "KV read", "loss", "on text", "gap", "gap, held-out text")
     title = f"{model}: nats per token above full attention, {settings.context:,} tokens"
     print_table(console, title, columns, map(_cells, found.frontier), False, found.frontier.index(found.chosen))
     if settings.max_gap is not None and found.chosen.loss.text_divergence > settings.max_gap:
@@ -91,11 +91,17 @@ def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None
         print_sets(console, {"the plan": report.sets_per_kv_head})
 
 
+def _budgets(point: Point) -> str:
+    plan = point.plan
+    budgets = sorted({plan.token_budget, *(plan.budgets or {}).values()})
+    return f"{budgets[0]:,}" if len(budgets) == 1 else f"{budgets[0]:,} to {budgets[-1]:,}"
+
+
 def _cells(point: Point) -> tuple[str, ...]:
     roles, error = point.plan.roles, "" if point.heldout_error is None else f" ± {point.heldout_error:.3f}"
     return (
-        f"{roles.count('full')} + {roles.count('select')}",
-        f"{point.plan.token_budget:,}",
+        f"{roles.count('full')} + {roles.count('select') + roles.count('quantized_select')}",
+        _budgets(point),
         f"{point.kv_read_fraction:.1%}",
         f"{point.loss.divergence:.3f}",
         f"{point.loss.text_divergence:.3f}",

@@ -182,7 +182,7 @@ class DecodeAttention(Attention):
 
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """See `Attention`; by the layer's role."""
-        if self.code_bits(layer):
+        if self._chooses_by_codes(layer):
             written, choice = self._written_by(layer), self.choice_of(layer)
             ops.choose_by_codes(query, kv, scale, self.writes[layer], choice, self._capacity, written)
         if layer in self._sources:
@@ -205,8 +205,10 @@ class DecodeAttention(Attention):
 
     def code_bits(self, layer: int) -> int:
         """See `Attention`; a layer whose choice nobody reads needs no codes."""
-        chooses = self.plan.roles[layer] == "quantized_select" and layer in self.writes
-        return (self.plan.key_bits or 0) if chooses else 0
+        return (self.plan.key_bits or 0) if self._chooses_by_codes(layer) else 0
+
+    def _chooses_by_codes(self, layer: int) -> bool:
+        return self.plan.roles[layer] == "quantized_select" and layer in self.writes
 
     def is_full(self, layer: int) -> bool:
         """Whether a layer reads the whole cache and chooses nothing: a select layer whose sets nobody reads, too."""
@@ -242,7 +244,7 @@ class DecodeAttention(Attention):
     def _code_share(self, layer: int) -> float:
         """Bytes of a token's codes and their factor over those of its K and V in 16 bits."""
         dim = self.shape.head_dim
-        return code_bytes(self.code_bits(layer), dim) / (4 * dim)
+        return code_bytes((self.plan.key_bits or 0) * self._chooses_by_codes(layer), dim) / (4 * dim)
 
 
 def _digest(plan: TidalPlan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tidaldecode.plan.calibration import Calibration
 from tidaldecode.plan.shape import ModelShape, Selection, Source, describe_shape
 from tidaldecode.plan.tidal_plan import (
+    KEY_BITS,
     PAPER_RESELECT_LAYERS,
     Role,
     TidalPlan,
@@ -16,6 +17,7 @@ from tidaldecode.plan.tidal_plan import (
 )
 
 __all__ = [
+    "KEY_BITS",
     "PAPER_RESELECT_LAYERS",
     "Calibration",
     "ModelShape",

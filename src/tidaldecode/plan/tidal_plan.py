@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, model_validator
 
@@ -26,6 +26,9 @@ READING: tuple[Role, ...] = ("sparse", "quantized_select")
 """Roles of layers that attend to chosen tokens alone."""
 
 Drafting = Literal["plan", "verification"]
+KeyBits = Literal[1, 2, 4]
+KEY_BITS: tuple[KeyBits, ...] = get_args(KeyBits)
+"""Bits a channel that codes of keys may have."""
 
 PAPER_RESELECT_LAYERS = {
     "llama-2-7b": 7,
@@ -85,7 +88,7 @@ class TidalPlan(BaseModel):
     model: ModelShape | None = None
     roles: Annotated[tuple[Role | None, ...], Field(min_length=1)]
     selection: Selection
-    key_bits: Literal[1, 2, 4] | None = None
+    key_bits: KeyBits | None = None
     token_budget: StrictInt | StrictFloat
     budgets: dict[int, StrictInt | StrictFloat] | None = None
     sink_tokens: StrictInt = Field(default=0, ge=0)
