@@ -122,6 +122,8 @@ def test_budget_at_a_context():
     assert plan.recent_for(1000) == 250
     assert plan.budget_for(20) == 4 + 1 + 1  # never too small for sinks, recent tokens and one more
     assert plan.with_budget(64).budget_for(10_000) == 64
+    with pytest.raises(InputError, match="5 is below"):
+        plan.with_budget(5)
 
 
 def test_budgets_of_layers_go_along_with_another_budget():
@@ -131,9 +133,6 @@ def test_budgets_of_layers_go_along_with_another_budget():
     assert [plan.budget_for(1000, layer) for layer in (None, 1, 3)] == [250, 1000, 98]
     with pytest.raises(InputError, match="budgets: layer 3: 1 is below sink_tokens"):
         TidalPlan(**FIELDS, budgets={3: 2}).with_budget(20)
-
-    with pytest.raises(InputError, match="5 is below"):
-        plan.with_budget(5)
 
 
 def test_another_way_to_draft():

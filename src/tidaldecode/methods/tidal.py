@@ -233,7 +233,10 @@ class DecodeAttention(Attention):
     def reads(self, layer: int) -> LayerReads:
         """What a layer with a role reads."""
         sources = self._sources.get(layer, ())
-        group, groups = self.shape.group_size, len(sources) // self.shape.group_size
+        group, groups = (
+            self.shape.group_size,
+            -(-len(sources) // self.shape.group_size),
+        )  # a rank may have a part of one
         sets: Counter[tuple[int | float, int]] = Counter()
         for start in range(0, len(sources), group):
             for source in set(sources[start : start + group]):
