@@ -18,6 +18,7 @@ from tidaldecode.bench import caches as caches_module
 from tidaldecode.bench import decode as decode_module
 from tidaldecode.bench import hardware, layers, operations, roofline, timing, timing_report
 from tidaldecode.bench.caches import CacheShape, LayerCaches
+from tidaldecode.bench.choosing import choosing_workloads
 from tidaldecode.bench.decode import bench_decode
 from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.methods import step_attention
@@ -36,8 +37,15 @@ from tidaldecode.results.timings import DecodeRow
 CPU = torch.device("cpu")
 SHAPE = CacheShape(heads=6, kv_heads=3, head_dim=16, batch=2, context=40, dtype=torch.float32)
 LAYER_OPERATIONS = {
-    "sdpa", "full", "multi_query 8", "multi_query 32", "write_kv",
+    "sdpa",
+    "full",
+    "multi_query 8",
+    "multi_query 32",
+    "write_kv",
     *(f"{name} {rule}" for name in ("importance", "selection", "select", "sparse") for rule in layers.RULES),
+}
+CHOOSING_OPERATIONS = {
+    "quest", *(f"{name} {bits}" for name in ("choice", "quantized_select") for bits in ("1 bit", "2 bits", "4 bits"))
 }  # fmt: skip
 STEPS = ("step full (sdpa)", "step full", "step tidal", "step tidal unified", "step quest", "step streaming")
 
@@ -240,6 +248,19 @@ def test_operations_attend_each_to_its_own_layer(caches):
             torch.testing.assert_close(call(), output)
 
 
+def test_layers_that_choose_for_themselves(caches):
+    """With a budget of the whole context they give full attention; what they must read goes by their codes."""
+    expected = [call() for call in named(layer_workloads(caches, (40,)), "sdpa").calls]
+    workloads = list(choosing_workloads(caches, (40, 12)))
+    assert {workload.name for workload in workloads} == CHOOSING_OPERATIONS
+    for name in ("quantized_select 1 bit", "quantized_select 4 bits"):
+        for call, output in zip(named(workloads, name, 40).calls, expected, strict=True):
+            torch.testing.assert_close(call(), output)
+    codes = 2 * 3 * 40 * (16 * 2 // 8 + 2)
+    assert named(workloads, "choice 2 bits", 12).floor_bytes == codes
+    assert named(workloads, "quantized_select 2 bits", 12).floor_bytes == codes + 2 * 2 * 3 * 16 * 4 * 12
+
+
 def test_sparse_sets_are_distinct_tokens_in_order(caches, monkeypatch):
     seen = []
     monkeypatch.setattr(ops, "sparse_attention", lambda *arguments: seen.append(arguments[2:5]))
@@ -404,7 +425,7 @@ def test_bench_operations():
     for number, part in enumerate(seen, start=1):
         assert list(dict.fromkeys((row.kv_heads, row.context) for row in part.rows)) == shapes[:number]
     assert len(seen) == 4
-    assert {row.operation for row in report.rows} == LAYER_OPERATIONS | set(STEPS)
+    assert {row.operation for row in report.rows} == LAYER_OPERATIONS | CHOOSING_OPERATIONS | set(STEPS)
     assert "step quest, 4 KV heads, 40 tokens" in progress
     for row in report.rows:
         base_name = STEPS[0] if row.operation.startswith("step") else "sdpa"

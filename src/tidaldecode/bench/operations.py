@@ -9,6 +9,7 @@ import torch
 
 from tidaldecode import ops
 from tidaldecode.bench.caches import CacheShape, LayerCaches
+from tidaldecode.bench.choosing import choosing_workloads
 from tidaldecode.bench.hardware import measuring
 from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.roofline import floor_us
@@ -73,7 +74,9 @@ def _shape_rows(
     """The rows of one shape; SDPA comes first, for the others to be compared with."""
     caches = LayerCaches.random(shape, _caches_that_fit(shape, settings, device), device, settings.seed)
     workloads = chain(
-        layer_workloads(caches, settings.budgets), step_workloads(caches, settings.layers, settings.budgets)
+        layer_workloads(caches, settings.budgets),
+        choosing_workloads(caches, settings.budgets),
+        step_workloads(caches, settings.layers, settings.budgets),
     )
     captured = ops.has_kernel(caches.queries[0])  # the reference asks for lengths, which no graph can
     base_us = {}

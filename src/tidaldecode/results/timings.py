@@ -10,7 +10,8 @@ class OperationRow(Row):
 
     Attributes:
         operation: `sdpa` is torch's scaled_dot_product_attention; `select` is `importance` and `selection` together;
-            `step ...` is the attention of a whole decode step.
+            `quantized_select` is `choice`, by codes of so many bits, and attention to what it chose; `quest` is a layer
+            of Quest; `step ...` is the attention of a whole decode step.
         context: tokens of each sequence.
         us: median microseconds.
         spread: interquartile range over the median.
