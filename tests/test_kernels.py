@@ -11,6 +11,7 @@ from tidaldecode.ops import KV, Choice, reference
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("tidaldecode.ops.kernels")
+launch = pytest.importorskip("tidaldecode.ops.kernels.launch")
 pytestmark = pytest.mark.kernels
 
 GPU = torch.cuda.is_available()
@@ -73,6 +74,46 @@ def test_full_attention(dtype, head_dim, heads, kv_heads, block_size):
     output = kernels.full_attention(*arguments(case))
     assert_near(output, reference.full_attention(*arguments(exact)), dtype)
     assert not output[3].any()  # the sequence of length 0
+
+
+@pytest.mark.parametrize("lengths", [(200,), (161, 0, 7)])
+def test_stretches_merged_in_a_launch_of_their_own(lengths, monkeypatch):
+    """As for few KV heads, whose many stretches one program would merge too slowly."""
+    monkeypatch.setattr("tidaldecode.ops.kernels.launch._MERGED_AT_ONCE", 1)
+    monkeypatch.setattr("tidaldecode.ops.kernels.launch._MERGED_STRETCHES", 2)
+    case, exact = make(torch.float32, 40, 6, 2, 256, lengths)
+    launched = []
+    monkeypatch.setattr(launch, "merge_kernel", Recorded(launch.merge_kernel, launched))
+    assert_near(kernels.full_attention(*arguments(case)), reference.full_attention(*arguments(exact)), torch.float32)
+    indices = torch.stack([torch.randperm(max(lengths), device=DEVICE)[:150].sort().values for _ in range(2)]).int()
+    indices, counts = indices.expand(len(lengths), 2, -1).contiguous(), case.lengths.clamp(max=150)
+    some = [b for b, length in enumerate(lengths) if length == max(lengths)]
+    output = kernels.sparse_attention(case.query, case.kv, indices, counts, None, case.scale)[some]
+    kv = exact.kv.of(torch.tensor(some, device=DEVICE))
+    expected = reference.sparse_attention(exact.query[some], kv, indices[some], counts[some], None, exact.scale)
+    assert_near(output, expected, torch.float32)
+    importance = torch.zeros(len(lengths), 6, max(lengths), device=DEVICE)
+    wanted = importance.double()
+    output = kernels.full_attention_with_importance(*arguments(case), ["per_head"], importance)
+    expected = reference.full_attention_with_importance(*arguments(exact), ["per_head"], wanted)
+    assert_near(output, expected, torch.float32)
+    importance = torch.zeros(len(lengths), 2, max(lengths), device=DEVICE)
+    wanted = importance.double()
+    kernels.full_attention_with_importance(*arguments(case), ["per_group"], importance)
+    reference.full_attention_with_importance(*arguments(exact), ["per_group"], wanted)
+    torch.testing.assert_close(importance[0].double(), wanted[0], rtol=1e-4, atol=1e-6)
+    assert len(launched) == (4 if len(lengths) == 1 else 2)
+
+
+class Recorded:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(grid)
+        return self.kernel[grid]
 
 
 @cases([ONE_BLOCK])

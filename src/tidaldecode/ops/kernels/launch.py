@@ -9,11 +9,14 @@ import triton
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
+from tidaldecode.ops.kernels.merge import merge_kernel
 from tidaldecode.ops.kernels.scores import Scores
 from tidaldecode.ops.kernels.split_kv import attend_kernel
 from tidaldecode.ops.values import KV, check_rows
 
 _ROUNDS = 4
+_MERGED_AT_ONCE = 8192  # numbers that the last program of a head looks at together
+_MERGED_CHANNELS, _MERGED_STRETCHES = 32, 256  # of a program that merges
 _WIDE = 2**31  # elements of a block from which on an offset within it takes 64 bits
 
 
@@ -94,7 +97,9 @@ def attend(
     split_target = max(1, min(programs // (heads * row_tiles), batch * triton.cdiv(longest, tiling.tokens)))
     slots = split_target + batch - 1
     merge_m = triton.next_power_of_2(min(rows, block_m))
-    merge_s = max(1, min(triton.next_power_of_2(split_target), 8192 // (merge_m * block_d)))
+    merge_s = max(1, min(triton.next_power_of_2(split_target), _MERGED_AT_ONCE // (merge_m * block_d)))
+    # those of a chunk, of sets of several sizes and of rounds are merged in place
+    apart = split_target > merge_s * batch and queries == 1 and lengths.dim() == 1 and (scores is None or batch == 1)
     if output is None:
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
     partials = torch.empty(slots * heads * rows * (dim + 1), dtype=torch.float32, device=query.device)
@@ -146,6 +151,7 @@ def attend(
         BLOCK_T=tiling.tokens,
         MERGE_M=merge_m,
         MERGE_S=merge_s,
+        APART=apart,
         BATCH=scratch.padded(batch),
         PAGE=page_size,
         SPARSE=indices is not None,
@@ -161,4 +167,27 @@ def attend(
         launch_pdl=overlap,
         num_warps=tiling.warps,
     )
+    if apart:
+        slice_d = min(block_d, _MERGED_CHANNELS)
+        merge_kernel[num_heads, triton.cdiv(dim, slice_d), batch](
+            partials,
+            partials[slots * heads * rows * dim :],
+            lengths,
+            output,
+            score_tensors[2],
+            batch,
+            split_target,
+            output.stride(0),
+            output.stride(2),
+            GROUP=group,
+            HEADS=heads,
+            DIM=dim,
+            BLOCK_D=slice_d,
+            BLOCK_S=min(triton.next_power_of_2(split_target), _MERGED_STRETCHES),
+            BLOCK_T=tiling.tokens,
+            BATCH=scratch.padded(batch),
+            SCORED=scores is not None,
+            OVERLAP=overlap,
+            launch_pdl=overlap,
+        )
     return output

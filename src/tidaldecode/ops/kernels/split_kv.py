@@ -4,7 +4,8 @@ Every attention operation of a decode step is this kernel: over the whole cache 
 new token or several, with or without the scores that selection needs. A program reads one stretch of one sequence for
 all query heads that share its K and V, as in Flash-Decoding (Dao et al. 2023); the last program of a sequence and head
 to finish merges the stretches, so there is no second launch to wait for. How long a stretch is follows from the
-lengths on the device: long sequences get more programs, and a captured CUDA graph stays right as they grow.
+lengths on the device: long sequences get more programs, and a captured CUDA graph stays right as they grow. (Where few
+KV heads leave very many stretches, `merge` has them.)
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def attend_kernel(
     BLOCK_T: tl.constexpr,
     MERGE_M: tl.constexpr,
     MERGE_S: tl.constexpr,
+    APART: tl.constexpr,  # stretches are merged by `merge_kernel`
     BATCH: tl.constexpr,
     PAGE: tl.constexpr,
     SPARSE: tl.constexpr,
@@ -250,6 +252,8 @@ def attend_kernel(
         p_rows = (slot * HEADS + head) * ROWS + row
         tl.store(partials + (p_rows * DIM)[:, None] + dims[None, :], result, mask=real)
         tl.store(partial_normalizers + p_rows, normalizer, mask=row < ROWS)
+        if APART:
+            return
         tl.debug_barrier()  # all threads' stores come before the ticket
         ticket = tickets + (b * HEADS + head) * ROW_TILES + row_tile
         if tl.atomic_add(ticket, 1, sem="acq_rel") == num_splits - 1:
