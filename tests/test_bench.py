@@ -20,6 +20,7 @@ from tidaldecode.bench import hardware, layers, operations, roofline, timing, ti
 from tidaldecode.bench.caches import CacheShape, LayerCaches
 from tidaldecode.bench.choosing import choosing_workloads
 from tidaldecode.bench.decode import bench_decode
+from tidaldecode.bench.filling import TextKV
 from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.methods import step_attention
 from tidaldecode.bench.operations import bench_operations
@@ -33,6 +34,7 @@ from tidaldecode.models import check_architecture, check_dtype, model_shape
 from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.timings import DecodeRow
+from tidaldecode.texts.text import Text
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(heads=6, kv_heads=3, head_dim=16, batch=2, context=40, dtype=torch.float32)
@@ -659,13 +661,51 @@ def test_bench_decode_from_the_command_line(run, tmp_path):
     assert is_png(figure)
 
 
-def test_bench_decode_of_a_model(run, tiny_folder):
+def test_bench_decode_of_a_model(run, tiny_folder, tmp_path):
+    """Behind a text, or random K and V; rows say which."""
+    (tmp_path / "text.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 2)
     options = ["--model", str(tiny_folder), "--contexts", "40", "--budgets", "16", "--steps", "2", "--methods", "tidal"]
-    status, out, _ = run("bench", "decode", "--device", "cpu", *options, "--json")
-    answer = json.loads(out)
-    assert status == 0
-    assert answer["model"] == str(tiny_folder)
-    assert [(row["method"], row["speedup_vs_full"]) for row in answer["rows"]] == [("tidal", None)]
+    for more, kv in ((["--text", str(tmp_path / "text.txt"), "--batch", "2"], "text"), (["--kv", "random"], "random")):
+        status, out, err = run("bench", "decode", "--device", "cpu", *options, *more, "--json")
+        answer = json.loads(out)
+        assert status == 0
+        assert answer["model"] == str(tiny_folder)
+        assert [(r["method"], r["speedup_vs_full"], r["kv"]) for r in answer["rows"]] == [("tidal", None, kv)]
+        assert f"{kv} K and V" in err
+    for more, words in (
+        (["--contexts", "400"], ["the text has 128 tokens, 273 too few for a context of 401"]),
+        (["--contexts", "600"], ["a context of 600 tokens is beyond the model's 512 positions"]),
+        (["--kv", "random"], ["--kv random reads no text: leave out --text"]),
+        (["--model", "x", "--text", "nowhere.txt"], ["text file nowhere.txt does not exist"]),
+    ):
+        result = run("bench", "decode", "--device", "cpu", *options, "--text", str(tmp_path / "text.txt"), *more)
+        assert_one_line(result, *words)
+
+
+def test_k_and_v_of_a_text(tiny):
+    """What prefill leaves of each sequence's window, also after steps behind a shorter context wrote over them."""
+    model = apply(tiny("llama"), "full")
+    windows = torch.randint(2, 250, (2, 31), generator=torch.Generator().manual_seed(1))
+    expected = TidalCache(model.config, "full", 40)
+    with torch.no_grad():
+        model(windows[:, :30], past_key_values=expected)
+        cache, filling = TidalCache(model.config, "full", 40), TextKV(model, windows, steps=10)
+        for context in (30, 12, 20, 30):
+            token = filling.fill(cache, context)
+            assert torch.equal(token, windows[:, context : context + 1])
+            assert cache.get_seq_length() == context and cache.sequences.lengths.tolist() == [context] * 2
+            for mine, theirs in zip(cache.layers, expected.layers, strict=True):
+                torch.testing.assert_close(mine.keys[:, :, :context], theirs.keys[:, :, :context])
+                torch.testing.assert_close(mine.values[:, :, :context], theirs.values[:, :, :context])
+            for _ in range(10):
+                token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+
+
+def test_windows_are_spread_over_a_text():
+    text = Text(torch.arange(100, dtype=torch.int32))
+    assert [window[0].item() for window in text.spread(40, 4)] == [0, 20, 40, 60]
+    assert text.spread(100, 1).shape == (1, 100)
+    assert Text(text.tokens, prefix=(7,)).spread(41, 2)[1, :2].tolist() == [7, 60]
 
 
 def test_tables_without_json(run):
@@ -752,6 +792,7 @@ def test_plots_show_every_line(tmp_path):
         ("ops", ["--output", "/dev/null/figures"], ["--output /dev/null/figures"]),
         ("decode", ["--config", "llama-9"], ["no config 'llama-9'", "llama-3-8b"]),
         ("decode", ["--config", "tiny", "--model", "smollm2-135m"], ["either --config or --model"]),
+        ("decode", ["--config", "tiny", "--kv", "text"], ["--config has random weights, which read no text"]),
         ("decode", ["--methods", "full,magic"], ["--methods 'magic' is unknown", "streaming"]),
         ("decode", ["--methods", ""], ["--methods '' is unknown"]),
         ("decode", ["--contexts", "-5"], ["--contexts -5 must be positive"]),

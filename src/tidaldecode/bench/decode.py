@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tidaldecode.bench.filling import Filling, RandomKV, TextKV
 from tidaldecode.bench.hardware import GIB, check_memory, measuring
 from tidaldecode.bench.methods import step_attention
 from tidaldecode.bench.roofline import floor_us, kv_bytes, weight_bytes
@@ -21,6 +23,8 @@ from tidaldecode.models import ModelFiles, check_architecture, check_dtype, chec
 from tidaldecode.plan import TidalPlan
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.timings import DecodeRow
+from tidaldecode.texts.text import Text
+from tidaldecode.texts.windows import check_context
 
 _WORKSPACE = GIB  # activations, index sets, kernels' scratch memory
 _MEND = "lower --contexts or --batch"
@@ -33,10 +37,12 @@ def bench_decode(
     dtype: torch.dtype,
     on_progress: Callable[[str], None] = lambda what: None,
     on_report: Callable[[TimingReport[DecodeRow]], None] = lambda report: None,
+    text: Text | None = None,
 ) -> TimingReport[DecodeRow]:
     """Times decode steps of one model by every method, all through the same cache and the same engine.
 
-    The cache is filled with random K and V: what a step costs does not depend on what they are.
+    The cache holds K and V of a text, or random ones: the time of full attention does not depend on what they are, that
+    of choosing tokens does.
 
     Args:
         source: the model.
@@ -45,6 +51,7 @@ def bench_decode(
         dtype: of the model and its cache.
         on_progress: told, in words, what is being done.
         on_report: called with the report so far whenever a context is done.
+        text: whose windows' K and V are decoded behind, another window for each sequence; `None` for random ones.
 
     Raises:
         InputError: a setting does not fit the model, the GPU has no such dtype, or memory is short.
@@ -52,8 +59,14 @@ def bench_decode(
     check_dtype(device, dtype)
     config = source.config()
     plan = _checked_plan(config, settings)
+    windows = None if text is None else _windows(text, config, settings)
     with measuring(device, _MEND):
-        check_memory(_memory(config, settings, dtype), device, f"{source.name}, batch {settings.batch}", _MEND)
+        check_memory(
+            _memory(config, settings, dtype, windows is not None),
+            device,
+            f"{source.name}, batch {settings.batch}",
+            _MEND,
+        )
         on_progress("read bandwidth")
         report = TimingReport[DecodeRow].on(device, dtype)
         on_progress(f"making {source.name}")
@@ -67,7 +80,10 @@ def bench_decode(
             sets_per_kv_head=round(plan.sets_per_kv_head(model_shape(config)), 4),
         )
         cache = TidalCache(model.config, plan, settings.capacity)
-        engine = _Engine(model, cache, plan, settings, report.about["read_bandwidth_gbs"])
+        filling: Filling = RandomKV(model, settings.batch, settings.seed)
+        if windows is not None:
+            filling = TextKV(model, windows, settings.capacity - max(settings.contexts), on_progress)
+        engine = _Engine(model, cache, plan, settings, filling, report.about["read_bandwidth_gbs"])
         for context in settings.contexts:
             rows = []
             for method, budget in settings.runs():
@@ -89,13 +105,21 @@ def _checked_plan(config: PreTrainedConfig, settings: DecodeSettings) -> TidalPl
     return plan
 
 
-def _memory(config: PreTrainedConfig, settings: DecodeSettings, dtype: torch.dtype) -> float:
-    """Bytes that the weights, the cache and the work on them need."""
+def _windows(text: Text, config: PreTrainedConfig, settings: DecodeSettings) -> Tensor:
+    """A window of the text for each sequence, see `TextKV`."""
+    longest = max(settings.contexts)
+    check_context(longest, config.max_position_embeddings)
+    return text.spread(longest + 1, settings.batch)
+
+
+def _memory(config: PreTrainedConfig, settings: DecodeSettings, dtype: torch.dtype, of_text: bool = False) -> float:
+    """Bytes that the weights, the cache and the work on them need; a text is read in one more cache of a sequence."""
     shape = model_shape(config)
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     tokens = shape.num_layers * settings.capacity
     cache = kv_bytes(tokens, settings.batch, shape.num_kv_heads, shape.head_dim, dtype)
+    cache += of_text * cache / settings.batch
     page_bounds = cache / 8 if "quest" in settings.methods else 0
     scores = 4 * 4 * settings.batch * shape.num_query_heads * settings.capacity
     return weights * dtype.itemsize + cache + page_bounds + scores + _WORKSPACE
@@ -109,6 +133,7 @@ class _Engine:
     cache: TidalCache
     plan: TidalPlan
     settings: DecodeSettings
+    filling: Filling
     bandwidth_gbs: float
 
     def measure(self, method: str, budget: int | float | None, context: int) -> DecodeRow:
@@ -131,14 +156,13 @@ class _Engine:
             speedup_vs_full=None,
             kv_read_fraction=round(attention.kv_read_fraction(context), 6),
             captured=self.cache.session.step is not None,
+            kv="text" if isinstance(self.filling, TextKV) else "random",
         )
 
     def _time(self, context: int) -> Timing:
         """Time of a step from a cache of `context` tokens."""
         model, cache, settings = self.model, self.cache, self.settings
-        generator = torch.Generator(model.device).manual_seed(settings.seed)
-        cache.fill(settings.batch, context, model.device, model.dtype, generator)
-        token = torch.randint(model.config.vocab_size, (settings.batch, 1), generator=generator, device=model.device)
+        token = self.filling.fill(cache, context)
 
         def decode() -> None:
             nonlocal token

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.errors import InputError
@@ -12,6 +12,7 @@ from tidaldecode.methods.method import METHODS
 from tidaldecode.models import ModelFiles, find_model
 from tidaldecode.options import Option, PlanName, Seed, TrustRemoteCode, budgets, integers, names_of
 from tidaldecode.plan import TidalPlan
+from tidaldecode.texts.text import TextSource
 
 TIMED_METHODS = ("full", "sdpa", *(name for name in METHODS if name not in ("full", "oracle")))
 """`full` is full attention by this package's kernel, `sdpa` by PyTorch's; the oracle saves no time."""
@@ -85,18 +86,36 @@ class SourceOptions:
     """Whose decode steps are timed: a shape's, with random weights, or a model's.
 
     Raises:
-        InputError: both are given, or there is no such shape.
+        InputError: both are given, there is no such shape, or a text that nothing would read.
     """
 
     config: Annotated[str | None, Option("A public model's shape, with random weights. Default: llama-3-8b.")] = None
     model: Annotated[str | None, Option("A model with its weights instead.", metavar="NAME|PATH")] = None
     trust_remote_code: TrustRemoteCode = False
+    kv: Annotated[
+        Literal["text", "random"] | None,
+        Option("K and V to decode behind. Default: the text's of a --model, random ones of a --config."),
+    ] = None
+    text: TextSource = field(default_factory=TextSource)
 
     def __post_init__(self) -> None:
         if self.model is None:
             self.find()
+            if self.kv == "text" or self.text.text is not None:
+                raise InputError("--config has random weights, which read no text: give a --model, or leave it out")
         elif self.config is not None:
             raise InputError("give either --config or --model, not both")
+        if self.kv == "random" and self.text.text is not None:
+            raise InputError("--kv random reads no text: leave out --text")
+
+    @property
+    def parts(self) -> Iterator[str] | None:
+        """The text to be read, in parts; `None` for random K and V.
+
+        Raises:
+            InputError: it is missing.
+        """
+        return None if self.model is None or self.kv == "random" else self.text.parts()
 
     def find(self) -> RandomModel | ModelFiles:
         """The shape or the model; nothing is loaded.

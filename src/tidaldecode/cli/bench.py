@@ -16,7 +16,7 @@ from tidaldecode.cli.outline import outline_of
 from tidaldecode.cli.output import Json, figure_file, output_file, print_json
 from tidaldecode.cli.progress import progress
 from tidaldecode.errors import InputError
-from tidaldecode.models import DeviceOptions
+from tidaldecode.models import DeviceOptions, ModelFiles
 from tidaldecode.options import Option
 from tidaldecode.plans import read_plan
 from tidaldecode.whole_file import is_stream
@@ -86,6 +86,7 @@ def ops(settings: OperationsSettings, where: DeviceOptions, outputs: _Outputs) -
 def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions, outputs: _Outputs) -> None:
     """Times whole decode steps of a model, from a token to the next, by each method."""
     outputs = outputs.checked("bench-decode.png")
+    parts = source.parts
     if source.model is None:
         read_plan(settings.plan)
     else:
@@ -94,10 +95,15 @@ def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions
     with progress(console) as show:  # PyTorch and Transformers take seconds to import
         from tidaldecode.bench.decode import bench_decode
         from tidaldecode.report.speeds import step_times
+        from tidaldecode.texts.text import Text
 
         device = _device(where)
         dtype = where.find_dtype(device)
-        report = bench_decode(source.find(), settings, device, dtype, lambda what: show(0, 0, what), outputs.keep)
+        found, text = source.find(), None
+        if parts is not None and isinstance(found, ModelFiles):
+            show(0, 0, "reading the text")
+            text = Text.tokenize(found.tokenizer(), parts)
+        report = bench_decode(found, settings, device, dtype, lambda what: show(0, 0, what), outputs.keep, text)
     print_decode(console, report)
     content = report.to_json()
     title = "{model}, batch {batch}: {device}, {dtype}".format(**content)

@@ -38,7 +38,8 @@ def _operation(row: OperationRow) -> tuple[str, ...]:
 def print_decode(console: Console, report: TimingReport[DecodeRow]) -> None:
     """One table."""
     console.print(_title(report.about), highlight=False, soft_wrap=True, markup=False)
-    title = f"{report.about['model']}, batch {report.about['batch']}"
+    kinds = {row.kv for row in report.rows}
+    title = f"{report.about['model']}, batch {report.about['batch']}, {' and '.join(map(str, kinds))} K and V"
     print_table(console, title, _DECODE, map(_step, report.rows), no_wrap=True)
     sets = report.about["sets_per_kv_head"]
     if sets > 1 and any(row.method == "tidal" for row in report.rows):

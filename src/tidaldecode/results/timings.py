@@ -50,6 +50,7 @@ class DecodeRow(Row):
         speedup_vs_full: time of the faster full attention, `full` or `sdpa`, over the method's; `None` where neither
             was measured.
         kv_read_fraction: share of the KV cache that the method reads.
+        kv: whose K and V the cache held, `text` or `random`.
         captured: whether the step ran in a CUDA graph.
     """
 
@@ -62,4 +63,5 @@ class DecodeRow(Row):
     over_floor: Number | None = None
     speedup_vs_full: Number | None
     kv_read_fraction: Number
+    kv: Name | None = None
     captured: bool | None = None

@@ -54,6 +54,23 @@ class Text:
         rest = self.tokens[start : start + length - len(self.prefix)]
         return torch.cat([torch.tensor(self.prefix, dtype=torch.int64), rest.long()])[None]
 
+    def spread(self, length: int, count: int) -> Tensor:
+        """`count` windows of `length` tokens, evenly spread over the text: they overlap where it is short.
+
+        Returns:
+            [count, length], int64.
+
+        Raises:
+            InputError: the text is shorter than a window.
+        """
+        import torch
+
+        rest = len(self.tokens) - (length - len(self.prefix))
+        if rest < 0:
+            raise InputError(f"the text has {len(self.tokens)} tokens, {-rest} too few for a context of {length}")
+        starts = [rest * number // max(1, count - 1) for number in range(count)]
+        return torch.cat([self.window(start, length) for start in starts])
+
     def halves(self) -> tuple[Text, Text]:
         """The first half of the tokens, and the second."""
         middle = len(self.tokens) // 2
