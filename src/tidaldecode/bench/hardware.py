@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tidaldecode.errors import InputError
+from tidaldecode.errors import InputError, MemoryShortError
 
 GIB = 2**30
 
@@ -42,11 +42,11 @@ def check_memory(needed: float, device: torch.device, what: str, mend: str) -> N
         mend: what to do about it.
 
     Raises:
-        InputError: fewer bytes are free.
+        MemoryShortError: fewer bytes are free.
     """
     free = free_bytes(device)
     if needed > free:
-        raise InputError(
+        raise MemoryShortError(
             f"{what}: {needed / GIB:.1f} GiB of memory are needed, {free / GIB:.1f} GiB are free on {device}: {mend}"
         )
 

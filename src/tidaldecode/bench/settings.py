@@ -1,4 +1,4 @@
-"""What `bench ops` and `bench decode` measure. Imports no PyTorch."""
+"""What `bench ops`, `bench decode` and `bench generate` measure. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,23 @@ from tidaldecode.bench.shapes import RandomModel
 from tidaldecode.errors import InputError
 from tidaldecode.methods.method import METHODS
 from tidaldecode.models import ModelFiles, find_model
-from tidaldecode.options import Option, PlanName, Seed, TrustRemoteCode, budgets, integers, names_of
+from tidaldecode.options import Option, PlanName, Seed, TrustRemoteCode, budgets, integers, names, names_of
 from tidaldecode.plan import TidalPlan
 from tidaldecode.texts.text import TextSource
 
 TIMED_METHODS = ("full", "sdpa", *(name for name in METHODS if name not in ("full", "oracle")))
 """`full` is full attention by this package's kernel, `sdpa` by PyTorch's; the oracle saves no time."""
+
+WHOLE_RUN_METHODS = (
+    "full",
+    "tidal",
+    "lossless",
+    "quest",
+    "streaming",
+    "transformers",
+    "transformers-static",
+)
+"""Ways to generate in `bench generate`; the last two are Transformers' own."""
 
 WARM_UP, REPEATS = 5, 2
 """Steps before each repeat, and repeats, of `bench decode`."""
@@ -79,6 +90,59 @@ class DecodeSettings:
         for method in self.methods:
             for budget in self.budgets if method not in ("full", "sdpa") else (None,):
                 yield method, budget
+
+
+def _lengths(option: str, text: str) -> tuple[int | Literal["auto"], ...]:
+    return tuple("auto" if item == "auto" else integers(option, item)[0] for item in text.split(","))
+
+
+@dataclass(frozen=True)
+class WholeRunSettings:
+    """What to generate: behind prompts of each context, in batches of each size, in each way.
+
+    Raises:
+        InputError: a method wants a budget, or a budget is nobody's.
+    """
+
+    contexts: Annotated[tuple[int, ...], Option("Tokens of a prompt.", metavar="N,...", parse=integers)] = (4096,)
+    batches: Annotated[tuple[int, ...], Option("Prompts at once.", metavar="N,...", parse=integers)] = (1,)
+    new_tokens: Annotated[int, Option("Tokens to generate behind each prompt.", min=2)] = 128
+    methods: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Of full,tidal,lossless,quest,streaming, and Transformers' own: transformers,transformers-static. "
+            "Default: full,tidal,lossless,transformers, and on a GPU transformers-static.",
+            metavar="M,...",
+            parse=names_of(*WHOLE_RUN_METHODS),
+        ),
+    ] = None
+    plan: Annotated[
+        tuple[str, ...], Option("Plan files, 'auto', 'paper', shipped plans.", metavar="NAME|FILE,...", parse=names)
+    ] = ("auto",)
+    budgets: Annotated[
+        tuple[int | float, ...] | None,
+        Option("Tokens a layer reads, or fractions of the context. Default: plan's.", metavar="K,...", parse=budgets),
+    ] = None
+    lossless: Annotated[
+        tuple[int | Literal["auto"], ...],
+        Option("Of lossless: tokens to draft in a round.", metavar="T|auto,...", parse=_lengths),
+    ] = ("auto",)
+
+    def __post_init__(self) -> None:
+        if self.budgets is None and (unset := {"quest", "streaming"} & set(self.methods or ())):
+            raise InputError(f"--methods {','.join(sorted(unset))} needs --budgets")
+        if self.budgets is not None and not set(self.methods or ("tidal",)) - {"full", *WHOLE_RUN_METHODS[-2:]}:
+            raise InputError(f"--methods {','.join(self.methods or ())} reads everything: leave out --budgets")
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """The names of the plans that are needed."""
+        return self.plan if self.methods is None or {"tidal", "lossless"} & set(self.methods) else ()
+
+    def methods_on(self, device_type: str) -> tuple[str, ...]:
+        """The methods; by default those that a user of such a device would compare."""
+        static = ("transformers-static",) if device_type == "cuda" else ()
+        return self.methods or ("full", "tidal", "lossless", "transformers", *static)
 
 
 @dataclass(frozen=True)

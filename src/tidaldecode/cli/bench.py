@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from tidaldecode.bench.settings import DecodeSettings, OperationsSettings, SourceOptions
+from tidaldecode.cli.bench_generate import generate
 from tidaldecode.cli.bench_tables import print_decode, print_operations
 from tidaldecode.cli.command import command
 from tidaldecode.cli.outline import outline_of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tidaldecode.bench.timing_report import TimingReport
     from tidaldecode.report.drawing import Draw
 
-bench = typer.Typer(help="Measures operations and decode steps on a GPU.", no_args_is_help=True)
+bench = typer.Typer(help="Measures operations, decode steps and whole calls of generate.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def decode(source: SourceOptions, settings: DecodeSettings, where: DeviceOptions
     content = report.to_json()
     title = "{model}, batch {batch}: {device}, {dtype}".format(**content)
     outputs.finish(content, step_times, title)
+
+
+bench.command()(generate)
 
 
 def _device(where: DeviceOptions) -> torch.device:

@@ -75,10 +75,9 @@ class MethodOptions:
             InputError: a setting is wrong, or as `check_methods`.
         """
         from tidaldecode.methods.method import check_methods, every_method
-        from tidaldecode.plans.find import find_plan
 
         choices: dict[str, Sequence[Any]] = {
-            "plan": [_named(find_plan(plan, config), plan) for plan in self.plans],
+            "plan": [named_plan(plan, config) for plan in self.plans],
             "selection": self.selection,
             "page_size": (self.page_size,),
         }
@@ -89,6 +88,9 @@ class MethodOptions:
         return methods
 
 
-def _named(plan: TidalPlan, name: str) -> TidalPlan:
-    """A plan without a name goes by its file's."""
+def named_plan(name: str, config: PreTrainedConfig) -> TidalPlan:
+    """The plan of a name or file, see `find_plan`; a plan without a name goes by its file's."""
+    from tidaldecode.plans.find import find_plan
+
+    plan = find_plan(name, config)
     return plan if plan.name is not None else plan.model_copy(update={"name": Path(name).stem})

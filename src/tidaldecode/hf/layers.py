@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from tidaldecode import ops
-from tidaldecode.errors import InputError
+from tidaldecode.errors import InputError, MemoryShortError
 from tidaldecode.hf.sequences import PREFILL_CHUNK, Sequences
 from tidaldecode.ops import KV, KeyCodes
 from tidaldecode.ops.codes import encode, room_for_codes
@@ -108,7 +108,7 @@ class TidalLayer(CacheLayerMixin):
         if self.is_initialized:  # each layer gives back its own, but not before it has the new ones
             free += (self.keys.nbytes + self.values.nbytes) * (self.num_layers - 1)
         if needed > free:
-            raise InputError(
+            raise MemoryShortError(
                 f"the KV cache of {batch} x {capacity:,} tokens in {self.num_layers} layers needs "
                 f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are free: "
                 f"{free // per_token:,} tokens fit"

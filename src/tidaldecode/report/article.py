@@ -12,6 +12,11 @@ from tidaldecode.report.drawing import NARROW, WIDE, Draw, to_svg
 from tidaldecode.report.folder import Result
 from tidaldecode.report.labels import budget_label, flattened, percent, ratio, written
 
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.2f}"
+
+
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "budget": ("budget", lambda budget: budget_label(budget) or "–"),
     "share": ("K and V read", percent),
@@ -27,6 +32,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "speedup": ("speed-up", ratio),
     "accepted_per_round": ("tokens per round", lambda tokens: "–" if tokens is None else f"{tokens:.2f}"),
     "differing": ("other texts", written),
+    "prefill": ("prefill, s", _seconds),
+    "all": ("all, s", _seconds),
+    "decode_ms_per_token": ("ms per token", lambda ms: "–" if ms is None else f"{ms:,.3f}"),
+    "decode_speedup_vs_full": ("speed-up, decoding", ratio),
+    "peak_memory_gib": ("peak GiB", written),
     "step_ms": ("ms per token", "{:,.3f}".format),
     "floor_ms": ("floor", "{:,.3f}".format),
     "us": ("µs", "{:,.1f}".format),

@@ -16,6 +16,7 @@ from tidaldecode.results.correction import CorrectionRow, rows_of
 from tidaldecode.results.needles import needle_summary
 from tidaldecode.results.rows import MethodSettings, shared_rows
 from tidaldecode.results.tasks import lm_eval_summary
+from tidaldecode.results.whole_runs import whole_run_rows
 
 _SAID_IN_ROWS = ("model", "nll", "full_nll", "gap", "accuracy", "full_accuracy", "figure", "figures")
 _NEEDLE_CASE = ("length", "depth", "repeat")
@@ -108,6 +109,20 @@ def decode_steps(result: Result, name: str, shares: SharesRead) -> Article:
     figures = drawn(name, {speeds.step_times: {"rows": result.rows}})
     table = Table.of("Decode steps", rows, fields)
     return article(result, f"Decode steps of {result.model}", figures, (table,), "model")
+
+
+def whole_runs(result: Result, name: str, shares: SharesRead) -> Article:
+    """Whole calls of generate: prefill, decoding and memory by method, context and batch."""
+    rows = [
+        row.model_dump()
+        | {"method": row.variant.label + ("" if row.lossless is None else f", T = {row.lossless}")}
+        | {"prefill": row.prefill_ms and row.prefill_ms / 1000, "all": row.total_ms and row.total_ms / 1000}
+        for row in whole_run_rows(result.rows)
+    ]
+    fields = "context batch method budget kv_read_fraction prefill all speedup_vs_full decode_ms_per_token"
+    fields += " decode_speedup_vs_full tokens_per_second accepted_per_round peak_memory_gib"
+    table = Table.of("Time of all, and of decoding alone; without figures: out of memory", rows, fields)
+    return article(result, f"Whole calls of generate, {result.model}", [], (table,), "model")
 
 
 def operations(result: Result, name: str, shares: SharesRead) -> Article:

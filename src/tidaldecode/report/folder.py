@@ -21,6 +21,7 @@ from tidaldecode.results.perplexity import PplCell, PplSummary
 from tidaldecode.results.rows import Count, Name, Number, Positive, Row, Share, Time
 from tidaldecode.results.tasks import TaskRow
 from tidaldecode.results.timings import DecodeRow, OperationRow
+from tidaldecode.results.whole_runs import WholeRunCell
 
 _LARGEST = 2**26  # bytes of a file
 _BARS = "bars"  # folder of files that say which bars results have met: they hold no results of their own
@@ -63,6 +64,7 @@ _CELLS: dict[str, TypeAdapter[Any]] = {
     "lm-eval": TypeAdapter(list[TaskRow]),
     "correction": TypeAdapter(list[CorrectionCell]),
     "answers": TypeAdapter(list[AnswerCell]),
+    "generate": TypeAdapter(list[WholeRunCell]),
 }
 _PRINTED: dict[str, tuple[set[str], TypeAdapter[Any]]] = {
     "decode": ({"step_ms"}, TypeAdapter(list[DecodeRow])),
@@ -71,6 +73,7 @@ _PRINTED: dict[str, tuple[set[str], TypeAdapter[Any]]] = {
     "needle": ({"correct", "total", "accuracy"}, TypeAdapter(list[NeedleRow])),
     "correction": ({"mode", "length", "speedup", "differing"}, TypeAdapter(list[CorrectionRow])),
     "lm-eval": ({"task", "metrics"}, TypeAdapter(list[TaskRow])),
+    "generate": ({"total_ms", "prefill_ms"}, TypeAdapter(list[WholeRunCell])),
     "answers": ({"surprise", "repetition", "loops"}, TypeAdapter(list[AnswerCell])),
 }
 """Rows of JSON objects: the fields of the first one by which a kind is known, and all that they must have."""

@@ -23,7 +23,7 @@ _SECTIONS: dict[str, dict[str, Callable[[Result, str, SharesRead], Article]]] = 
     "Quality": {"ppl": articles.perplexity, "needle": articles.needles, "answers": answers.answers},
     "Tasks": {"lm-eval": articles.tasks},
     "Lossless decoding": {"correction": articles.correction},
-    "Speed": {"decode": articles.decode_steps, "ops": articles.operations},
+    "Speed": {"decode": articles.decode_steps, "generate": articles.whole_runs, "ops": articles.operations},
     "Calibration": {"calibration": articles.calibration, "recall": articles.coherence},
     "Plans": {"plan": articles.values},
     "Other results": {"values": articles.values},
