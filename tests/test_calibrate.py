@@ -20,6 +20,7 @@ from tidaldecode.calibrate.allocation_search import AllocationSearch
 from tidaldecode.calibrate.assignment import Assignment
 from tidaldecode.calibrate.attention_weights import ChosenSets
 from tidaldecode.calibrate.calibration import calibrate
+from tidaldecode.calibrate.calibration_run import CalibrationRun
 from tidaldecode.calibrate.loss import Loss, mean_loss
 from tidaldecode.calibrate.lost_mass import measure_lost_mass
 from tidaldecode.calibrate.search import Layers, Search
@@ -370,6 +371,25 @@ def test_other_families(tiny, family, tmp_path):
     assert loss.divergence == pytest.approx(found.chosen.loss.divergence, rel=1e-4)
 
 
+def test_full_attentions_own_answers_choose_the_plan_too(tiny, byte_tokenizer):
+    model = apply(tiny(), "full")
+    wanted = settings(context=300, answers=3, heldout_windows=1)
+    run = CalibrationRun(model, wanted, lambda *what: None, byte_tokenizer)
+    run.read(text())
+    assert len(run.stretches) == 2 + 3
+    for stretch in run.stretches[2:]:
+        assert stretch.text_steps == 0 and 1 <= stretch.steps <= wanted.decode
+        prompt = stretch.cache.get_seq_length() + 1
+        assert prompt <= 300 - wanted.decode and stretch.tokens.shape == (1, stretch.steps + 1)
+    losses = [mean_loss([stretch], DecodeAttention(PLAN, run.shape)) for stretch in run.stretches]
+    both = mean_loss(run.stretches, DecodeAttention(PLAN, run.shape))
+    steps = [stretch.steps for stretch in run.stretches]
+    weighed = sum(loss.divergence * number for loss, number in zip(losses, steps, strict=True)) / sum(steps)
+    assert both.divergence == pytest.approx(weighed, rel=1e-5)
+    assert both.text_divergence == pytest.approx(sum(loss.text_divergence for loss in losses[:2]) / 2, rel=1e-5)
+    assert calibrate(model, text(), text(1), wanted).chosen.heldout_surprise is None  # without a tokenizer
+
+
 def test_the_seed_decides(tiny):
     model = apply(tiny(), "full")
     first, second, other = (calibrate(model, text(), text(1), settings(seed=seed)) for seed in (3, 3, 4))
@@ -621,6 +641,8 @@ def test_the_command(run, command, tmp_path):
     assert made.calibration_gap == pytest.approx(answer["calibration_gap"], abs=1e-5)
     assert made.heldout_gap == pytest.approx(answer["heldout_gap"], abs=1e-5)
     assert made.kv_read_fraction == pytest.approx(answer["kv_read_fraction"], abs=1e-5)
+    assert made.heldout_surprise == pytest.approx(answer["heldout_surprise"], abs=1e-5)
+    assert "answers about the held-out text" in err
     assert plan.token_budget == 32 and plan.model.num_layers == LAYERS and str(tmp_path) not in plan.to_json()
     assert [row["select_layers"] for row in answer["frontier"]] == sorted(
         row["select_layers"] for row in answer["frontier"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,9 @@ from tidaldecode.calibrate.settings import CalibrationSettings, check_apart
 from tidaldecode.errors import InputError, one_line
 from tidaldecode.evaluate.study import OnProgress, quiet
 from tidaldecode.texts.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ def calibrate(
     heldout: Text,
     settings: CalibrationSettings,
     on_progress: OnProgress = quiet,
+    tokenizer: Tokenizer | None = None,
 ) -> Found:
     """Finds the plan that loses least on a text, and measures what it loses on another.
 
@@ -58,6 +63,7 @@ def calibrate(
         heldout: likewise, see `CalibrationSettings.heldout`; shares no window with `text`.
         settings: what is looked for.
         on_progress: see `OnProgress`.
+        tokenizer: asks the questions of `settings.answers`; without it there are none.
 
     Raises:
         InputError: the model can't be calibrated so, a text is too short, they overlap, or full attention's own
@@ -66,7 +72,7 @@ def calibrate(
     """
     settings.check(model.config)
     check_apart(text, settings.starts(text), heldout, settings.heldout(heldout))
-    run = CalibrationRun(model, settings, on_progress)
+    run = CalibrationRun(model, settings, on_progress, tokenizer)
     stopped = False
     try:
         run.read(text)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -14,10 +15,13 @@ from tidaldecode.calibrate.attention_weights import ChosenSets
 from tidaldecode.calibrate.loss import Loss, mean_loss
 from tidaldecode.calibrate.lost_mass import measure_lost_mass
 from tidaldecode.calibrate.points import BestPoints, Point
+from tidaldecode.calibrate.questions import prompts
 from tidaldecode.calibrate.search import Layers, Search
 from tidaldecode.calibrate.settings import RECENT_TOKENS, SINK_TOKENS, CalibrationSettings
 from tidaldecode.calibrate.stretches import Stretch, with_probes
 from tidaldecode.errors import InputError
+from tidaldecode.evaluate.free_running import OwnAnswer, own_answers, surprise
+from tidaldecode.evaluate.generation_settings import Sampling
 from tidaldecode.evaluate.perplexity import perplexity
 from tidaldecode.evaluate.study import OnProgress, measure
 from tidaldecode.methods.method import Method
@@ -25,6 +29,12 @@ from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import model_shape, sliding_windows
 from tidaldecode.plan import TidalPlan, recent_among
 from tidaldecode.texts.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+SAMPLING = Sampling(temperature=0.7)
+"""How answers are written: greedy ones may go round in circles, which full attention finds ever more probable."""
 
 
 class WithCodes(DecodeAttention):
@@ -38,8 +48,15 @@ class WithCodes(DecodeAttention):
 class CalibrationRun:
     """One calibration at work; it can be stopped at any time."""
 
-    def __init__(self, model: PreTrainedModel, settings: CalibrationSettings, on_progress: OnProgress) -> None:
-        self.model, self.settings, self.on_progress = model, settings, on_progress
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: CalibrationSettings,
+        on_progress: OnProgress,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.model, self.settings, self.on_progress, self.tokenizer = model, settings, on_progress, tokenizer
+        self.answers = settings.answers if tokenizer is not None else 0
         self.shape = model_shape(model.config)
         windows = sliding_windows(model.config)
         self.layers = tuple(layer for layer, window in enumerate(windows) if window is None)
@@ -51,7 +68,9 @@ class CalibrationRun:
         by_number, (self.full_layers, select_layers) = settings.max_gap is None, settings.most_layers
         self.first = self.full_layers + 1
         self.last = self.full_layers + select_layers if by_number else len(self.layers) - 1
-        self.begun = settings.windows + len(SINK_TOKENS) + len(RECENT_TOKENS) + 1  # two looks at the attention
+        self.begun = (
+            settings.windows + bool(self.answers) + len(SINK_TOKENS) + len(RECENT_TOKENS) + 1
+        )  # two looks at the attention
         self.per_size = Search.most_tries + len(settings.token_budgets) - 1
         if settings.code_bits:
             self.begun += 2 * len(settings.token_budgets) - 2  # a look for each budget
@@ -75,6 +94,18 @@ class CalibrationRun:
             stretch = Stretch.read(self.model, window, settings.decode, probes.steps)
             stretch.check()
             self.stretches.append(stretch)
+        if self.answers:
+            self.step("full attention's own answers")
+            for own in self.own_answers(text, settings.starts(text)):
+                tokens = torch.tensor([[*own.prompt, *own.answer]])
+                self.stretches.append(Stretch.read(self.model, tokens, 0, len(own.answer)))
+
+    def own_answers(self, text: Text, starts: Sequence[int]) -> list[OwnAnswer]:
+        """Full attention's answers to questions about windows of a text, sampled."""
+        assert self.tokenizer is not None
+        settings = self.settings
+        asked = prompts(self.tokenizer, text, starts, settings.context - settings.decode, self.answers)
+        return own_answers(self.model, list(asked), settings.decode, SAMPLING)
 
     def search(self) -> None:
         """Finds the best plan of one size after another."""
@@ -187,3 +218,14 @@ class CalibrationRun:
         rows = measure(study, self.model, on_progress=on_progress)
         for key, row in zip(keys, rows[1:], strict=True):
             self.points.best[key] = replace(self.points.best[key], heldout_gap=row.gap, heldout_error=row.gap_stderr)
+        if self.answers:
+            self.check_answers(heldout)
+
+    def check_answers(self, heldout: Text) -> None:
+        """Measures what full attention makes of the answers that the chosen plan gives about the held-out text."""
+        self.on_progress(self.total, self.total, "held-out questions")
+        key = next(key for key, point in self.points.best.items() if point is self.points.chosen)
+        point, settings = self.points.best[key], self.settings
+        own = self.own_answers(heldout, settings.heldout(heldout).starts)
+        found = surprise(self.model, own, Method.named("tidal", None, point.plan), settings.decode, SAMPLING)
+        self.points.best[key] = replace(point, heldout_surprise=found.mean, heldout_surprise_error=found.stderr)

@@ -19,6 +19,7 @@ class Point:
         kv_read_fraction: share of the KV cache that a step reads at a window's end.
         heldout_gap, heldout_error: nats per token above full attention on the held-out text, and the standard error
             over its windows; `None` before the check, and the error of a single window.
+        heldout_surprise, heldout_surprise_error: see `Calibration`; likewise, and of the chosen plan alone.
     """
 
     plan: TidalPlan
@@ -26,6 +27,8 @@ class Point:
     kv_read_fraction: float
     heldout_gap: float | None = None
     heldout_error: float | None = None
+    heldout_surprise: float | None = None
+    heldout_surprise_error: float | None = None
 
 
 @dataclass

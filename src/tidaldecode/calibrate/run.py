@@ -51,7 +51,7 @@ def report_calibration(
     if results is not None:
         make_results_folder("--results", results)
     loaded, began = load(chosen, settings.seed, on_progress), time.perf_counter()
-    found = calibrate(loaded, text, heldout, settings, on_progress)
+    found = calibrate(loaded, text, heldout, settings, on_progress, tokenizer)
     about = {**measured_on(chosen, began), "text": title, "heldout_text": heldout_title}
     figure = None if results is None else str(results.with_suffix(".png"))
     report = CalibrationReport(about, settings, found, figure)

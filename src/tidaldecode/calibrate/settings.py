@@ -64,6 +64,8 @@ class CalibrationSettings:
         decode: decode steps of a window that predict the text's own tokens.
         heldout_windows, heldout_decode: of the text that the plan is checked on; at most a quarter of a window is
             decoded.
+        answers: questions that are asked about the text, whose answers, full attention's own, are decoded beside its
+            windows; and about the other text, see `Calibration.heldout_surprise`. As long as `decode` at most.
         per_query_head: whether each query head reads a set of its own, at the price of more rows, instead of one for
             the query heads of a KV head.
         probes: stretches of each prompt that are said again behind its text.
@@ -120,6 +122,9 @@ class CalibrationSettings:
     windows: Annotated[int, Option("Windows that the plan is chosen on.", min=1)] = 4
     heldout_windows: Annotated[int, Option("Windows that it is checked on.", min=1)] = 8
     heldout_decode: int = 384
+    answers: Annotated[
+        int, Option("Questions about each text; full attention's own answers choose and check the plan.", min=0)
+    ] = 4
     probes: Probes = Probes()
     tries: int = 12
     seed: Seed = 0

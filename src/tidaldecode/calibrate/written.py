@@ -98,6 +98,8 @@ def _numbers(point: Point) -> dict[str, Any]:
         "calibration_gap": point.loss.gap,
         "heldout_gap": point.heldout_gap,
         "heldout_error": point.heldout_error,
+        "heldout_surprise": point.heldout_surprise,
+        "heldout_surprise_error": point.heldout_surprise_error,
         "kv_read_fraction": point.kv_read_fraction,
     }
 

@@ -85,6 +85,10 @@ def _print(console: Console, report: CalibrationReport, plan_file: Path) -> None
     print_table(console, title, columns, map(_cells, found.frontier), False, found.frontier.index(found.chosen))
     if settings.max_gap is not None and found.chosen.loss.text_divergence > settings.max_gap:
         console.print(Words(f"no plan loses at most {settings.max_gap} nats: the best one was kept"), soft_wrap=True)
+    if (surprise := found.chosen.heldout_surprise) is not None:
+        error = found.chosen.heldout_surprise_error
+        words = "answers about the held-out text: full attention finds them {:+.3f}{} nats per token less probable"
+        console.print(Words(words.format(surprise, "" if error is None else f" ± {error:.3f}")), soft_wrap=True)
     stopped = "stopped; the best plan so far" if found.stopped else "plan"
     console.print(Words(f"{stopped}: {plan_file} ({found.tried} tried in {seconds:,.0f} s)"), soft_wrap=True)
     if report.sets_per_kv_head > 1:

@@ -18,6 +18,9 @@ class Calibration(BaseModel):
         calibration_gap, heldout_gap: nats per token above full attention, teacher-forced; `heldout_gap` is `None` where
             the calibration was stopped before the check.
         heldout_error: standard error of `heldout_gap` over the windows.
+        heldout_surprise: how much less probable full attention finds the plan's sampled answers to questions about the
+            held-out text than its own, nats per token; `None` if nothing was asked.
+        heldout_surprise_error: its standard error over the questions.
         kv_read_fraction: share of the KV cache that a step reads at `context` tokens.
         versions: of the packages that it was made with.
     """
@@ -40,4 +43,6 @@ class Calibration(BaseModel):
     calibration_gap: float
     heldout_gap: float | None = None
     heldout_error: float | None = None
+    heldout_surprise: float | None = None
+    heldout_surprise_error: float | None = None
     kv_read_fraction: float
