@@ -32,6 +32,7 @@ from tidaldecode.rules import RULES
 _IMPORTANCE_BINS, _SCORE_BINS = 256, 64  # counters of an index set; counting costs as much as there are bins
 _HELD = 8192  # importances that one program can hold
 _PROGRAMS = 8  # on a multiprocessor
+_FINISHES = True  # the second launch, where codes of keys are scored
 _FINISHING_REGISTERS = 80  # of a thread, or fewer programs run side by side; what is spilled is the last program's
 _FEW_HEADS = 4  # importances of more heads are kept, of fewer computed anew: as many bytes, or fewer
 
@@ -236,7 +237,7 @@ def _count_and_choose(
     programs = min(rounds.chunks * sets, scratch.multiprocessors(indices.device) * _PROGRAMS)
     turn_and_strides = batch, turn, rounds.window, *strides, totals.stride(0)
     candidates = lists.candidate_keys, lists.candidate_tokens
-    finish = pair > 0
+    finish = pair > 0 and _FINISHES
     warps = 4 if rounds.tokens < 2048 and heads <= 1 else 8
     count_kernel[programs,](
         *values, *which, lists.importance, lists.reaching, totals, *turn_and_strides, **read, **shared, num_warps=warps

@@ -1,0 +1,310 @@
+"""Kernels of codes of keys, and of full attention with few KV heads, on one GPU: checked against the reference, timed.
+
+    python benchmarks/codes_kernels.py --output benchmarks/results/codes_kernels_h100.json
+
+First a grid of shapes is checked; then the operations of a layer are timed in CUDA graphs at the shapes of the bars,
+budget 1,024, a set for each KV head. `over_full` is over the faster of SDPA and our full attention of the same shape.
+Processes side by side compile the kernels beforehand. Random K and V, bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tidaldecode import ops
+from tidaldecode.bench.caches import CacheShape, LayerCaches
+from tidaldecode.bench.choosing import choosing_workloads, coded
+from tidaldecode.bench.layers import layer_workloads
+from tidaldecode.bench.timing import rotated_buffers, time_gpu
+from tidaldecode.bench.workload import Workload
+from tidaldecode.ops import KV, Choice, kernels, reference
+from tidaldecode.ops.codes import room_for_codes
+from tidaldecode.ops.kernels import chunks, code_scores, launch, select
+from tidaldecode.results.environment import environment
+from tidaldecode.whole_file import whole_file
+
+DEVICE, DTYPE, BUDGET = torch.device("cuda"), torch.bfloat16, 1024
+SHAPES = {  # query heads, KV heads, head dim, sequences, context
+    "8 KV heads, 100K, batch 1": (32, 8, 128, 1, 102_400),
+    "8 KV heads, 32K, batch 12": (32, 8, 128, 12, 32_768),
+    "2 KV heads, 32K, batch 1": (12, 2, 128, 1, 32_000),
+    "2 KV heads, 32K, batch 32": (12, 2, 128, 32, 32_000),
+    "32 KV heads, 100K, batch 1": (32, 32, 128, 1, 102_400),
+}
+PREFILL = (32, 8, 128, 1, 32_768)
+GROUPS, CONTEXTS = (3, 5, 6, 7), (8192, 32_768)
+FEW_KV_HEADS = [(kv * group, kv, 128, 1, context) for kv in (1, 2, 4) for group in GROUPS for context in CONTEXTS]
+LENGTHS, CHOSEN = (5000, 30, 1999, 4096), 300  # of the checks
+CHECKED = ((4, 1, 64), (32, 8, 128), (12, 2, 128), (7, 1, 96), (16, 1, 128), (2, 2, 256))
+CHECKED_FULL = ((1, 6, (32_000,)), (2, 6, (32_000,)), (4, 7, (8192,)), (2, 3, (32_000, 5, 9000)), (1, 5, (7,)))
+OPERATIONS = {"sdpa", "full", "select per_group", "sparse per_group"}
+SCORING = [  # tokens, warps, programs, stages
+    (64, 1, 16, 3), (64, 1, 12, 3), (64, 1, 20, 3), (64, 1, 32, 3), (64, 1, 16, 4), (128, 1, 12, 3), (128, 1, 10, 3),
+    (128, 2, 8, 3), (256, 2, 8, 3), (256, 4, 4, 3),
+]  # fmt: skip
+CHOOSING = [
+    {"_FINISHES": False}, {"_FINISHING_REGISTERS": 64}, {"_FINISHING_REGISTERS": 128}, {"_PROGRAMS": 4},
+]  # fmt: skip
+TILINGS = [(128, 4, 3, 1), (64, 4, 3, 1), (64, 2, 3, 2), (64, 4, 3, 2), (128, 8, 3, 1)]
+
+
+def main() -> None:
+    """Prints a table last, and writes one JSON object."""
+    options = parse()
+    if not torch.cuda.is_available():
+        sys.exit("codes_kernels.py measures kernels: it needs a GPU")
+    torch.manual_seed(0)
+    if options.warm:
+        part, parts = map(int, options.warm.split("/"))
+        for number, (_, workload) in enumerate(workloads(options.sweep, most=2)):
+            if number % parts == part:
+                workload.calls[0]()
+        torch.cuda.synchronize()
+        return
+    begun = time.perf_counter()
+    compiled(options)
+    print(f"compiled in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    report = {**environment(DEVICE), "dtype": "bfloat16", "budget": BUDGET, "checks": checks(), "rows": []}
+    base: dict[str, float] = {}
+    for row, workload in workloads(options.sweep, most=64):
+        timing = time_gpu(workload.calls, DEVICE)
+        if row["operation"] in ("sdpa", "full") and "variant" not in row:
+            base[row["shape"]] = min(timing.us, base.get(row["shape"], timing.us))
+        over = round(timing.us / base[row["shape"]], 4) if row["shape"] in base else None
+        report["rows"].append(row | {"us": round(timing.us, 2), "spread": round(timing.spread, 4), "over_full": over})
+        print(line(report["rows"][-1]), file=sys.stderr, flush=True)
+        with whole_file(options.output) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(report))
+    print(f"{time.perf_counter() - begun:.0f} s in all")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--sweep", action="store_true", help=argparse.SUPPRESS)  # block sizes, warps, stages, splits
+    parser.add_argument("--processes", type=int, default=12, help="that compile side by side")
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def compiled(options: argparse.Namespace) -> None:
+    """Runs each workload once in some process; Triton's cache on the disk has its kernels then."""
+    command = [sys.executable, __file__, "--output", str(options.output), *["--sweep"] * options.sweep]
+    parts = [f"{part}/{options.processes}" for part in range(options.processes)]
+    running = [subprocess.Popen([*command, "--warm", part]) for part in parts]
+    for process in running:
+        process.wait()  # what failed there fails here, with its traceback
+
+
+# ---- what is timed
+
+
+def workloads(sweep: bool, most: int):
+    """Rows without times, and what is to be timed for each; a variant's settings hold until the next is asked for."""
+    for name, shape in SHAPES.items():
+        caches = caches_of(shape, most)
+        for workload in (*layer_workloads(caches, (BUDGET,)), *choosing_workloads(caches, (BUDGET,))):
+            if workload.name in OPERATIONS or workload.name.startswith(("choice", "quantized_select", "quest")):
+                yield {"shape": name, "operation": workload.name}, workload
+        for bits in (1, 2):
+            for part, workload in parts_of_a_choice(caches, bits):
+                yield {"shape": name, "operation": f"{part} {bits} bit{'s' * (bits > 1)}"}, workload
+        if sweep and "8 KV heads" in name:
+            yield from swept_choices(name, caches)
+        del caches
+    yield from prefill()
+    for shape in FEW_KV_HEADS:
+        yield from few_kv_heads(shape, most, sweep)
+
+
+def caches_of(shape, most):
+    """Caches enough that the L2 cache keeps nothing of codes of one bit, or of the tokens of a set."""
+    heads, kv_heads, dim, batch, context = shape
+    least = batch * kv_heads * min(context * (dim // 8 + 2), BUDGET * 4 * dim)
+    return LayerCaches.random(
+        CacheShape(heads, kv_heads, dim, batch, context, DTYPE), rotated_buffers(least, DEVICE, most), DEVICE, seed=0
+    )
+
+
+def parts_of_a_choice(caches, bits):
+    """The launches before the choice: queries turned, codes scored."""
+    layers = [coded(caches, layer, bits) for layer in range(len(caches))]
+    shape, query = caches.shape, caches.queries
+    pair = code_scores.pair_of(layers[0].codes, shape.heads // shape.kv_heads)
+    choice = Choice.alike(caches.lengths, BUDGET)
+    indices = caches.lengths.new_zeros(shape.batch, shape.kv_heads, BUDGET)
+    turned = [code_scores.turned_query(each, layers[0].codes) for each in query]
+
+    def score(layer):
+        tile = code_scores.tile_of(pair)
+        room = select.Choosing(query[layer], layers[layer], choice, shape.context, tile, [indices], pair).scores
+        code_scores.score(*turned[layer], layers[layer], layers[layer].codes, caches.scale, room, 0)
+
+    yield "turn", Workload.on_layers(caches, "", lambda layer: code_scores.turned_query(query[layer], layers[0].codes))
+    yield "score", Workload.on_layers(caches, "", score)
+
+
+def swept_choices(name, caches):
+    """The choice by codes with other block sizes, warps and stages."""
+    named = {workload.name: workload for workload in choosing_workloads(caches, (BUDGET,))}
+    for bits in ("1 bit", "2 bits"):
+        row, workload = {"shape": name, "operation": f"choice {bits}"}, named[f"choice {bits}"]
+        for tokens, warps, programs, stages in SCORING:
+            with given(code_scores, _TILE=tokens, _WARPS=warps, _PROGRAMS=programs, _STAGES=stages):
+                yield row | {"variant": f"tile {tokens}, {warps} warps, {programs} programs, {stages} stages"}, workload
+        for settings in CHOOSING:
+            with given(select, **settings):
+                yield row | {"variant": str(settings)}, workload
+        with given(chunks, _LARGEST=1024):
+            yield row | {"variant": "chunks of 1,024"}, workload
+    workload = next(one for one in layer_workloads(caches, (BUDGET,)) if one.name == "select per_group")
+    for few in (1, 2):  # exact select layers: importances kept, or made of the scores twice
+        with given(select, _FEW_HEADS=few):
+            yield {"shape": name, "operation": workload.name, "variant": f"_FEW_HEADS {few}"}, workload
+
+
+def prefill():
+    """Attention of a prompt of 32K tokens, and its writing, with codes and without."""
+    caches = caches_of(PREFILL, 2)
+    query = torch.randn(1, PREFILL[0], PREFILL[4], PREFILL[2], device=DEVICE, dtype=DTYPE)
+
+    def attend(layer):
+        keys, values = caches.keys[layer], caches.values[layer]
+        return scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
+
+    yield {"shape": "prefill, 32K", "operation": "sdpa"}, Workload.on_layers(caches, "", attend)
+    for bits in (0, 1, 2, 4):
+        layers = [coded(caches, layer, bits) if bits else caches.kv(layer) for layer in range(2)]
+
+        def write(layer, layers=layers):
+            kv = layers[layer]
+            ops.write_kv(kv.k, kv.v, kv, kv.lengths)
+
+        yield {"shape": "prefill, 32K", "operation": f"write_kv, {bits} bits"}, Workload.on_layers(caches, "", write)
+
+
+def few_kv_heads(shape, most, sweep):
+    """Full attention by SDPA and by ours; swept, by other tilings."""
+    caches, name = caches_of(shape, most), "{} heads, {} KV heads, {}, batch {}, {}".format(*shape)
+    both = [one for one in layer_workloads(caches, (BUDGET,)) if one.name in ("sdpa", "full")]
+    for workload in both:
+        yield {"shape": name, "operation": workload.name}, workload
+    if sweep and shape[0] // shape[1] == 6:
+        for tiling in TILINGS:
+            with given(kernels, _tiling=lambda query, tiling=tiling: launch.Tiling(*tiling)):
+                yield {"shape": name, "operation": "full", "variant": f"tiling {tiling}"}, both[1]
+        for channels in (16, 64):
+            with given(launch, _MERGED_CHANNELS=channels):
+                yield {"shape": name, "operation": "full", "variant": f"merged by {channels} channels"}, both[1]
+
+
+@contextmanager
+def given(module, **settings):
+    """A module's constants, for a while."""
+    before = {name: getattr(module, name) for name in settings}
+    for name, value in settings.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+# ---- checks
+
+
+def checks():
+    """Kernels against the reference: importances of the chosen, in order, and the output of full attention."""
+    found = [checked_choice(bits, *shape, block) for bits in (1, 2, 4) for shape in CHECKED for block in (0, 16)]
+    found += [checked_full(kv_heads * group, kv_heads, lengths) for kv_heads, group, lengths in CHECKED_FULL]
+    for check in found:
+        print("check", check, file=sys.stderr, flush=True)
+    return found
+
+
+def checked_choice(bits, heads, kv_heads, dim, block):
+    """Sets of ragged sequences; tokens whose importances agree in their first 8 bits count as equal."""
+    lengths = torch.tensor(LENGTHS, device=DEVICE, dtype=torch.int32)
+    batch, most = len(LENGTHS), -(-max(LENGTHS) // 16) * 16
+    caches = LayerCaches.random(CacheShape(heads, kv_heads, dim, batch, most, DTYPE), 1, DEVICE, seed=0)
+    kv = coded(caches, 0, bits)
+    kv = replace(in_blocks(kv, block) if block else kv, lengths=lengths)
+    choice = Choice.alike(lengths, CHOSEN, 20, 4)
+    sets = torch.zeros(2, batch, kv_heads, CHOSEN, device=DEVICE, dtype=torch.int32)
+    query, seen, chosen = caches.queries[0], [], reference.select_tokens
+    with given(reference, select_tokens=lambda *args: (seen.append(args[0]), chosen(*args))):
+        reference.choose_by_codes(query, kv, caches.scale, ["per_group"], choice, most, sets[0])
+    kernels.choose_by_codes(query, kv, caches.scale, ["per_group"], choice, most, sets[1])
+    worst, common = 0.0, 1.0
+    for b, length in enumerate(LENGTHS):
+        rows = sets[:, b, :, : min(CHOSEN, length)].long()
+        theirs, mine = (seen[0][b].gather(1, part).sort(-1).values for part in rows)
+        worst = max(worst, ((mine - theirs).abs() / theirs.clamp(min=1e-9)).max().item())
+        for one, other in zip(*rows.tolist(), strict=True):
+            assert len(set(other)) == len(other)
+            common = min(common, len(set(one) & set(other)) / len(one))
+    names = {"bits": bits, "heads": heads, "kv_heads": kv_heads, "head_dim": dim, "block": block}
+    return names | {"worst": round(worst, 5), "common": round(common, 4), "right": worst < 2**-6}
+
+
+def in_blocks(kv, size):
+    """A contiguous cache as a paged one, its blocks in any order."""
+    table = torch.randperm(kv.k.shape[0] * kv.k.shape[1] // size, device=DEVICE).int().view(len(kv.block_table), -1)
+    blocks = table.flatten().long()
+
+    def paged(rows, room):
+        room[blocks] = rows.reshape(-1, size, *rows.shape[2:])
+        return room
+
+    k, v = (paged(rows, rows.new_empty(len(blocks), size, *rows.shape[2:])) for rows in (kv.k, kv.v))
+    room = room_for_codes(k, kv.codes.bits, len(table))
+    paged(kv.codes.packed, room.packed), paged(kv.codes.factors, room.factors)
+    return KV(k, v, table, kv.lengths, room)
+
+
+def checked_full(heads, kv_heads, lengths):
+    """Full attention of ragged sequences against the reference in float64."""
+    caches = LayerCaches.random(CacheShape(heads, kv_heads, 128, len(lengths), max(lengths), DTYPE), 1, DEVICE, seed=0)
+    kv = replace(caches.kv(0), lengths=torch.tensor(lengths, device=DEVICE, dtype=torch.int32))
+    exact = KV(kv.k.double(), kv.v.double(), kv.block_table, kv.lengths)
+    wanted = reference.full_attention(caches.queries[0].double(), exact, caches.scale)
+    error = (kernels.full_attention(caches.queries[0], kv, caches.scale).double() - wanted).norm() / wanted.norm()
+    return {"full": [heads, kv_heads, *lengths], "error": round(error.item(), 6), "right": error.item() < 1e-2}
+
+
+def line(row):
+    """A row of the table."""
+    over = "" if row["over_full"] is None else f"{row['over_full']:.3f}"
+    what = f"{row['operation']}, {row['variant']}" if "variant" in row else row["operation"]
+    return f"{row['shape']:<38} {what:<70} {row['us']:>9.1f} us {over:>7}"
+
+
+def table(report):
+    """What the bars ask for, the best variants, and what is wrong."""
+    wrong = [check for check in report["checks"] if not check["right"]]
+    lines = [f"{len(report['checks'])} checks, wrong: {wrong or 'none'}"]
+    lines += [line(row) for row in report["rows"] if "variant" not in row]
+    best: dict[tuple[str, str], list] = {}
+    for row in report["rows"]:
+        if "variant" in row:
+            best.setdefault((row["shape"], row["operation"]), []).append(row)
+    for rows in best.values():
+        lines += [line(row) for row in sorted(rows, key=lambda row: row["us"])[:3]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
