@@ -492,6 +492,23 @@ def test_lossless_rounds_replay_graphs(gpu_model, tiny, drafting):
     assert_prefilled(model, cache, output)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafting", ["plan", "verification"])
+def test_lossless_auto_replays_graphs_of_full_steps_too(gpu_model, tiny, drafting):
+    plan = PLANS["paper"](tiny().config).with_drafting(drafting)
+    model = gpu_model(plan)
+    arguments = {"attention_mask": MASK.cuda(), "max_new_tokens": 80, "pad_token_id": 0, "do_sample": False}
+    cache = TidalCache(model.config, PLANS["full"](model.config), 120)
+    expected = model.generate(PROMPT.cuda(), past_key_values=cache, **arguments)
+    cache = TidalCache(model.config, plan, 120)
+    assert torch.equal(model.generate(PROMPT.cuda(), past_key_values=cache, lossless="auto", **arguments), expected)
+    steps, drafts = cache.for_full_steps().session, cache.for_drafts(16).session
+    assert steps.step is not None and drafts.step is not None and steps.step is not drafts.step
+    pace = cache.rounds.pace
+    assert cache.rounds.drafted[:3] == [0, 0, 0] and min(pace.draft_ms, pace.pass_ms, pace.full_step_ms) > 0
+    assert pace.draft_ms < 1000 and pace.full_step_ms < 1000  # without what compiles
+
+
 def assert_prefilled(model, cache, output):
     """Every row of the cache is as after reading the tokens at once."""
     tokens = cache.get_seq_length()

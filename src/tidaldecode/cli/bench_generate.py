@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tidaldecode.models import ChosenModel
     from tidaldecode.results.whole_runs import WholeRunRow
 
-_COLUMNS = ("method", "prefill s", "all s", "gain", "tokens/s", "gain", "read", "GiB")
+_COLUMNS = ("method", "prefill s", "all s", "speed-up", "tokens/s", "speed-up", "KV read")
 
 
 @command
@@ -37,7 +37,9 @@ def generate(settings: WholeRunSettings, text: TextSource, options: StudyOptions
     for context, batch in dict.fromkeys((row.context, row.batch) for row in report.rows):
         title = f"{about}: batch {batch}, {context:,} tokens, {settings.new_tokens:,} new"
         rows = [row for row in report.rows if (row.context, row.batch) == (context, batch)]
-        print_table(options.console, title, _COLUMNS, map(_cells, rows), no_wrap=True)
+        memory = ("GiB",) if any(row.peak_memory_gib is not None for row in rows) else ()
+        columns = (*_COLUMNS, *memory)
+        print_table(options.console, title, columns, (_cells(row)[: len(columns)] for row in rows), no_wrap=True)
     for row in report.rows:
         if row.pace is not None:
             pace = Pace(**{name: value for name, value in row.pace.items() if name != "speedup"})
@@ -50,7 +52,7 @@ def _cells(row: WholeRunRow) -> tuple[str, ...]:
     name = " ".join(filter(None, (row.variant.label, budget_label(row.budget))))
     name += "" if row.lossless is None else f", T = {row.lossless}"
     if row.out_of_memory or row.prefill_ms is None or row.total_ms is None:
-        return name, "no memory", *[""] * (len(_COLUMNS) - 2)
+        return name, "no memory", *[""] * (len(_COLUMNS) - 1)
     return (
         name,
         f"{row.prefill_ms / 1000:,.2f}",

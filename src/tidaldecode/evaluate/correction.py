@@ -132,7 +132,7 @@ def _measure(held: HeldPrompt, case: Case, way: Decoding, full: Fields | None, o
         "nll": lossless["nll"],
         "ms_per_token": ms,
         "token_ids": tokens,
-        "accepted_per_round": cache.rounds.accepted_per_round,
+        "accepted_per_round": cache.rounds.accepted_per_round or 1.0,  # of rounds that had nothing left to draft
         "first_difference": first_difference(tokens, lossless["token_ids"]),
     }
 
