@@ -68,7 +68,11 @@ def chunks_in_round(lengths, batch, turn, window, BATCH: tl.constexpr, CHUNK: tl
 @triton.jit
 def sequence_of(chunk, chunks, behind, batch, BATCH: tl.constexpr):
     """The sequence that a chunk belongs to, its chunks, and how many there are before them."""
-    index = tl.arange(0, BATCH)
-    b = tl.minimum(tl.sum((behind <= chunk).to(tl.int32)), batch - 1)
-    own = tl.sum(tl.where(index == b, chunks, 0))
-    return b, own, tl.sum(tl.where(index == b, behind, 0)) - own
+    if BATCH == 1:  # known before the lengths are
+        b, own, before = chunk * 0, tl.sum(chunks), chunk * 0
+    else:
+        index = tl.arange(0, BATCH)
+        b = tl.minimum(tl.sum((behind <= chunk).to(tl.int32)), batch - 1)
+        own = tl.sum(tl.where(index == b, chunks, 0))
+        before = tl.sum(tl.where(index == b, behind, 0)) - own
+    return b, own, before

@@ -161,23 +161,14 @@ def _score_kernel(
     busy, b, split, num_splits, first_slot, length, first_chunk = stretch_of(
         lengths, slot, batch, split_target, turn, window, BATCH, TILE, CHUNK
     )
-    if not busy:
-        return
     b64 = tl.cast(b, tl.int64)
-    if COUNTS > 0:  # noqa: SIM102 - known when it is compiled
-        if split == 0:
-            entry = tl.arange(0, triton.next_power_of_2(SHARE))
-            cleared = (entry < SHARE) & (head * SHARE + entry < COUNTS)
-            tl.store(counts + b64 * COUNTS + head * SHARE + entry, tl.zeros_like(entry), mask=cleared)
-    if length <= tl.load(budgets + b):
-        return
     table = block_table + b64 * table_b
     p_base, f_base = packed + head * packed_head, factors + head * factors_head
     if BLOCK == 0:
         block = tl.load(table).to(tl.int64)
         p_base += block * packed_block
         f_base += block * factors_block
-
+    budget = tl.load(budgets + b)
     column = tl.arange(0, COLUMNS)
     g, own = column % BLOCK_G, column // BLOCK_G  # the query head of a column, and which token of a row it scores
     real = g < GROUP
@@ -194,6 +185,16 @@ def _score_kernel(
     # codes are odd integers, 2u + 1 - 2^BITS
     step = tl.load(steps + q_row, mask=real, other=0.0) * (scale * _LOG2_E)
     twice, offset = 2.0 * step, step * (sums * (1 - 2**BITS)).to(tl.float32)
+    # all that was read so far was read at once: a return ahead of it would wait for the lengths
+    if not busy:
+        return
+    if COUNTS > 0:  # noqa: SIM102 - known when it is compiled
+        if split == 0:
+            entry = tl.arange(0, triton.next_power_of_2(SHARE))
+            cleared = (entry < SHARE) & (head * SHARE + entry < COUNTS)
+            tl.store(counts + b64 * COUNTS + head * SHARE + entry, tl.zeros_like(entry), mask=cleared)
+    if length <= budget:
+        return
 
     tiles = (length + TILE - 1) // TILE
     per_split = (tiles + num_splits - 1) // num_splits
