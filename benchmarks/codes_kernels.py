@@ -270,7 +270,7 @@ def in_blocks(kv, size):
         return room
 
     k, v = (paged(rows, rows.new_empty(len(blocks), size, *rows.shape[2:])) for rows in (kv.k, kv.v))
-    room = room_for_codes(k, kv.codes.bits, len(table))
+    room = room_for_codes(k, kv.codes.bits)
     paged(kv.codes.packed, room.packed), paged(kv.codes.factors, room.factors)
     return KV(k, v, table, kv.lengths, room)
 

@@ -13,10 +13,9 @@ from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf.layers import TidalLayer
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.method import Method
-from tidaldecode.ops import KV, Choice, KeyCodes, reference
-from tidaldecode.ops.codes import decode, encode, room_for_codes, rotation
+from tidaldecode.ops import KV, Choice, KeyCodes, codes, reference
+from tidaldecode.ops.codes import CENTRE_TOKENS, decode, encode, room_for_codes, rotation
 from tidaldecode.rules import RULES
-from tidaldecode.serving.settings import Settings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (161, 1, 64, 0)
@@ -32,8 +31,8 @@ def make(bits, dim=32, heads=6, kv_heads=3, block_size=16, dtype=torch.float32, 
     keys = torch.randn(batch, max(lengths), kv_heads, dim) + 2 * torch.randn(kv_heads, dim)
     k = torch.zeros(batch * blocks, block_size, kv_heads, dim, dtype=dtype, device=DEVICE)
     kv = KV(k, torch.zeros_like(k), table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
-    codes = room_for_codes(k, bits, batch)
-    codes.centres.copy_(keys.mean(1))
+    steady = (torch.arange(dim, device=DEVICE) % 3 > 0).float()
+    codes = room_for_codes(k, bits, steady)
     kv = replace(kv, codes=codes)
     query = torch.randn(batch, heads, dim).to(dtype).to(DEVICE)
     return query, keys.to(dtype).to(DEVICE), kv, codes
@@ -55,7 +54,7 @@ def test_estimates_are_unbiased_and_as_near_as_their_bits(bits, error, dim):
     torch.manual_seed(0)
     keys, query = torch.randn(4000, 2, dim) + 3 * torch.randn(2, dim), torch.randn(2, dim)
     centre = keys.mean(0)
-    packed, factors = encode(keys, centre, room_for_codes(keys[None], bits, 1))
+    packed, factors = encode(keys, centre, room_for_codes(keys[None], bits))
     assert packed.shape == (4000, 2, dim * bits // 8)
     estimated = (decode(packed, factors, bits) * (query @ rotation(dim, keys.device))).sum(-1)
     exact = ((keys - centre) * query).sum(-1)
@@ -72,7 +71,7 @@ def test_the_rotation_is_one_and_always_the_same():
 
 def test_a_key_at_the_centre_scores_nothing():
     keys = torch.ones(1, 1, 2, 8)
-    packed, factors = encode(keys, keys[0, 0], room_for_codes(keys, 1, 1))
+    packed, factors = encode(keys, keys[0, 0], room_for_codes(keys, 1))
     assert not decode(packed, factors, 1).any()
 
 
@@ -110,10 +109,10 @@ def test_what_can_not_be_is_refused():
     k = torch.zeros(2, 4, 2, 20)
     for bits in (1, 3, 8):
         with pytest.raises(ValueError, match=f"there are no codes of {bits} bits for head dim 20"):
-            room_for_codes(k, bits, 1)
-    room = room_for_codes(k, 2, 1)
+            room_for_codes(k, bits)
+    room = room_for_codes(k, 2)
     with pytest.raises(ValueError, match="factors is"):
-        KeyCodes(room.packed, room.factors.float(), room.centres, room.rotation)
+        KeyCodes(room.packed, room.factors.float(), room.rotation, room.steady)
 
 
 PROMPTS = torch.randint(0, 250, (2, 60), generator=torch.Generator().manual_seed(1))
@@ -152,7 +151,7 @@ def test_a_cache_keeps_codes_of_what_it_holds(tiny, bits):
     assert cache.capacity > 64
     for layer in cache.layers[1:]:
         keys = layer.keys.transpose(1, 2)
-        packed, _ = encode(keys, layer.codes.centres[:, None], layer.codes)
+        packed, _ = encode(keys, keys[:, :CENTRE_TOKENS].mean(1, keepdim=True) * layer.codes.steady, layer.codes)
         there = torch.arange(cache.capacity) < cache.sequences.lengths[:, None]
         assert (packed[there] != layer.codes.packed[there]).float().mean() < 1e-3
     before, length = coded(cache), cache.get_seq_length()
@@ -195,6 +194,56 @@ def test_kernels_write_the_references_codes(bits, dim, heads, kv_heads, block_si
     bits_apart = (codes.packed ^ wanted[0]).float().count_nonzero() / codes.packed.numel()
     assert bits_apart < 0.01  # sums in another order, at the border of two codes
     torch.testing.assert_close(codes.factors, wanted[1], rtol=1e-2, atol=1e-3)
+
+
+def written_in_chunks(operations, keys, kv, chunk):
+    """Codes of keys that are put into the cache and coded so many at a time."""
+    lengths = torch.zeros_like(kv.lengths)
+    while (lengths < kv.lengths).any():
+        new = (kv.lengths - lengths).clamp(max=chunk)
+        lengths = lengths + new
+        for b, (end, count) in enumerate(zip(lengths.tolist(), new.tolist(), strict=True)):
+            token = torch.arange(end - count, end, device=DEVICE)
+            kv.k[kv.block_table[b, token // kv.k.shape[1]].long(), token % kv.k.shape[1]] = keys[b, token]
+        operations.write_codes(replace(kv, lengths=lengths), new, int(new.sum()))
+    return kv.codes.packed.clone(), kv.codes.factors.clone()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 40])
+def test_codes_go_by_the_keys_and_not_by_the_passes(chunk):
+    """Of tokens that come some at a time, the first ones before there are as many as the centre is of."""
+    at_once, some = (make(2, lengths=(45, 6, 0)) for _ in range(2))
+    wanted = written_in_chunks(codes, at_once[1], at_once[2], 99)
+    assert all(map(torch.equal, written_in_chunks(codes, some[1], some[2], chunk), wanted))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("chunk", [1, 30, 99])
+def test_kernels_code_ragged_batches(chunk):
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+
+    by_reference, by_kernel = (make(2, lengths=(21, 6, 0, 17, 16)) for _ in range(2))
+    wanted = written_in_chunks(codes, by_reference[1], by_reference[2], 99)
+    packed, factors = written_in_chunks(kernels, by_kernel[1], by_kernel[2], chunk)
+    assert (packed ^ wanted[0]).float().count_nonzero() < 0.01 * packed.numel()
+    torch.testing.assert_close(factors, wanted[1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.kernels
+def test_kernels_write_the_references_importances():
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+
+    query, keys, kv, _ = make(2)
+    write(keys, kv)
+    rules = ["unified", "per_head"]
+    wanted, found = (torch.zeros(len(LENGTHS), 7, 200, device=DEVICE) for _ in range(2))
+    reference.importance_by_codes(query, kv, 0.2, rules, wanted)
+    kernels.importance_by_codes(query, kv, 0.2, rules, found)
+    for b, length in enumerate(LENGTHS):  # kept in steps of 1/1024 octave
+        torch.testing.assert_close(found[b, :1, :length], wanted[b, :1, :length], rtol=2e-3, atol=1e-7)
+        torch.testing.assert_close(found[b, 1:, :length], wanted[b, 1:, :length], rtol=0, atol=2e-3)
 
 
 @pytest.mark.kernels
@@ -273,7 +322,7 @@ def test_kernels_turn_queries_as_the_reference(dim):
 
 
 def test_a_head_s_codes_lie_together():
-    codes = room_for_codes(torch.zeros(2, 21, 3, 16), 2, 2)
+    codes = room_for_codes(torch.zeros(2, 21, 3, 16), 2)
     assert codes.packed.shape == (2, 21, 3, 4) and codes.packed.stride() == (3 * 32 * 4, 4, 32 * 4, 1)
     assert codes.factors.shape == (2, 21, 3) and codes.factors.stride() == (3 * 32, 1, 32)
 
@@ -303,19 +352,17 @@ def test_codes_of_another_prompt_in_the_same_cache(tiny):
         model(PROMPTS.flip(0), past_key_values=each)
         model(PROMPTS[:, :1], past_key_values=each)
     for old, new in zip(cache.layers[1:], fresh.layers[1:], strict=True):
-        assert torch.equal(old.codes.centres, new.codes.centres)
         assert torch.equal(old.codes.packed[:, :61], new.codes.packed[:, :61])
 
 
 def test_halves_do_not_overflow():
     """The sum of many keys is beyond float16, their mean is not."""
-    layer = TidalLayer(Sequences(1000), 1, True)
+    layer = TidalLayer(Sequences(100), 1, True)
     layer.use_codes(1)
-    rows = torch.full((1, 2, 900, 16), 300.0, dtype=torch.float16)
-    layer.sequences.begin(1, 900, torch.device("cpu"), None)
+    rows = torch.full((1, 2, 90, 16), 30000.0, dtype=torch.float16)
+    layer.sequences.begin(1, 90, torch.device("cpu"), None)
     layer.update(rows, rows)
-    layer.code_prompt()
-    assert torch.equal(layer.codes.centres, torch.full((1, 2, 16), 300.0))
+    assert not layer.codes.factors[:, :90].any()
 
 
 def test_sparse_layers_read_what_codes_chose_and_one_pass_is_as_many_steps(tiny):
@@ -374,12 +421,6 @@ def test_a_plan_file_keeps_its_bits_and_older_plans_their_digests(tmp_path):
     assert len({Method.named("tidal", plan=each).key()["plan_digest"] for each in plans}) == 2
 
 
-def test_a_server_says_that_it_has_no_codes(tiny, tmp_path):
-    plan_of(tiny("llama").config, 1).save(tmp_path / "codes.json")
-    with pytest.raises(InputError, match="a server's cache has no codes of keys yet"):
-        Settings(plan=str(tmp_path / "codes.json")).plan_for(tiny("llama").config)
-
-
 def test_generate_by_a_plan_without_sparse_layers(run, tiny, byte_tokenizer, tmp_path):
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
@@ -390,11 +431,6 @@ def test_generate_by_a_plan_without_sparse_layers(run, tiny, byte_tokenizer, tmp
     assert status == 0 and "quantized select layers" in err
     codes = json.loads(out)["context_tokens"] * 6 / 64  # 4 bytes of codes and 2 of a factor, of 64 of K and V
     assert json.loads(out)["tokens_read_per_kv_head"] == pytest.approx(16 + codes, abs=0.5)
-
-
-def test_a_part_of_a_cache_has_its_own_centres():
-    _, _, kv, codes = make(1)
-    assert torch.equal(kv.of(slice(1, 3)).codes.centres, codes.centres[1:3])
 
 
 def test_steps_without_a_prompt_before_them(tiny):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from tidaldecode import InputError
-from tidaldecode.models import ChosenModel, ModelFiles, find_model
+from tidaldecode.models import ChosenModel, ModelFiles, find_model, steady_channels
 from tidaldecode.models import demo as demo_model
 
 
@@ -193,3 +194,18 @@ def test_a_hub_id_that_can_t_be_reached(monkeypatch):
     with pytest.raises(InputError, match="model 'nobody/nothing' can't be read: ") as error:
         find_model("nobody/nothing").config()
     assert "\n" not in str(error.value)
+
+
+def test_channels_that_rope_hardly_turns():
+    """Of pairs half a head dim apart; those that RoPE leaves alone are steady, too."""
+    config = LlamaConfig(
+        head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 10**4}, max_position_embeddings=1000
+    )
+    # the pairs turn once in 6, 63, 628 and 6,283 tokens
+    assert steady_channels(config) == [False, False, False, True] * 2
+    config.rope_parameters["partial_rotary_factor"] = 0.5
+    assert steady_channels(config) == [False, False, False, False, True, True, True, True]
+    config.rope_parameters = {"sliding_attention": {}, "full_attention": {"rope_theta": 10**8}}
+    assert steady_channels(config) == [False, False, True, True] * 2
+    config.rope_parameters = None
+    assert all(steady_channels(config))

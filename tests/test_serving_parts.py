@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tidaldecode import InputError, ModelShape, TidalPlan
+from tidaldecode import InputError, ModelShape, TidalPlan, ops
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.ops import KV
+from tidaldecode.ops.codes import room_for_codes
 from tidaldecode.serving.batch import split
 from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import Limits, RankAttention
@@ -237,10 +239,21 @@ def _alone() -> SimpleNamespace:
     return _Ranks(1).group(0)
 
 
-def _plan(selection: str, sources: dict[int, list[str]] | None = None) -> TidalPlan:
+def _plan(
+    selection: str, sources: dict[int, list[str]] | None = None, roles: tuple[str, ...] = ROLES, bits: int | None = None
+) -> TidalPlan:
     return TidalPlan.validated(
-        roles=ROLES, selection=selection, token_budget=16, sink_tokens=1, recent_tokens=2, sources=sources
+        roles=roles,
+        selection=selection,
+        token_budget=16,
+        sink_tokens=1,
+        recent_tokens=2,
+        sources=sources,
+        key_bits=bits,
     )
+
+
+CODED = ("full", "quantized_select", "sparse", "select", "sparse", "quantized_select")
 
 
 ELSEWHERE = {2: [f"1:per_head:{7 - head}" for head in range(8)], 5: ["1:per_group:3"] * 4 + ["3:unified"] * 4}
@@ -253,13 +266,25 @@ def _step(attention: DecodeAttention, cache: list[tuple], query: list[torch.Tens
     outputs = []
     for layer in range(SHAPE.num_layers):
         kv = KV(*(rows[:, :, of_kv] for rows in cache[layer]), table, lengths)
+        if bits := attention.code_bits(layer):
+            kv = replace(kv, codes=room_for_codes(kv.k, bits))
+            ops.write_codes(kv, lengths, int(lengths.sum()))
         outputs.append(attention.attend(layer, query[layer][:, part], kv, 0.25))
     return outputs
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
-    "plan", [_plan("unified"), _plan("per_head"), _plan("per_group"), _plan("per_head", ELSEWHERE)], ids=str
+    "plan",
+    [
+        _plan("unified"),
+        _plan("per_head"),
+        _plan("per_group"),
+        _plan("per_head", ELSEWHERE),
+        _plan("unified", roles=CODED, bits=2),
+        _plan("per_head", ELSEWHERE, CODED, 4),
+    ],
+    ids=lambda plan: f"{plan.selection}-{plan.sources is not None}-{plan.key_bits}",
 )
 def test_ranks_attend_as_one_does(size, plan, monkeypatch):
     monkeypatch.setattr("tidaldecode.serving.rank._SCORE_BYTES", 4 * 2 * 64 * 4)  # some sequences at a time
@@ -345,6 +370,15 @@ def test_read_counts_agree_with_the_plan():
     counts.count(_array(12, 40, 0, 50))
     read = sum(sum(attention.tokens_read(length).values()) for length in (12, 40, 50))
     assert counts.totals.tolist() == [3, read, 6 * (12 + 40 + 50)]
+
+
+def test_read_counts_count_the_bytes_of_codes():
+    attention = DecodeAttention(_plan("per_group", roles=CODED, bits=2), SHAPE)
+    counts = ReadCounts(attention)
+    counts.count(_array(12, 40, 50))
+    read = sum(sum(attention.tokens_read(length).values()) for length in (12, 40, 50))
+    assert counts.totals[1] == pytest.approx(read)
+    assert attention.tokens_read(40)[1] == 16 + 40 * (16 * 2 / 8 + 2) / 64
 
 
 def test_read_counts_of_a_share_of_the_context():

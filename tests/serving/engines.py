@@ -21,6 +21,8 @@ ABORTED = {4: 2, 40: 23, 90: 11}
 CROSSING = {2: ["1:per_head:3", "1:per_head:2", "1:unified", "1:per_head:0"], 5: ["4:unified"] * 4}
 """Sources of the tiny Llama's plan that let heads read sets of the other of two ranks."""
 ROLES = ("full", "select", "sparse", "sparse", "select", "sparse", "sparse")
+CODED = ("full", "quantized_select", "sparse", "full", "quantized_select", "sparse", "quantized_select")
+"""Roles with layers that choose by codes of keys."""
 
 
 def save_tiny_llama(folder: Path) -> Path:
@@ -44,12 +46,24 @@ def save_tiny_llama(folder: Path) -> Path:
     return folder
 
 
-def tiny_plan(folder: Path, budget: int, selection: str, sources: dict[int, list[str]] | None = None) -> str:
+def tiny_plan(
+    folder: Path,
+    budget: int,
+    selection: str,
+    sources: dict[int, list[str]] | None = None,
+    roles: tuple[str, ...] = ROLES,
+) -> str:
     """Writes a plan for the tiny Llama, and returns its path."""
     plan = TidalPlan.validated(
-        roles=ROLES, selection=selection, token_budget=budget, sink_tokens=2, recent_tokens=4, sources=sources
+        roles=roles,
+        selection=selection,
+        token_budget=budget,
+        sink_tokens=2,
+        recent_tokens=4,
+        sources=sources,
+        key_bits=2 if "quantized_select" in roles else None,
     )
-    path = folder / f"plan-{budget}-{selection}-{bool(sources)}.json"
+    path = folder / f"plan-{budget}-{selection}-{bool(sources)}-{roles.count('quantized_select')}.json"
     plan.save(path)
     return str(path)
 
@@ -78,7 +92,9 @@ def prompts_of_all_lengths(longest: int, ids: range) -> list[list[int]]:
     return prompts
 
 
-def at_once(engine: LLM, prompts: list[list[int]], new_tokens: int) -> tuple[dict[int, list[int]], int]:
+def at_once(
+    engine: LLM, prompts: list[list[int]], new_tokens: int, aborted: dict[int, int] = ABORTED
+) -> tuple[dict[int, list[int]], int]:
     """Greedy answers to all prompts but the aborted ones, and how often a request was preempted."""
     from vllm import SamplingParams
 
@@ -93,8 +109,8 @@ def at_once(engine: LLM, prompts: list[list[int]], new_tokens: int) -> tuple[dic
                 answers[int(output.request_id)] = list(output.outputs[0].token_ids)
         steps += 1
         preemptions |= {name: request.num_preemptions for name, request in scheduler.requests.items()}
-        if steps in ABORTED:
-            core.abort_request([ids[ABORTED[steps]]], internal=True)
+        if steps in aborted:
+            core.abort_request([ids[aborted[steps]]], internal=True)
     return answers, sum(preemptions.values())
 
 
@@ -111,4 +127,4 @@ def attention_of(engine: LLM) -> Any:
     """The plan at work in an engine."""
     runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     layers = runner.compilation_config.static_forward_context
-    return next(iter(layers.values())).impl.attention
+    return next(layer.impl.attention for layer in layers.values() if hasattr(layer, "impl"))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engines import CROSSING, greedy, tiny_plan, with_plan
+from engines import CODED, CROSSING, greedy, tiny_plan, with_plan
 
 PROMPTS = [list(range(2 + shift, 202 + shift)) for shift in (0, 7, 31)]
 
@@ -28,7 +28,10 @@ def _on_two_ranks(tmp_path: Path, *question: object) -> list[list[int]]:
     script = tmp_path / "ask.py"
     script.write_text(ASK)
     command = [sys.executable, str(script)]
-    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    changes = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))),
+    }
     result = subprocess.run(
         command, input=json.dumps(question), capture_output=True, text=True, env=dict(os.environ) | changes, timeout=300
     )
@@ -38,6 +41,6 @@ def _on_two_ranks(tmp_path: Path, *question: object) -> list[list[int]]:
 
 
 def test_two_ranks_answer_as_one(start, tiny_llama, tmp_path):
-    options = with_plan(tiny_plan(tmp_path, 32, "per_head", CROSSING)) | {"kv_cache_memory_bytes": 2**28}
+    options = with_plan(tiny_plan(tmp_path, 32, "per_head", CROSSING, CODED)) | {"kv_cache_memory_bytes": 2**28}
     answers = _on_two_ranks(tmp_path, str(tiny_llama), PROMPTS, options)
     assert answers == greedy(start(tiny_llama, **options), PROMPTS, 24)

@@ -30,8 +30,8 @@ def choosing_workloads(caches: LayerCaches, budgets: tuple[int | float, ...]) ->
 def coded(caches: LayerCaches, layer: int, bits: int) -> KV:
     """A layer's cache with codes of its keys."""
     kv = caches.kv(layer)
-    kv = replace(kv, codes=room_for_codes(kv.k, bits, caches.shape.batch))
-    ops.write_kv(kv.k, kv.v, kv, kv.lengths)
+    kv = replace(kv, codes=room_for_codes(kv.k, bits))
+    ops.write_codes(kv, kv.lengths, caches.shape.batch * caches.shape.context)
     return kv
 
 

@@ -20,7 +20,7 @@ from tidaldecode.hf.session import Correction, Kind, Session
 from tidaldecode.methods.protocol import Attention
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.methods.verified import VerifiedDrafts
-from tidaldecode.models import check_plan, model_shape, sliding_windows
+from tidaldecode.models import check_plan, model_shape, sliding_windows, steady_channels
 from tidaldecode.plans.find import PlanLike, find_plan
 
 
@@ -77,9 +77,10 @@ class TidalCache(Cache):
     def _keep_codes(self, attention: Attention) -> None:
         """Lets the layers keep what an attention chooses by."""
         bits = [attention.code_bits(index) for index in range(len(self.layers))]
+        steady = torch.tensor(steady_channels(self.config), dtype=torch.float32)
         for layer, its_bits in zip(self.layers, bits, strict=True):
             if isinstance(layer, TidalLayer):
-                layer.bits_of_all = bits
+                layer.bits_of_all, layer.steady = bits, steady
                 layer.use_codes(its_bits)
 
     def _attention_of(self, plan: PlanLike) -> DecodeAttention:
@@ -258,7 +259,7 @@ class TidalCache(Cache):
             for rows in (layer.keys, layer.values):
                 rows[:, :, :tokens].normal_(generator=generator)
             layer.padded_length = tokens
-            layer.coded = False
+            layer.code_all()
 
     # ---- going back
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from tidaldecode import ops
 from tidaldecode.errors import InputError, MemoryShortError
-from tidaldecode.hf.sequences import PREFILL_CHUNK, Sequences
+from tidaldecode.hf.sequences import Sequences
 from tidaldecode.ops import KV, KeyCodes
-from tidaldecode.ops.codes import encode, room_for_codes
+from tidaldecode.ops.codes import room_for_codes
 from tidaldecode.ops.values import code_bytes
 
 LEFT_IN_THE_MIDDLE = "the cache was left in the middle of a forward pass: reset() it or make a new one"
@@ -23,8 +21,7 @@ class TidalLayer(CacheLayerMixin):
 
     Attributes:
         keys, values: [B, Hkv, capacity, D]; rows past a sequence's length are undefined.
-        codes: room for codes of the keys; `None` where nobody chooses by them.
-        coded: whether they hold those of the tokens that are there.
+        codes: of the keys; `None` where nobody chooses by them.
     """
 
     is_sliding = False
@@ -37,8 +34,8 @@ class TidalLayer(CacheLayerMixin):
         self.padded_length = 0
         self.code_bits = 0
         self.bits_of_all: list[int] = []  # code bits of each layer, for the check
+        self.steady: Tensor | None = None  # [D]; see `KeyCodes`
         self.codes: KeyCodes | None = None
-        self.coded = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the cache for [B, Hkv, N, D] states.
@@ -53,39 +50,29 @@ class TidalLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _place(self, keys: Tensor, values: Tensor, codes: KeyCodes | None = None) -> None:
-        """Takes K, V and the codes of the tokens that are there; without them, room for codes to be made."""
-        self.coded = codes is not None
+        """Takes K, V and the codes of the tokens that are there; without them, room for codes."""
         if codes is None and self.code_bits:
-            codes = room_for_codes(keys.transpose(1, 2), self.code_bits, len(keys))
+            codes = self._room_for_codes(keys)
         self.keys, self.values, self.codes = keys, values, codes
         self.sequences.moves += 1
 
+    def _room_for_codes(self, keys: Tensor) -> KeyCodes:
+        return room_for_codes(keys.transpose(1, 2), self.code_bits, self.steady)
+
     def use_codes(self, bits: int) -> None:
-        """Keeps codes of so many bits from now on; of 0 bits, none."""
-        if bits != self.code_bits:
-            self.codes, self.code_bits = None, bits
-            if self.is_initialized:
-                self._place(self.keys, self.values)
-
-    def code_prompt(self) -> None:
-        """Makes the codes of all tokens that are there, once: those that follow are coded as they are written.
-
-        Each sequence's codes are centred on the mean of its own first keys, so that they do not go by the chunks in
-        which a prompt was read, nor by the other prompts of the batch.
-        """
-        if self.codes is None or self.coded or self.padded_length == 0:
+        """Keeps codes of so many bits from now on, of the tokens that are there, too; of 0 bits, none."""
+        if bits == self.code_bits:
             return
-        rows = self.keys.transpose(1, 2)  # [B, capacity, Hkv, D]
-        first = rows[:, : min(self.padded_length, PREFILL_CHUNK)].float()
-        begun = self.sequences.padded_length - self.padded_length  # tokens of a pass that has begun are not there yet
-        there = torch.arange(first.shape[1], device=rows.device) < (self.sequences.lengths - begun)[:, None]  # [B, N]
-        total = torch.einsum("bn,bnhd->bhd", there.float(), first.masked_fill(~there[..., None, None], 0))
-        self.codes.centres.copy_(total / there.sum(1).clamp(min=1)[:, None, None])
-        for start in range(0, self.padded_length, PREFILL_CHUNK):
-            part = slice(start, min(start + PREFILL_CHUNK, self.padded_length))
-            packed, factors = encode(rows[:, part], self.codes.centres[:, None], self.codes)
-            self.codes.packed[:, part], self.codes.factors[:, part] = packed, factors
-        self.coded = True
+        self.codes, self.code_bits = None, bits
+        if self.is_initialized:
+            self._place(self.keys, self.values)
+            self.code_all()
+
+    def code_all(self) -> None:
+        """Codes the tokens that are there; those that are written later are coded as they are."""
+        if self.codes is not None and self.padded_length > 0:
+            lengths = self.sequences.lengths
+            ops.write_codes(self.kv(), lengths, len(lengths) * self.padded_length)
 
     def check_memory(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         """Looks whether the K and V of all layers fit the GPU, where these are a layer's.
@@ -144,22 +131,22 @@ class TidalLayer(CacheLayerMixin):
         for new, rows in ((keys, self.keys), (values, self.values)):
             new[:, :, there].copy_(rows[:, :, there])
         codes = None
-        if self.codes is not None and self.coded:
-            codes = room_for_codes(keys.transpose(1, 2), self.code_bits, len(keys))
+        if self.codes is not None:
+            codes = self._room_for_codes(keys)
             codes.packed[:, there].copy_(self.codes.packed[:, there])
             codes.factors[:, there].copy_(self.codes.factors[:, there])
-            codes.centres.copy_(self.codes.centres)
         self._place(keys, values, codes)
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences alone, in this order, some perhaps several times; `rows` is [N], int64."""
         rows = rows.to(self.keys.device)
         with torch.inference_mode(False):
-            codes = None
-            if self.codes is not None and self.coded:
-                parts = ("packed", "factors", "centres")
-                codes = replace(self.codes, **{part: getattr(self.codes, part).index_select(0, rows) for part in parts})
-            self._place(self.keys.index_select(0, rows), self.values.index_select(0, rows), codes)
+            keys, values, codes = self.keys.index_select(0, rows), self.values.index_select(0, rows), None
+            if self.codes is not None:
+                codes = self._room_for_codes(keys)  # which lie as kernels read them
+                codes.packed.copy_(self.codes.packed.index_select(0, rows))
+                codes.factors.copy_(self.codes.factors.index_select(0, rows))
+            self._place(keys, values, codes)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -168,7 +155,6 @@ class TidalLayer(CacheLayerMixin):
         if self.sequences.padded_length == 0:
             raise InputError("a TidalCache works only with the model that tidaldecode.apply was called on")
         self.prepare(key_states, value_states)
-        self.coded = self.coded and self.padded_length > 0  # else another prompt's
         self.padded_length += key_states.shape[2]
         if self.padded_length != self.sequences.padded_length:
             raise InputError(LEFT_IN_THE_MIDDLE)
@@ -186,7 +172,7 @@ class TidalLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         sequences = self.sequences
         k, v = self.keys.transpose(1, 2), self.values.transpose(1, 2)
-        return KV(k, v, sequences.block_table, sequences.lengths, self.codes if self.coded else None)
+        return KV(k, v, sequences.block_table, sequences.lengths, self.codes)
 
     def reset(self) -> None:
         """Forgets all tokens."""

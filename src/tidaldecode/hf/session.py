@@ -69,16 +69,10 @@ class Session:
         """Lets the attention look at the K of a prompt, once, before the first step behind it."""
         if self.prepared:
             return
-        self._code_prompts()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, TidalLayer):
                 self.attention.prepare(index, layer.kv())
         self.prepared = True
-
-    def _code_prompts(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, TidalLayer):
-                layer.code_prompt()
 
     def begin(self, kind: Kind, tokens: int) -> None:
         """Starts a forward pass over `tokens` tokens of each sequence, which the sequences have taken in."""
@@ -94,7 +88,6 @@ class Session:
                 self.attention.begin_pass(lengths, sequences.new_lengths, sequences.capacity)
             return
         if kind == "steps":
-            self._code_prompts()
             self.graphs.pop(STEP, None)  # the attention allocates for as many sequences as there are steps
             lengths = lengths + torch.arange(1 - tokens, 1, dtype=torch.int32, device=lengths.device)
             self._step_lengths = lengths
@@ -117,8 +110,6 @@ class Session:
             return self.attention.attend(layer, query[:, 0], kv, scale)[:, None]
         if self._kind == "steps" and not self.attention.is_full(layer):
             # each is a sequence of its own to the operations, and all share the one block
-            self.layers[layer].code_prompt()  # of steps without a prompt before them
-            kv = self.layers[layer].kv()
             self.attention.prepare(layer, kv)
             steps = replace(kv, block_table=kv.block_table.expand(len(query[0]), 1), lengths=self._step_lengths)
             return self.attention.attend(layer, query[0], steps, scale)[None]
@@ -153,7 +144,6 @@ class Session:
             key, what = STEP, "the decode step"
             self.prepare()
         else:
-            self._code_prompts()  # what is captured writes codes, or does not, for good
             key, what = tokens, f"the pass over {tokens} tokens with full attention"
         graph = self.graphs.get(key)  # `None` in a copy of a cache
         if graph is not None and graph.serves(model, self.sequences):

@@ -183,8 +183,7 @@ class DecodeAttention(Attention):
     def attend(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         """See `Attention`; by the layer's role."""
         if self._chooses_by_codes(layer):
-            written, choice = self._written_by(layer), self.choice_of(layer)
-            ops.choose_by_codes(query, kv, scale, self.writes[layer], choice, self._capacity, written)
+            self._choose_by_codes(layer, query, kv, scale)
         if layer in self._sources:
             rows, sets, counts = self._sets_of(layer)
             return ops.sparse_attention(query, kv, sets, counts, rows, scale)
@@ -196,6 +195,11 @@ class DecodeAttention(Attention):
         """Full attention that writes the layer's rows of the table."""
         written, choice = self._written_by(layer), self.choice_of(layer)
         return ops.full_attention_with_selection(query, kv, scale, self.writes[layer], choice, self._capacity, written)
+
+    def _choose_by_codes(self, layer: int, query: Tensor, kv: KV, scale: float) -> None:
+        """Writes the layer's rows of the table by codes of keys."""
+        written, choice = self._written_by(layer), self.choice_of(layer)
+        ops.choose_by_codes(query, kv, scale, self.writes[layer], choice, self._capacity, written)
 
     def _written_by(self, layer: int) -> Tensor:
         """The rows of the table that a select layer writes, [B, S, width]; its rules' sets in order."""

@@ -7,6 +7,7 @@ from tidaldecode.models.architecture import (
     model_shape,
     rope_varies,
     sliding_windows,
+    steady_channels,
 )
 from tidaldecode.models.chosen import ChosenModel, DeviceOptions, ModelOptions, check_dtype
 from tidaldecode.models.files import ModelFiles
@@ -26,4 +27,5 @@ __all__ = [
     "model_shape",
     "rope_varies",
     "sliding_windows",
+    "steady_channels",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from tidaldecode.errors import InputError
@@ -59,6 +60,23 @@ def rope_varies(config: PreTrainedConfig) -> bool:
     """Whether RoPE's frequencies of a whole forward pass go by its largest position."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("rope_type") in ("longrope", "dynamic")
+
+
+def steady_channels(config: PreTrainedConfig) -> list[bool]:
+    """For each channel of a key whether RoPE turns it by a quarter at most over the longest context of the model.
+
+    The mean of such a channel over the first tokens is still its mean far behind them. Channels are taken to turn in
+    pairs half a head dim apart, as in all tested architectures.
+    """
+    dim = model_shape(config).head_dim
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" not in rope:
+        return [True] * dim
+    pairs = int(dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    longest = config.max_position_embeddings
+    steady = [2 * math.pi * rope["rope_theta"] ** (pair / pairs) >= 4 * longest for pair in range(pairs)]
+    return steady + steady + [True] * (dim - 2 * pairs)
 
 
 def check_architecture(config: PreTrainedConfig) -> None:

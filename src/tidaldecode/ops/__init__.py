@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from tidaldecode.ops import reference
+from tidaldecode.ops import codes, reference
 from tidaldecode.ops.values import KV, Choice, KeyCodes
 
 _Arguments = ParamSpec("_Arguments")
@@ -67,16 +67,17 @@ def _told_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 
 def _by_device(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """The operation by the backend of the device that its first tensor lies on."""
+    """The operation by the backend of the device that its first tensor, or the cache that it is given, lies on."""
 
     @functools.wraps(operation)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if not has_kernel(cast(Tensor, args[0])):
+        first = args[0].k if isinstance(args[0], KV) else cast(Tensor, args[0])
+        if not has_kernel(first):
             return operation(*args, **kwargs)
         from tidaldecode.ops import kernels  # Triton is there with PyTorch's CUDA builds alone
 
         kernel: Callable[..., Any] = getattr(kernels, operation.__name__)
-        with torch.cuda.device(cast(Tensor, args[0]).device):  # Triton launches on the current one
+        with torch.cuda.device(first.device):  # Triton launches on the current one
             return kernel(*args, **kwargs)
 
     return run
@@ -89,7 +90,9 @@ multi_query_attention = _by_device(reference.multi_query_attention)
 multi_query_attention_with_selection = _by_device(reference.multi_query_attention_with_selection)
 sparse_attention = _by_device(reference.sparse_attention)
 write_kv = _by_device(reference.write_kv)
+write_codes = _by_device(codes.write_codes)
 choose_by_codes = _by_device(reference.choose_by_codes)
+importance_by_codes = _by_device(reference.importance_by_codes)
 
 
 def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: Tensor) -> None:
@@ -113,10 +116,12 @@ __all__ = [
     "full_attention_with_importance",
     "full_attention_with_selection",
     "has_kernel",
+    "importance_by_codes",
     "multi_query_attention",
     "multi_query_attention_with_selection",
     "obstacle",
     "select_tokens",
     "sparse_attention",
+    "write_codes",
     "write_kv",
 ]

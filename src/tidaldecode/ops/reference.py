@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from tidaldecode.ops.codes import decode, encode, turned_query
+from tidaldecode.ops.codes import decode, turned_query, write_codes
 from tidaldecode.ops.values import KV, Choice
 from tidaldecode.rules import RULES
 
@@ -163,10 +163,21 @@ def choose_by_codes(
         kv: a cache with codes, those of the last tokens among them.
         scale, selections, choice, capacity, indices: as for `full_attention_with_selection`.
     """
+    importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=torch.float32)
+    importance_by_codes(query, kv, scale, selections, importance)
+    select_tokens(importance, kv.lengths, choice, indices)
+
+
+def importance_by_codes(query: Tensor, kv: KV, scale: float, selections: Sequence[str], importance: Tensor) -> None:
+    """Writes how important each cached token is by the scores that codes estimate.
+
+    Args:
+        query, kv, scale: as for `choose_by_codes`.
+        selections, importance: as for `full_attention_with_importance`.
+    """
     codes = kv.codes
     assert codes is not None
-    importance = query.new_empty(len(query), indices.shape[1], capacity, dtype=torch.float32)
-    kv_heads, dim = codes.centres.shape[1:]
+    kv_heads, dim = codes.packed.shape[2], query.shape[2]
     numbers, steps = turned_query(query, codes)
     turned = (numbers * (steps * scale)[..., None]).view(len(query), kv_heads, -1, dim)  # [B, Hkv, G, D]
     for run, length in _runs(kv.block_table, kv.lengths, query.shape[1]):
@@ -177,7 +188,6 @@ def choose_by_codes(
         scores.masked_fill_(past[:, None, None], -torch.inf)
         parts = [RULES[rule].importance(scores, scores.softmax(-1)) for rule in selections]
         importance[run, :, :length] = torch.cat(parts, 1)
-    select_tokens(importance, kv.lengths, choice, indices)
 
 
 def sparse_attention(
@@ -319,11 +329,9 @@ def write_kv(key: Tensor, value: Tensor, kv: KV, new_lengths: Tensor) -> None:
             source = slice(key.shape[1] - (length - start), key.shape[1] - (length - start) + count)
             kv.k[block, row : row + count] = key[b, source]
             kv.v[block, row : row + count] = value[b, source]
-            if kv.codes is not None:
-                packed, factors = encode(key[b, source], kv.codes.centres[b], kv.codes)
-                kv.codes.packed[block, row : row + count] = packed
-                kv.codes.factors[block, row : row + count] = factors
             start += count
+    if kv.codes is not None:
+        write_codes(kv, new_lengths, key.shape[0] * key.shape[1])
 
 
 def _rows(cache: Tensor, blocks: Tensor, length: int) -> Tensor:

@@ -27,9 +27,8 @@ class KeyCodes:
         packed: [num_blocks, block_size, Hkv, W], uint8, W = D · bits / 8. Bits `s · bits` and up of byte `w` are
             the code of channel `s · W + w`: `u` for the odd integer `2u + 1 - 2^bits`.
         factors: [num_blocks, block_size, Hkv], float16.
-        centres: [B, Hkv, D], float32; of each sequence, subtracted from its keys. One sequence's do not go by
-            another's, so that what is chosen does not go by the batch.
         rotation: [D, D], float32.
+        steady: [D], float32; 1 for the channels that have a centre, 0 for those whose keys are coded as they are.
 
     Raises:
         ValueError: a tensor is not so, by its name, or there are no codes of so many bits.
@@ -37,8 +36,8 @@ class KeyCodes:
 
     packed: Tensor
     factors: Tensor
-    centres: Tensor
     rotation: Tensor
+    steady: Tensor
 
     def __post_init__(self) -> None:
         packed, factors, dim = self.packed, self.factors, self.rotation.shape[0]
@@ -48,11 +47,9 @@ class KeyCodes:
             raise ValueError(f"packed is {kind(packed)}: {dim} channels have no codes of as many bytes")
         if factors.shape != packed.shape[:3] or factors.dtype != torch.float16:
             raise ValueError(f"factors is {kind(factors)}, not {list(packed.shape[:3])} of float16")
-        if self.centres.shape[1:] != (packed.shape[2], dim) or self.rotation.shape != (dim, dim):
-            raise ValueError(
-                f"centres is {kind(self.centres)}, rotation {kind(self.rotation)}: not [B, Hkv, D], [D, D]"
-            )
-        check_rows(packed=packed, centres=self.centres, rotation=self.rotation)
+        if self.rotation.shape != (dim, dim) or self.steady.shape != (dim,):
+            raise ValueError(f"rotation is {kind(self.rotation)}, steady {kind(self.steady)}: not [D, D], [D]")
+        check_rows(packed=packed, rotation=self.rotation)
 
     @property
     def bits(self) -> int:
@@ -101,8 +98,7 @@ class KV:
 
     def of(self, rows: slice | Tensor) -> KV:
         """The cache of some of the sequences."""
-        codes = None if self.codes is None else replace(self.codes, centres=self.codes.centres[rows])
-        return KV(self.k, self.v, self.block_table[rows], self.lengths[rows], codes)
+        return replace(self, block_table=self.block_table[rows], lengths=self.lengths[rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

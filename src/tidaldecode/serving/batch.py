@@ -93,3 +93,20 @@ class Step:
     block_table: Tensor
     lengths: Tensor
     prompts: Prompts | None = None
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens that a batch adds to its sequences: those whose keys are coded.
+
+    Attributes:
+        block_table: [B, max_blocks], int32.
+        lengths: [B], int32; tokens of each sequence, the new ones included; 0 in the padding of a CUDA graph.
+        new_lengths: [B], int32.
+        tokens: they are no more than these, all sequences together.
+    """
+
+    block_table: Tensor
+    lengths: Tensor
+    new_lengths: Tensor
+    tokens: int

@@ -177,12 +177,8 @@ class RankAttention(DecodeAttention):
         """As `DecodeAttention.attend`, some sequences at a time where they are very many."""
         at_once = self._at_once(layer, query)
         if len(query) <= at_once:
-            output = super().attend(layer, query, kv, scale)
-        else:
-            output = self._in_turns(at_once, layer, query, kv, scale)
-        if layer in self._exchanges:
-            self._exchange(layer)
-        return output
+            return super().attend(layer, query, kv, scale)
+        return self._in_turns(at_once, layer, query, kv, scale)
 
     def _in_turns(self, at_once: int, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
         whole, outputs = self._step_sets(), []
@@ -209,20 +205,39 @@ class RankAttention(DecodeAttention):
         return self.group.world_size > 1 and (len(rules) > 1 or self._shared(rules[0]))
 
     def _select(self, layer: int, query: Tensor, kv: KV, scale: float) -> Tensor:
-        if not self._adds_up(layer):
-            return super()._select(layer, query, kv, scale)
+        if self._adds_up(layer):
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            importance = self._room_for_importance(layer, query, dtype)
+            output = ops.full_attention_with_importance(query, kv, scale, self.writes[layer], importance)
+            self._select_together(layer, importance, kv)
+        else:
+            output = super()._select(layer, query, kv, scale)
+        self._exchange(layer)
+        return output
+
+    def _choose_by_codes(self, layer: int, query: Tensor, kv: KV, scale: float) -> None:
+        if self._adds_up(layer):
+            importance = self._room_for_importance(layer, query, torch.float32)
+            ops.importance_by_codes(query, kv, scale, self.writes[layer], importance)
+            self._select_together(layer, importance, kv)
+        else:
+            super()._choose_by_codes(layer, query, kv, scale)
+        self._exchange(layer)
+
+    def _room_for_importance(self, layer: int, query: Tensor, dtype: torch.dtype) -> Tensor:
+        sets = sum(rows.stop - rows.start for rows in self._mine[layer])
+        return query.new_empty(len(query), sets, self._capacity, dtype=dtype)
+
+    def _select_together(self, layer: int, importance: Tensor, kv: KV) -> None:
+        """Selects by the importances of the ranks, added up where they share a set."""
         assert self.indices is not None
-        rules, mine = self.writes[layer], self._mine[layer]
+        mine = self._mine[layer]
         widths = [rows.stop - rows.start for rows in mine]
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        importance = query.new_empty(len(query), sum(widths), self._capacity, dtype=dtype)
-        output = ops.full_attention_with_importance(query, kv, scale, rules, importance)
-        for rule, rows, of_rule in zip(rules, mine, torch.split(importance, widths, 1), strict=True):
+        for rule, rows, of_rule in zip(self.writes[layer], mine, torch.split(importance, widths, 1), strict=True):
             if self._shared(rule):
                 of_rule = self.group.all_reduce(of_rule.contiguous())
             written = self.indices[:, rows, : self.width([layer], self._capacity)]
             ops.select_tokens(of_rule, kv.lengths, self.choice_of(layer), written)
-        return output
 
     def _written_by(self, layer: int) -> Tensor:
         """Of the rows of the table that a select layer writes those of this rank, [B, S, width]."""
@@ -231,7 +246,9 @@ class RankAttention(DecodeAttention):
         return self.indices[:, rows, : self.width([layer], self._capacity)]
 
     def _exchange(self, layer: int) -> None:
-        """Brings the sets that the other ranks chose."""
+        """Brings the sets that the other ranks chose, where heads of this one or another read them."""
+        if layer not in self._exchanges:
+            return
         assert self.indices is not None
         for rule, rows in zip(self.writes[layer], self._mine[layer], strict=True):
             if not self._shared(rule):

@@ -77,9 +77,4 @@ class Settings(BaseModel):
         if self.token_budget is not None:
             plan = plan.with_budget(self.token_budget)
         check_plan(plan, config)
-        if plan.key_bits is not None:
-            raise InputError(
-                f"plan {plan.name or 'without a name'} has quantized_select layers: a server's cache has no codes of "
-                "keys yet; give a plan without"
-            )
         return plan

@@ -17,13 +17,15 @@ from vllm.config import (
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
+from tidaldecode import ops
 from tidaldecode.models import check_architecture, model_shape
 from tidaldecode.ops import KV
-from tidaldecode.serving.batch import Step
+from tidaldecode.serving.batch import NewTokens, Step
 from tidaldecode.serving.gpu import check_kernels, memory_left
 from tidaldecode.serving.rank import Limits, RankAttention
 from tidaldecode.serving.settings import Settings
 from tidaldecode.vllm.cache_layout import cache_views
+from tidaldecode.vllm.codes import CodesCache, keep_codes
 from tidaldecode.vllm.metadata import TidalDecodeBuilder
 from tidaldecode.vllm.own_backend import own_backend
 from tidaldecode.vllm.support import check_engine, check_layer, check_room
@@ -82,6 +84,7 @@ class TidalDecodeImpl(_Impl):
     Attributes:
         attention: the plan at work, one for all layers.
         layer: index of the layer; set by the builder.
+        codes: of the layer's keys, if it chooses by them; set by the builder.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,6 +97,7 @@ class TidalDecodeImpl(_Impl):
         cache = config.cache_config
         self._utilization = 1.0 if cache.kv_cache_memory_bytes else cache.gpu_memory_utilization
         self.layer = -1
+        self.codes: CodesCache | None = None
 
     def forward(
         self,
@@ -113,11 +117,13 @@ class TidalDecodeImpl(_Impl):
             layer, key, value, output_scale, output_block_scale: for vLLM's own backend.
             query: [tokens, Hq, D].
             kv_cache: [num_blocks, Hkv, block_size, 2 · D].
-            attn_metadata: vLLM's own, with a `Step`; `None` in a trial run.
+            attn_metadata: vLLM's own, with a `Step` and `NewTokens`; `None` in a trial run.
             output: [tokens, Hq, D], written.
         """
         if attn_metadata is None:
             self._reserve(query.device)
+        elif self.codes is not None:
+            self._write_codes(kv_cache, attn_metadata.tidal_new)
         step: Step | None = None if attn_metadata is None else attn_metadata.tidal
         if step is None or self.attention.reads_everything(self.layer):
             return super().forward(
@@ -126,9 +132,16 @@ class TidalDecodeImpl(_Impl):
         if step.prompts is not None:
             part = slice(step.prompts.first_token, None)
             super().forward(layer, query[part], key[part], value[part], kv_cache, step.prompts.metadata, output[part])
-        kv = KV(*cache_views(kv_cache), step.block_table, step.lengths)
+        codes = None if self.codes is None else self.codes.codes()
+        kv = KV(*cache_views(kv_cache), step.block_table, step.lengths, codes)
         output[step.tokens] = self.attention.attend(self.layer, query[step.tokens], kv, self.scale)
         return output
+
+    def _write_codes(self, kv_cache: Tensor, new: NewTokens) -> None:
+        """Codes the keys of a batch, whichever way its tokens attend."""
+        assert self.codes is not None
+        kv = KV(*cache_views(kv_cache), new.block_table, new.lengths, self.codes.codes())
+        ops.write_codes(kv, new.new_lengths, new.tokens)
 
     def _reserve(self, device: torch.device) -> None:
         """Makes room for the chosen tokens while vLLM measures how much memory a model takes."""
@@ -158,9 +171,12 @@ def _attention_of(config: VllmConfig) -> RankAttention:
     scheduler = config.scheduler_config
     limits = Limits(context, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     attention = RankAttention(plan, model_shape(model), get_tp_group(), limits)
+    keep_codes(config, attention)
     if attention.group.rank_in_group > 0:
         return attention
     roles = {role: plan.roles.count(role) for role in ("full", "select", "sparse")}
+    if plan.key_bits is not None:
+        roles[f"quantized select, {plan.key_bits} bits,"] = plan.roles.count("quantized_select")
     _log.info(
         "tidaldecode: plan %s with a budget of %s tokens (%s): decoding reads %.1f%% of the KV cache at %d tokens",
         plan.name or "without a name",

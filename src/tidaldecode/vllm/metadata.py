@@ -14,7 +14,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tidaldecode.serving.batch import Integers, Prompts, Split, Step, split
+from tidaldecode.serving.batch import Integers, NewTokens, Prompts, Split, Step, split
+from tidaldecode.vllm.codes import codes_of
 from tidaldecode.vllm.graphs import capture_both
 from tidaldecode.vllm.own_backend import own_backend
 from tidaldecode.vllm.runner import PromptLengths
@@ -27,8 +28,10 @@ _Builder: Any = own_backend().get_builder_cls()
 class TidalDecodeBuilder(_Builder):
     """Builds the metadata of a batch: vLLM's own, with a `Step` in its attribute `tidal`.
 
-    That is `None` where vLLM's own attention does all: if no token is decoded, and if no sequence that is decoded is
-    longer than the budget. Which of two CUDA graphs is replayed follows from that, too.
+    Where layers keep codes of keys there are `NewTokens` in `tidal_new`, too.
+
+    The step is `None` where vLLM's own attention does all: if no token is decoded, and if no sequence that is decoded
+    is longer than the budget. Which of two CUDA graphs is replayed follows from that, too.
 
     Nothing here waits for the device: what decides is known on the host, and what goes to the device is a part of what
     is there, or a copy that is not waited for.
@@ -46,9 +49,15 @@ class TidalDecodeBuilder(_Builder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
             layer.impl.layer = extract_layer_index(name)
+            layer.impl.codes = codes_of(vllm_config, layer.impl.layer)
         self.attention = next(iter(layers.values())).impl.attention
         self.attention.reserve(device)
         indices = {layer.impl.layer for layer in layers.values()}
+        self._codes = any(layer.impl.codes is not None for layer in layers.values())
+        # for CUDA graphs, which read it where it is
+        self._one_each = torch.ones(
+            vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int32, device=device
+        )
         self._works = not all(map(self.attention.reads_everything, indices))
         self._counts = self.attention.first_layer in indices
         self._captures = self._seen = False
@@ -64,7 +73,15 @@ class TidalDecodeBuilder(_Builder):
         """The metadata of one batch, from what is common to all backends (`CommonAttentionMetadata`)."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.tidal = self._step(common_attn_metadata)
+        metadata.tidal_new = self._new(common_attn_metadata) if self._codes else None
         return metadata
+
+    def _new(self, common: Any) -> NewTokens:
+        if common.max_query_len <= 1:
+            new, tokens = self._one_each[: common.num_reqs], common.num_reqs
+        else:
+            new, tokens = common.query_start_loc.diff(), common.num_actual_tokens
+        return NewTokens(common.block_table_tensor, common.seq_lens, new, tokens)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """As `build`, of a trial run: what is captured is replayed for whatever lengths, and counts nothing."""

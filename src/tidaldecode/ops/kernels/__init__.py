@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tidaldecode.ops import MOST_CHUNK_TOKENS, reference
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.codes import choose_by_codes
+from tidaldecode.ops.kernels.codes import choose_by_codes, importance_by_codes
 from tidaldecode.ops.kernels.importance import write_importance
 from tidaldecode.ops.kernels.launch import Sets, Tiling, attend
 from tidaldecode.ops.kernels.scores import Scores
 from tidaldecode.ops.kernels.select import Choosing, select_tokens, tables_by_rule
 from tidaldecode.ops.kernels.write import write_kv
+from tidaldecode.ops.kernels.write_codes import write_codes
 from tidaldecode.ops.values import KV, Choice
 from tidaldecode.rules import RULES
 
@@ -27,10 +28,12 @@ __all__ = [
     "full_attention",
     "full_attention_with_importance",
     "full_attention_with_selection",
+    "importance_by_codes",
     "multi_query_attention",
     "multi_query_attention_with_selection",
     "select_tokens",
     "sparse_attention",
+    "write_codes",
     "write_kv",
 ]
 

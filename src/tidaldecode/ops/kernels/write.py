@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
-from tidaldecode.ops.kernels.codes import write_codes
+from tidaldecode.ops.kernels.write_codes import write_codes
 from tidaldecode.ops.values import KV, check_rows
 
 
@@ -87,4 +87,4 @@ def write_kv(key: Tensor, value: Tensor, kv: KV, new_lengths: Tensor) -> None:
         launch_pdl=scratch.overlaps(key.device),
     )
     if kv.codes is not None:
-        write_codes(key, kv, new_lengths)
+        write_codes(kv, new_lengths, batch * queries)
