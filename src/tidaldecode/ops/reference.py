@@ -179,11 +179,15 @@ def importance_by_codes(query: Tensor, kv: KV, scale: float, selections: Sequenc
     assert codes is not None
     kv_heads, dim = codes.packed.shape[2], query.shape[2]
     numbers, steps = turned_query(query, codes)
-    turned = (numbers * (steps * scale)[..., None]).view(len(query), kv_heads, -1, dim)  # [B, Hkv, G, D]
+    turned = (
+        (numbers * (steps * scale)[..., None]).view(len(query), kv_heads, -1, dim).transpose(0, 1)
+    )  # [Hkv, B, G, D]
     for run, length in _runs(kv.block_table, kv.lengths, query.shape[1]):
         packed = _rows(codes.packed, kv.block_table[run.start], length)
         factors = _rows(codes.factors[..., None], kv.block_table[run.start], length)[..., 0]
-        scores = turned[run] @ decode(packed, factors, codes.bits).transpose(1, 2)  # [n, Hkv, G, T]
+        of_run = turned[:, run]  # one product a KV head for all sequences of a run: many small ones are slow on a CPU
+        scores = of_run.flatten(1, 2) @ decode(packed, factors, codes.bits).transpose(1, 2)
+        scores = scores.view(*of_run.shape[:3], length).transpose(0, 1)  # [n, Hkv, G, T]
         past = torch.arange(length, device=query.device) >= kv.lengths[run, None]  # [n, T]
         scores.masked_fill_(past[:, None, None], -torch.inf)
         parts = [RULES[rule].importance(scores, scores.softmax(-1)) for rule in selections]
