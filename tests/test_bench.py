@@ -686,14 +686,15 @@ def test_k_and_v_of_a_text(tiny):
     """What prefill leaves of each sequence's window, also after steps behind a shorter context wrote over them."""
     model = apply(tiny("llama"), "full")
     windows = torch.randint(2, 250, (2, 31), generator=torch.Generator().manual_seed(1))
+    windows_of_all = windows[[0, 1, 0]]
     expected = TidalCache(model.config, "full", 40)
     with torch.no_grad():
-        model(windows[:, :30], past_key_values=expected)
-        cache, filling = TidalCache(model.config, "full", 40), TextKV(model, windows, steps=10)
+        model(windows_of_all[:, :30], past_key_values=expected)
+        cache, filling = TidalCache(model.config, "full", 40), TextKV(model, windows, batch=3, steps=10)
         for context in (30, 12, 20, 30):
             token = filling.fill(cache, context)
-            assert torch.equal(token, windows[:, context : context + 1])
-            assert cache.get_seq_length() == context and cache.sequences.lengths.tolist() == [context] * 2
+            assert torch.equal(token, windows_of_all[:, context : context + 1])
+            assert cache.get_seq_length() == context and cache.sequences.lengths.tolist() == [context] * 3
             for mine, theirs in zip(cache.layers, expected.layers, strict=True):
                 torch.testing.assert_close(mine.keys[:, :, :context], theirs.keys[:, :, :context])
                 torch.testing.assert_close(mine.values[:, :, :context], theirs.values[:, :, :context])

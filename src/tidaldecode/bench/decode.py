@@ -26,6 +26,7 @@ from tidaldecode.results.timings import DecodeRow
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import check_context
 
+_MOST_WINDOWS = 8  # of a text, that are read
 _WORKSPACE = GIB  # activations, index sets, kernels' scratch memory
 _MEND = "lower --contexts or --batch"
 
@@ -51,7 +52,7 @@ def bench_decode(
         dtype: of the model and its cache.
         on_progress: told, in words, what is being done.
         on_report: called with the report so far whenever a context is done.
-        text: whose windows' K and V are decoded behind, another window for each sequence; `None` for random ones.
+        text: whose windows' K and V are decoded behind, several in a batch; `None` for random ones.
 
     Raises:
         InputError: a setting does not fit the model, the GPU has no such dtype, or memory is short.
@@ -82,7 +83,7 @@ def bench_decode(
         cache = TidalCache(model.config, plan, settings.capacity)
         filling: Filling = RandomKV(model, settings.batch, settings.seed)
         if windows is not None:
-            filling = TextKV(model, windows, settings.capacity - max(settings.contexts), on_progress)
+            filling = TextKV(model, windows, settings.batch, settings.capacity - max(settings.contexts), on_progress)
         engine = _Engine(model, cache, plan, settings, filling, report.about["read_bandwidth_gbs"])
         for context in settings.contexts:
             rows = []
@@ -106,10 +107,10 @@ def _checked_plan(config: PreTrainedConfig, settings: DecodeSettings) -> TidalPl
 
 
 def _windows(text: Text, config: PreTrainedConfig, settings: DecodeSettings) -> Tensor:
-    """A window of the text for each sequence, see `TextKV`."""
+    """Windows of the text, one for each sequence as far as they go, see `TextKV`."""
     longest = max(settings.contexts)
     check_context(longest, config.max_position_embeddings)
-    return text.spread(longest + 1, settings.batch)
+    return text.spread(longest + 1, min(settings.batch, _MOST_WINDOWS))
 
 
 def _memory(config: PreTrainedConfig, settings: DecodeSettings, dtype: torch.dtype, of_text: bool = False) -> float:

@@ -47,18 +47,21 @@ class RandomKV:
 class TextKV:
     """K and V of a text's windows, read once, with full attention.
 
-    Each sequence is read by itself, in a cache of one, so that activations do not grow with the batch. Contexts are
-    beginnings of the windows; the rows that steps wrote over are put back before the next ones.
+    Each window is read by itself, in a cache of one sequence, so that activations do not grow with the batch, and then
+    copied to its sequences. Contexts are beginnings of the windows; the rows that steps wrote over are put back before
+    the next ones.
 
     Args:
         model: with a plan applied.
-        windows: [B, T + 1], int64; the longest context and a token behind it.
+        windows: [W, T + 1], int64; the longest context and a token behind it.
+        batch: sequences; sequence `b` has window `b % W`.
         steps: most tokens that are decoded behind a context.
         on_progress: told, in words, what is being done.
     """
 
     model: PreTrainedModel
     windows: Tensor
+    batch: int
     steps: int
     on_progress: Callable[[str], None] = lambda what: None
     _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -76,17 +79,18 @@ class TextKV:
         cache.rewind(context, torch.full_like(cache.sequences.lengths, context))
         for layer in layers:
             layer.coded = False
-        return self.windows[:, context : context + 1].to(self.model.device)
+        next_ones = self.windows[:, context : context + 1].to(self.model.device)
+        return next_ones[torch.arange(self.batch, device=next_ones.device) % len(next_ones)]
 
     def _read(self, cache: TidalCache) -> None:
-        batch, tokens = len(self.windows), self.windows.shape[1] - 1
+        count, tokens = len(self.windows), self.windows.shape[1] - 1
         device, dtype = self.model.device, self.model.dtype
-        cache.fill(batch, tokens, device, dtype, torch.Generator(device).manual_seed(0))
+        cache.fill(self.batch, tokens, device, dtype, torch.Generator(device).manual_seed(0))
         one = TidalCache(self.model.config, "full", tokens)
         for number, window in enumerate(self.windows[:, :-1].to(device)):
-            self.on_progress(f"reading {tokens:,} tokens of the text, sequence {number + 1} of {batch}")
+            self.on_progress(f"reading {tokens:,} tokens of the text, window {number + 1} of {count}")
             one.reset()
             self.model(window[None], past_key_values=one, logits_to_keep=1)
             for mine, theirs in zip(cache.layers, one.layers, strict=True):
-                mine.keys[number, :, :tokens] = theirs.keys[0, :, :tokens]
-                mine.values[number, :, :tokens] = theirs.values[0, :, :tokens]
+                mine.keys[number::count, :, :tokens] = theirs.keys[:, :, :tokens]
+                mine.values[number::count, :, :tokens] = theirs.values[:, :, :tokens]

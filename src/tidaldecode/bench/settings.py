@@ -110,8 +110,8 @@ class WholeRunSettings:
     methods: Annotated[
         tuple[str, ...] | None,
         Option(
-            "Of full,tidal,lossless,quest,streaming, and Transformers' own: transformers,transformers-static. "
-            "Default: full,tidal,lossless,transformers, and on a GPU transformers-static.",
+            "Of full, tidal, lossless, quest, streaming, transformers, transformers-static (Transformers' own). "
+            "Default: all but quest and streaming, and on a CPU but transformers-static.",
             metavar="M,...",
             parse=names_of(*WHOLE_RUN_METHODS),
         ),
