@@ -233,7 +233,9 @@ def attend_kernel(
             s_top = _first_half(shift, BLOCK_M, 0) if HALVED else shift
             s_pointers = scores + (s_place * BLOCK_T)[:, None] + tl.arange(0, BLOCK_T)[None, :]
             if CODED:  # also past the length, in whole vectors: a store for each score would take as long as the reads
-                code = tl.minimum((s_top[:, None] - s_score) * _STEPS + 0.5, 65535.0).to(tl.int32).to(tl.uint16)
+                # past 2^23 numbers are integers, and their last bits the code: a conversion would be slow
+                number = tl.minimum((s_top[:, None] - s_score) * _STEPS, 65535.0) + 8388608.0
+                code = number.to(tl.int32, bitcast=True).to(tl.uint16)
                 tl.store(s_pointers, code, mask=s_there[:, None], eviction_policy="evict_last")
                 tl.store(tops + s_place, s_top, mask=s_there)
             else:
