@@ -196,6 +196,168 @@ def test_kernels_write_the_references_codes(bits, dim, heads, kv_heads, block_si
     torch.testing.assert_close(codes.factors, wanted[1], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(("bits", "dim", "kv_heads"), [(2, 20, 3), (1, 64, 1)])
+def test_a_step_writes_k_v_and_codes_in_one_launch(bits, dim, kv_heads, monkeypatch):
+    """Of sequences with fewer tokens than a centre has, too; one of them has no new token."""
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+    from tidaldecode.ops.kernels import write as writing
+
+    lengths = (1, 10, 16, 17, 40, 5)
+    _, keys, kv, found = make(bits, dim, kv_heads, kv_heads, lengths=lengths)
+    new = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.int32, device=DEVICE)
+    before = replace(kv, lengths=kv.lengths - new)
+    rows = torch.zeros_like(keys)
+    for b, length in enumerate(lengths):
+        rows[b, 40 - length :] = keys[b, :length]
+    reference.write_kv(rows[:, :-1], rows[:, :-1], before, before.lengths)
+    reference.write_kv(rows[:, -1:], rows[:, -1:], kv, kv.lengths - before.lengths)
+    assert torch.equal(codes.packed, once[0]) and torch.equal(codes.factors, once[1])
+
+
+@pytest.mark.parametrize("rule", ["unified", "per_group", "per_head"])
+def test_the_choice_is_that_of_the_estimated_scores(rule):
+    query, keys, kv, _ = make(4)
+    write(keys, kv)
+    sets = {"unified": 1, "per_group": 3, "per_head": 6}[rule]
+    indices = torch.full((len(LENGTHS), sets, 24), -1, dtype=torch.int32, device=DEVICE)
+    choice = Choice.alike(kv.lengths, 24, recent=3, sinks=2)
+    reference.choose_by_codes(query, kv, 0.2, [rule], choice, 200, indices)
+    exact = torch.einsum("bhd,bthd->bht", query.float(), keys.float().repeat_interleave(2, 2)) * 0.2  # [B, Hq, T]
+    exact = exact.softmax(-1).view(len(LENGTHS), sets, -1, keys.shape[1]).mean(2)
+    chosen = indices[0].long()
+    assert all(set(row.tolist()) >= {0, 1, 158, 159, 160} and len(set(row.tolist())) == 24 for row in chosen)
+    best = exact[0].topk(24).values.sum(-1)
+    assert (exact[0].gather(-1, chosen).sum(-1) > 0.8 * best).all()  # four bits choose nearly what scores do
+    assert sorted(indices[1, 0, :1].tolist()) == [0]
+
+
+def test_what_can_not_be_is_refused():
+    k = torch.zeros(2, 4, 2, 20)
+    for bits in (1, 3, 8):
+        with pytest.raises(ValueError, match=f"there are no codes of {bits} bits for head dim 20"):
+            room_for_codes(k, bits)
+    room = room_for_codes(k, 2)
+    with pytest.raises(ValueError, match="factors is"):
+        KeyCodes(room.packed, room.factors.float(), room.rotation, room.steady)
+
+
+PROMPTS = torch.randint(0, 250, (2, 60), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(PROMPTS)
+MASK[1, :9] = 0
+
+
+def plan_of(config, bits, budget=16):
+    """Every layer but the first chooses by codes."""
+    roles = ("full", *["quantized_select"] * (config.num_hidden_layers - 1))
+    return TidalPlan(roles=roles, selection="per_group", token_budget=budget, key_bits=bits)
+
+
+def filled(model, bits, tokens=60, capacity=64):
+    """A cache of two prompts of different lengths."""
+    cache = TidalCache(model.config, plan_of(model.config, bits), capacity)
+    model(PROMPTS[:, :tokens], attention_mask=MASK[:, :tokens], past_key_values=cache)
+    return cache
+
+
+def coded(cache):
+    """Every layer's codes of the tokens that are there, [B, T, ...]."""
+    lengths = cache.sequences.lengths
+    there = torch.arange(cache.capacity) < lengths[:, None]
+    return [None if layer.codes is None else layer.codes.packed[there] for layer in cache.layers]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_cache_keeps_codes_of_what_it_holds(tiny, bits):
+    """Of a prompt in chunks, of steps, after growth, crop, reorder and another attention."""
+    model = apply(tiny("llama"), "full")
+    cache = filled(model, bits)
+    assert cache.layers[0].codes is None and all(layer.codes is not None for layer in cache.layers[1:])
+    for _ in range(8):  # past the capacity
+        model(PROMPTS[:, :1], past_key_values=cache)
+    assert cache.capacity > 64
+    for layer in cache.layers[1:]:
+        keys = layer.keys.transpose(1, 2)
+        packed, _ = encode(keys, keys[:, :CENTRE_TOKENS].mean(1, keepdim=True) * layer.codes.steady, layer.codes)
+        there = torch.arange(cache.capacity) < cache.sequences.lengths[:, None]
+        assert (packed[there] != layer.codes.packed[there]).float().mean() < 1e-3
+    before, length = coded(cache), cache.get_seq_length()
+    model(PROMPTS[:, :3], past_key_values=cache)  # a next turn is coded as it is written
+    cache.crop(length - cache.get_seq_length())
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(before, coded(cache), strict=True))
+    cache.use_plan("full")
+    assert coded(cache) == [None] * len(cache.layers)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_budget_of_the_whole_context_is_full_attention(tiny, bits):
+    model = apply(tiny("llama"), "full")
+    cache = filled(model, bits)
+    cache.use_plan(plan_of(model.config, bits, 100))
+    full = filled(model, bits)
+    full.use_plan("full")
+    for _ in range(3):
+        logits = [model(PROMPTS[:, 7:8], past_key_values=each).logits for each in (cache, full)]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("bits", "dim", "heads", "kv_heads", "block_size"),
+    [(1, 32, 6, 3, 16), (2, 20, 5, 1, 256), (4, 16, 2, 2, 16), (1, 64, 7, 1, 16), *LARGE],
+)
+def test_kernels_write_the_references_codes(bits, dim, heads, kv_heads, block_size):
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+
+    _, keys, kv, codes = make(bits, dim, heads, kv_heads, block_size)
+    rows, new = padded(keys, LENGTHS)
+    reference.write_kv(rows, rows, kv, new)
+    wanted = codes.packed.clone(), codes.factors.clone()
+    codes.packed.zero_(), codes.factors.zero_()
+    kernels.write_kv(rows, rows, kv, new)
+    bits_apart = (codes.packed ^ wanted[0]).float().count_nonzero() / codes.packed.numel()
+    assert bits_apart < 0.01  # sums in another order, at the border of two codes
+    torch.testing.assert_close(codes.factors, wanted[1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("bits", "dim", "kv_heads"), [(2, 20, 3), (1, 64, 1)])
+def test_a_step_writes_k_v_and_codes_in_one_launch(bits, dim, kv_heads, monkeypatch):
+    """Of sequences with fewer tokens than a centre has, too; one of them has no new token."""
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+    from tidaldecode.ops.kernels import write as writing
+
+    lengths = (1, 10, 16, 17, 40, 5)
+    _, keys, kv, found = make(bits, dim, kv_heads, kv_heads, lengths=lengths)
+    new = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.int32, device=DEVICE)
+    before = replace(kv, lengths=kv.lengths - new)
+    rows = torch.stack(
+        [
+            keys[b, :length].roll(40 - length, 0)
+            if length == 40
+            else torch.cat([keys[b, :1].expand(40 - length, -1, -1), keys[b, :length]])
+            for b, length in enumerate(lengths)
+        ]
+    )
+    reference.write_kv(rows[:, :-1], rows[:, :-1], before, before.lengths)
+    caches = []
+    monkeypatch.setattr(writing, "_write_kernel", None)  # there is no other launch
+    for operations in (kernels, reference):
+        copies = [part.clone() for part in (kv.k, kv.v, found.packed, found.factors)]
+        there = replace(kv, k=copies[0], v=copies[1], codes=replace(found, packed=copies[2], factors=copies[3]))
+        operations.write_kv(rows[:, -1:], 2 * rows[:, -1:], there, new)
+        caches.append(copies)
+    mine, wanted = caches
+    assert torch.equal(mine[0], wanted[0]) and torch.equal(mine[1], wanted[1])
+    assert (mine[2] ^ wanted[2]).float().count_nonzero() < 0.01 * mine[2].numel()
+    torch.testing.assert_close(mine[3], wanted[3], rtol=1e-2, atol=1e-3)
+
+
 def written_in_chunks(operations, keys, kv, chunk):
     """Codes of keys that are put into the cache and coded so many at a time."""
     lengths = torch.zeros_like(kv.lengths)
@@ -247,7 +409,7 @@ def test_kernels_write_the_references_importances():
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float16, *[torch.bfloat16, torch.float32] * torch.cuda.is_available()])
 @pytest.mark.parametrize(
     ("bits", "dim", "heads", "kv_heads", "block_size", "rules"),
     [
@@ -284,7 +446,7 @@ def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads,
             here, there = chosen[b, s, :count].long(), wanted[b, s, :count].long()
             assert len(set(here.tolist())) == count and set(here.tolist()) <= set(range(length))
             values = seen[0][b, s]
-            torch.testing.assert_close(values[here].sort().values, values[there].sort().values, rtol=2**-7, atol=1e-9)
+            torch.testing.assert_close(values[here].sort().values, values[there].sort().values, rtol=2**-6, atol=1e-9)
 
 
 @pytest.mark.kernels

@@ -64,6 +64,9 @@ def write_kv(key: Tensor, value: Tensor, kv: KV, new_lengths: Tensor) -> None:
     """As `reference.write_kv`."""
     check_rows(key=key, value=value, new_lengths=new_lengths)
     batch, queries, heads, dim = key.shape
+    if kv.codes is not None and queries == 1:
+        write_codes(kv, new_lengths, batch, key[:, 0], value[:, 0])
+        return
     _write_kernel[queries, batch](
         key,
         value,

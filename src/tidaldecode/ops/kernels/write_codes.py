@@ -1,4 +1,4 @@
-"""Codes of keys, written for the keys that are in the cache."""
+"""Codes of keys, written for the keys that are in the cache, or with the K and V of a decode step's tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def _share_of(lengths, new_lengths, slot, batch, BATCH: tl.constexpr, CENTRE: tl
 
 @triton.jit(do_not_specialize=["batch"])
 def _write_kernel(
+    key,  # [B, Hkv, D], of the last token of each sequence; with STEP it is written into the cache here
+    value,
     k_cache,
+    v_cache,
     packed,
     factors,
     rotation,  # [D, D]
@@ -46,9 +49,16 @@ def _write_kernel(
     step,  # of the quantizer, for a variance of 1
     batch,
     block_size,
+    key_b,
+    key_h,
+    value_b,
+    value_h,
     k_block,
     k_row,
     k_head,
+    v_block,
+    v_row,
+    v_head,
     packed_block,
     packed_row,
     packed_head,
@@ -63,6 +73,7 @@ def _write_kernel(
     BLOCK_K: tl.constexpr,
     BATCH: tl.constexpr,
     CENTRE: tl.constexpr,
+    STEP: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -86,20 +97,31 @@ def _write_kernel(
     first = tl.arange(0, CENTRE)
     there = first < length
     first_rows = tl.load(table + first // block_size, mask=there, other=0).to(tl.int64) * k_block
-    first_rows += first % block_size * k_row + head * k_head
-    rows = block * k_block + row * k_row + head * k_head
+    first_rows = k_cache + (first_rows + first % block_size * k_row + head * k_head)
+    rows = k_cache + (block * k_block + row * k_row + head * k_head)
+    if STEP:  # the cache does not hold the last token yet
+        new_row = key + b * key_b + head * key_h
+        first_rows = tl.where(first == length - 1, new_row, first_rows)
+        rows = tl.where(token == length - 1, new_row, rows)
+        last_block = tl.load(table + (length - 1) // block_size).to(tl.int64)
+        last_row = ((length - 1) % block_size).to(tl.int64)
+        new_v = tl.load(value + b * value_b + head * value_h + dims, mask=within)
+        tl.store(
+            k_cache + last_block * k_block + last_row * k_row + head * k_head + dims,
+            tl.load(new_row + dims, mask=within),
+            mask=within,
+        )
+        tl.store(v_cache + last_block * v_block + last_row * v_row + head * v_head + dims, new_v, mask=within)
     # columns in the order of packing: the codes of a byte side by side
     column = dims % FIELDS * (DIM // FIELDS) + dims // FIELDS
     turned = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for begin in range(0, DIM, BLOCK_K):  # the whole rotation would not fit shared memory where head dims are large
         inner = begin + tl.arange(0, BLOCK_K)
         exists = inner < DIM
-        firsts = tl.load(
-            k_cache + first_rows[:, None] + inner[None, :], mask=there[:, None] & exists[None, :], other=0.0
-        )
+        firsts = tl.load(first_rows[:, None] + inner[None, :], mask=there[:, None] & exists[None, :], other=0.0)
         centre = tl.sum(firsts.to(tl.float32), 0) / tl.minimum(length, CENTRE)
         centre *= tl.load(steady + inner, mask=exists, other=0.0)
-        k = tl.load(k_cache + rows[:, None] + inner[None, :], mask=real[:, None] & exists[None, :], other=0.0)
+        k = tl.load(rows[:, None] + inner[None, :], mask=real[:, None] & exists[None, :], other=0.0)
         k = k.to(tl.float32) - centre[None, :]
         turn_rows = rotation + inner[:, None] * DIM + column[None, :]
         turn = tl.load(turn_rows, mask=exists[:, None] & within[None, :], other=0.0)
@@ -119,8 +141,14 @@ def _write_kernel(
     )
 
 
-def write_codes(kv: KV, new_lengths: Tensor, tokens: int) -> None:
-    """As `codes.write_codes`."""
+def write_codes(
+    kv: KV, new_lengths: Tensor, tokens: int, key: Tensor | None = None, value: Tensor | None = None
+) -> None:
+    """As `codes.write_codes`.
+
+    Args:
+        key, value: [B, Hkv, D]; the K and V of a decode step's tokens, one for each sequence, to be written as well.
+    """
     codes = kv.codes
     assert codes is not None
     check_rows(new_lengths=new_lengths)
@@ -130,8 +158,12 @@ def write_codes(kv: KV, new_lengths: Tensor, tokens: int) -> None:
     # a sequence of n new tokens takes at most n programs, and at most those of 15 more tokens
     slots = min(tokens, (tokens + batch * (block_n + CENTRE_TOKENS - 2)) // block_n)
     overlap = scratch.overlaps(kv.k.device)
+    strides = (0,) * 4 if key is None or value is None else (*key.stride()[:2], *value.stride()[:2])
     _write_kernel[heads, slots](
+        kv.k if key is None else key,
+        kv.v if value is None else value,
         kv.k,
+        kv.v,
         codes.packed,
         codes.factors,
         codes.rotation,
@@ -142,7 +174,9 @@ def write_codes(kv: KV, new_lengths: Tensor, tokens: int) -> None:
         STEPS[codes.bits],
         batch,
         block_size,
+        *strides,
         *kv.k.stride()[:3],
+        *kv.v.stride()[:3],
         *codes.packed.stride()[:3],
         *codes.factors.stride(),
         kv.block_table.stride(0),
@@ -153,6 +187,7 @@ def write_codes(kv: KV, new_lengths: Tensor, tokens: int) -> None:
         BLOCK_K=32,
         BATCH=scratch.padded(batch),
         CENTRE=CENTRE_TOKENS,
+        STEP=key is not None,
         PRECISION="ieee" if kv.k.dtype == torch.float32 else "tf32",
         OVERLAP=overlap,
         launch_pdl=overlap,
