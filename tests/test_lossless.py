@@ -683,6 +683,33 @@ def test_auto_gives_full_attentions_text_whatever_it_decides(llama, clock, caplo
         )
 
 
+@pytest.mark.parametrize("wins", [True, False])
+def test_auto_beside_processors_ends_and_a_stop(llama, clock, monkeypatch, wins):
+    """Steps with full attention see what Transformers' own loop shows; a stop in one leaves a usable cache."""
+    clock.draft = 2.0 if wins else 10.0
+    ids, mask = ragged_batch(LENGTHS)
+    new = llama.generate(ids, attention_mask=mask, **GREEDY)[:, 40:]
+    ends = sorted({int(row[2 + 4 * b]) for b, row in enumerate(new)})
+    plan = plan_for(llama.config, token_budget=0.9)
+    options = {**GREEDY, "attention_mask": mask, "eos_token_id": ends, "pad_token_id": 1, "repetition_penalty": 1.2}
+    expected = llama.generate(ids, **options)
+    tidaldecode.apply(llama, plan)
+    assert torch.equal(llama.generate(ids, lossless="auto", **options), expected)
+    cache, forward, calls = TidalCache(llama.config, plan, 100), llama.model.layers[3].forward, itertools.count(1)
+
+    def stops(hidden, *args, **kwargs):
+        if hidden.shape[1] == 1 and next(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(llama.model.layers[3], "forward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate(ids, past_key_values=cache, lossless="auto", **options)
+    held = cache.get_seq_length()  # up to where the first sequence ended
+    assert held in (40, 41)
+    assert_exact(llama, cache, expected[:, :held], mask)
+
+
 def test_auto_samples_the_same_text_by_the_same_clock(llama, clock):
     tidaldecode.apply(llama, plan_for(llama.config))
     ids, mask = ragged_batch()

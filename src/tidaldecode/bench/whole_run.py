@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from tidaldecode.results.rows import Fields
 from tidaldecode.results.whole_runs import WholeRunCell, whole_run_rows
 from tidaldecode.texts.text import Text, TextSource
 
+_lossless_log = logging.getLogger("tidaldecode.lossless")  # what it tells stands in the rows
 _WARM_PROMPT, _WARM_TOKENS = 2048, 8  # two chunks of a prompt, and what captures the decode step
 _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "transformers": {},
@@ -134,10 +136,13 @@ def _measure(
     new_tokens: int, model: PreTrainedModel, case: Case, way: Way, full: Fields | None, on_part: Callable[..., None]
 ) -> Fields:
     run = _run_of_transformers if way.name in _TRANSFORMERS else _run
+    _lossless_log.disabled = True
     try:
         fields = run(model, case.what, new_tokens, way)
     except (torch.OutOfMemoryError, MemoryShortError):
         fields = {"out_of_memory": True, **dict.fromkeys(("total_ms", "prefill_ms", "decode_ms_per_token"))}
+    finally:
+        _lossless_log.disabled = False
     gc.collect()  # caches with captured passes may be in circles
     if model.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ from tidaldecode.hf.second_pass.speculation import accept_greedy, accept_sampled
 from tidaldecode.hf.second_pass.tokens import Output, TokenBuffer
 from tidaldecode.hf.sequences import PREFILL_CHUNK
 
-_logger = logging.getLogger("tidaldecode")
+_logger = logging.getLogger("tidaldecode.lossless")
 
 
 def lossless_loop(length: DraftLength, streamer: BaseStreamer | None, cache_is_kept: bool) -> Callable[..., Any]:
