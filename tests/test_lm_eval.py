@@ -126,7 +126,7 @@ def own(tiny, byte_tokenizer):
 
 def loaded_tasks(folder, llama, *names, **options):
     settings = TaskSettings(names, folder, **options)
-    return load_tasks(*find_tasks(settings), settings, llama.config), settings
+    return load_tasks(*find_tasks(settings), settings, llama.config, None), settings
 
 
 def instances(kind, *arguments):
@@ -272,7 +272,7 @@ def numbers(metrics):
 def test_groups_limits_and_examples(folder, llama, byte_tokenizer, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))  # as if lm-eval had these alone
     loaded, settings = loaded_tasks(folder, llama, "both", limit=2, num_fewshot=1)
-    assert list(loaded.tasks) == ["qa", "choice"] and list(loaded.groups) == ["both"]
+    assert list(loaded.tasks) == ["qa", "choice"] and list(loaded.groups[None]) == ["both"]
     methods, progress = [Method.named("full")], []
     rows = evaluate_tasks(
         llama, byte_tokenizer, loaded, settings, methods, on_progress=lambda *what: progress.append(what)

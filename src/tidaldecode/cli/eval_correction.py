@@ -8,7 +8,7 @@ from tidaldecode.cli.command import command
 from tidaldecode.cli.study import STUDY, StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.options import Option, PlanName, Seed, budgets, integers
-from tidaldecode.report.labels import budget_label
+from tidaldecode.report.labels import budget_label, share_label
 from tidaldecode.report.losses import correction_panels
 from tidaldecode.texts.text import TextSource
 from tidaldecode.texts.windows import Windows
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tidaldecode.results.correction import CorrectionRow
 
 _WINDOWS = Windows(decode=256, windows=4)
-_COLUMNS = ("", "budget", "T", "above full, nats", "ms per token", "speed-up", "tokens per round")
+_COLUMNS = ("", "budget", "T", "above full, nats", "ms per token", "speed-up", "tokens per round", "KV read")
 
 Lengths = Annotated[
     tuple[int, ...], Option("Tokens between two passes with full attention.", metavar="T,...", parse=integers)
@@ -61,4 +61,5 @@ def _cells(row: CorrectionRow) -> tuple[str, ...]:
     accepted = "" if row.accepted_per_round is None else f"{row.accepted_per_round:.2f}"
     length = "" if row.length is None else str(row.length)
     times = f"{row.ms_per_token:.1f}", f"{row.speedup:.2f}"
-    return row.mode, budget_label(row.budget), length, f"{row.gap:+.4f}", *times, accepted
+    share = share_label(row.kv_read_fraction)
+    return row.mode, budget_label(row.budget), length, f"{row.gap:+.4f}", *times, accepted, share

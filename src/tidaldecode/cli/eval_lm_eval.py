@@ -11,19 +11,19 @@ from tidaldecode.cli.command import command
 from tidaldecode.cli.study import StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.task_settings import TaskMethods, TaskSettings
-from tidaldecode.report.labels import budget_label
-from tidaldecode.results.tasks import TaskScore, lm_eval_summary
+from tidaldecode.report.labels import budget_label, share_label
+from tidaldecode.results.tasks import RulerMean, TaskScore, lm_eval_summary, ruler_means
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.study import OnProgress, Report, Study
     from tidaldecode.models import ChosenModel
 
-_COLUMNS = ("method", "budget", "documents", "score", "standard error")
+_COLUMNS = ("method", "budget", "documents", "score", "±", "KV read")
 
 
 @command
 def lm_eval(settings: TaskSettings, methods: TaskMethods, options: StudyOptions) -> None:
-    """Runs tasks of lm-eval (LongBench, RULER, your own); what is answered is decoded by each method."""
+    """Runs tasks of lm-eval (RULER, LongBench, your own); what is answered is decoded by each method."""
 
     def make(chosen: ChosenModel, on_progress: OnProgress) -> Study:
         from tidaldecode.evaluate.tasks import tasks_of
@@ -32,22 +32,32 @@ def lm_eval(settings: TaskSettings, methods: TaskMethods, options: StudyOptions)
 
     report = options.run("lm-eval.jsonl", make, settings.seed, methods.plans, figures=False)
     print_tasks(options.console, report)
+    for task, why in report.study.to_json(report.rows).get("left_out", {}).items():
+        options.console.print(Words(f"{task} is left out: {why}"))
     options.show(report)
 
 
 def print_tasks(console: Console, report: Report) -> None:
     """A table for each task and metric: the names of both are long, and the methods are what is compared."""
-    scores = lm_eval_summary(report.rows)
+    model, scores, means = report.about["model"], lm_eval_summary(report.rows), ruler_means(report.rows)
     for task, metric in dict.fromkeys((score.task, score.metric) for score in scores):
-        rows = [_cells(score) for score in scores if (score.task, score.metric) == (task, metric)]
-        title = f"{report.about['model']}, {task}: {metric.removesuffix(',none')}"
-        print_table(console, title, _COLUMNS, rows, no_wrap=True)
-    cut = {row["task"]: row["truncated"] for row in report.rows if row.get("truncated")}  # by every method the same
-    for task, requests in cut.items():
-        what = "1 request" if requests == 1 else f"{requests:,} requests"
-        console.print(Words(f"{task}: {what} did not fit the model's positions and lost the prompt's start"))
+        own = [score for score in scores if (score.task, score.metric) == (task, metric)]
+        what = metric.removesuffix(",none") if own[0].length is None else f"{own[0].length:,} tokens"
+        print_table(console, f"{model}, {task}: {what}", _COLUMNS, map(_cells, own), no_wrap=True)
+    for length in dict.fromkeys(mean.length for mean in means):
+        rows = [_cells(mean) for mean in means if mean.length == length]
+        tasks = next(mean.tasks for mean in means if mean.length == length)
+        print_table(
+            console, f"{model}, mean of {tasks} tasks of RULER: {length:,} tokens", _COLUMNS, rows, no_wrap=True
+        )
+    for row in report.rows:
+        if row.get("truncated") and row["method"] == report.rows[0]["method"]:  # by every method the same
+            what = "1 request" if row["truncated"] == 1 else f"{row['truncated']:,} requests"
+            where = f"{row['task']}: {what} did not fit the model's positions and lost the prompt's start"
+            console.print(Words(where))
 
 
-def _cells(score: TaskScore) -> tuple[str, ...]:
+def _cells(score: TaskScore | RulerMean) -> tuple[str, ...]:
     error = "" if score.stderr is None else f"{score.stderr:.4f}"
-    return score.variant.label, budget_label(score.budget), f"{score.samples:,}", f"{score.value:.4f}", error
+    numbers = f"{score.samples:,}", f"{score.value:.4f}", error, share_label(score.kv_read_fraction)
+    return score.variant.label, budget_label(score.budget), *numbers

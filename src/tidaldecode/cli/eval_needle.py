@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from tidaldecode.cli.command import command
 from tidaldecode.cli.study import StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.method_options import MethodOptions
-from tidaldecode.options import Option
-from tidaldecode.report.labels import budget_label
+from tidaldecode.report.labels import budget_label, share_label
 from tidaldecode.report.scores import needle_heatmaps
 from tidaldecode.texts.haystack import NeedleSettings
-from tidaldecode.texts.text import TextSource
+from tidaldecode.texts.text import Haystack
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.study import OnProgress, Study
     from tidaldecode.models import ChosenModel
-
-
-@dataclass(frozen=True)
-class Haystack(TextSource):
-    """Where the haystack comes from."""
-
-    text: Annotated[
-        Path | None,
-        Option(
-            "A text, or a folder of .txt files, read whole, in the order of names. Default: Paul Graham's essays.",
-            name="--haystack",
-            metavar="DIR|F",
-        ),
-    ] = None
 
 
 @command
@@ -54,10 +37,11 @@ def needle(haystack: Haystack, settings: NeedleSettings, methods: MethodOptions,
             budget_label(row.budget),
             *(str(row.of_length(length)[0]) for length in settings.lengths),
             f"{row.accuracy:.0%}",
+            share_label(row.kv_read_fraction),
         )
         for row in report.rows
     ]
-    columns = ("method", "budget", *(f"{length:,} tokens" for length in settings.lengths), "share")
+    columns = ("method", "budget", *(f"{length:,} tokens" for length in settings.lengths), "share", "KV read")
     title = f"{model}, {haystack.title}: needles found of {cases} at each length"
     print_table(options.console, title, columns, rows, no_wrap=True)
     options.show(report, figure=figures[0] if figures else None)

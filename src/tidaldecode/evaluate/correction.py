@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tidaldecode.evaluate.generation import first_difference
-from tidaldecode.evaluate.generation_settings import Sampling
+from tidaldecode.evaluate.generation import first_difference, share_read
+from tidaldecode.evaluate.generation_settings import Passes, Sampling
 from tidaldecode.evaluate.perplexity import window_cases
 from tidaldecode.evaluate.prompt import HeldPrompt
 from tidaldecode.evaluate.study import Case, OnProgress, Study
@@ -125,13 +125,14 @@ def _measure(held: HeldPrompt, case: Case, way: Decoding, full: Fields | None, o
     if on_gpu:  # what the rounds need is compiled and captured before the clock runs
         _generate(held, way, min(new, tokens_of_warm_up(way.length)))
     tokens, ms = _generate(held, way, new)
+    share = share_read(cache, Passes(**way.options), held.window.shape[1] - new - 1, new)
+    measured = {"ms_per_token": ms, "token_ids": tokens, "kv_read_fraction": round(share, 6)}
     if lossless is None:
-        return {"nll": nll, "ms_per_token": ms, "token_ids": tokens}
+        return {"nll": nll, **measured}
     assert cache.rounds is not None
     return {
         "nll": lossless["nll"],
-        "ms_per_token": ms,
-        "token_ids": tokens,
+        **measured,
         "accepted_per_round": cache.rounds.accepted_per_round or 1.0,  # of rounds that had nothing left to draft
         "first_difference": first_difference(tokens, lossless["token_ids"]),
     }

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.generation_settings import GenerationSettings, Passes, Sampling
 from tidaldecode.hf import TidalCache, applied_plan
 from tidaldecode.hf.second_pass import DraftLength, Pace, Rounds
+from tidaldecode.methods.protocol import Attention
 from tidaldecode.plans.find import find_plan
 
 
@@ -171,25 +172,42 @@ def _generation(
 ) -> Generation:
     new = output[context:]
     assert cache.get_seq_length() == context + max(0, len(new) - 1), "the figures are of another cache"
-    rounds = passes.lossless is not None
-    attention = (cache.for_drafts(1) if rounds else cache).attention  # one that rounds went through, if there were any
+    rounds, attention = passes.lossless is not None, _attention(cache, passes)
     tokens = max(1, len(new) - 1)
     read_at = list(_read_at(passes, context, len(new) - 1, cache.rounds)) or [(context, len(new) < 2)]
     reads = [
         dict.fromkeys(attention.tokens_read(length), float(length)) if full else attention.tokens_read(length)
         for length, full in read_at
     ]
-    fractions = (1.0 if full else attention.kv_read_fraction(length) for length, full in read_at)
     return Generation(
         context_tokens=context,
         token_ids=new,
         text=streamer.tokenizer.decode(new, skip_special_tokens=True),
         tokens_read={layer: sum(read[layer] for read in reads) / tokens for layer in reads[0]},
-        kv_read_fraction=sum(fractions) / tokens,
+        kv_read_fraction=_share(attention, read_at) / tokens,
         decode_ms_per_token=streamer.ms(passes, cache.rounds, compiled=int(model.device.type == "cuda")),
         accepted_per_round=cache.rounds.accepted_per_round if rounds and cache.rounds else None,
         pace=cache.rounds.pace if rounds and cache.rounds else None,
     )
+
+
+def share_read(cache: TidalCache, passes: Passes, context: int, new_tokens: int) -> float:
+    """Share of K and V read per new token, passes with full attention included.
+
+    Args:
+        context: tokens in the cache before the first new one.
+    """
+    return _share(_attention(cache, passes), _read_at(passes, context, new_tokens, cache.rounds)) / new_tokens
+
+
+def _attention(cache: TidalCache, passes: Passes) -> Attention:
+    """One that rounds went through, if there were any."""
+    return (cache if passes.lossless is None else cache.for_drafts(1)).attention
+
+
+def _share(attention: Attention, read_at: Iterable[tuple[int, bool]]) -> float:
+    """Of the passes, added up."""
+    return sum(1.0 if full else attention.kv_read_fraction(length) for length, full in read_at)
 
 
 def _read_at(passes: Passes, context: int, new_tokens: int, rounds: Rounds | None) -> Iterator[tuple[int, bool]]:

@@ -43,17 +43,27 @@ class MethodLM(HFLM):
     Attributes:
         method: may be changed between requests.
         on_request: told how many requests of how many are done.
-        truncated: requests so far whose prompt lost its start, for it did not fit the model's positions.
+        truncated: requests so far, of this method, whose prompt lost its start, for it did not fit the model's
+            positions.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        self.method = Method.named("full")
         self.on_request: Callable[[int, int], None] = lambda done, total: None
-        self.truncated = 0
         self._held: HeldPrompt | None = None
         self._attends: Method | None = None
         self._done, self._total = 0, 0
+        self.start(Method.named("full"))
+
+    def start(self, method: Method) -> None:
+        """Counts anew, of what is decoded under a method."""
+        self.method, self.truncated = method, 0
+        self._steps, self._read = 0, 0.0
+
+    @property
+    def kv_read_fraction(self) -> float | None:
+        """Share of K and V that a decode step read, the mean over all steps so far; `None` before the first."""
+        return round(self._read / self._steps, 6) if self._steps else None
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, decoded under the method. The bar is `on_request`'s."""
@@ -79,6 +89,7 @@ class MethodLM(HFLM):
         self._attend(held, context.shape[1])
         held.read(context, decode=0)
         output = super()._model_generate(context, max_length, stop, past_key_values=held.cache, **options)
+        self._count_steps(held, context.shape[1], output.shape[1] - context.shape[1])
         self._count_request()
         return output
 
@@ -103,6 +114,7 @@ class MethodLM(HFLM):
                 held.read(torch.tensor([text]), decode)
             self._attend(held, len(text))
             scores = held.scores(torch.tensor([text[-decode - 1 :]]))
+            self._count_steps(held, len(text) - decode, decode)
             answers.append((float(scores.log_probs.sum()), bool(scores.greedy.all())))
             if override_bs is None:
                 self._count_request()
@@ -141,6 +153,11 @@ class MethodLM(HFLM):
         if self._attends != method:
             held.attend_by(method, context)
             self._attends = method
+
+    def _count_steps(self, held: HeldPrompt, first: int, steps: int) -> None:
+        """Counts what steps read, of contexts of `first` tokens and more, the new one among them."""
+        self._read += sum(held.cache.attention.kv_read_fraction(first + step) for step in range(steps))
+        self._steps += steps
 
     def _count_request(self) -> None:
         self._done += 1

@@ -74,7 +74,11 @@ def needles_of(
 def _measure(held: HeldPrompt, case: Case, method: Method, full: Fields | None, on_part: Callable[..., None]) -> Fields:
     held.attend_by(method, case.what.length)
     answer = torch.tensor([case.what.answer])
-    return {"correct": int(held.scores(torch.cat([held.rest, answer], 1)).greedy.all()), "total": 1}
+    return {
+        "correct": int(held.scores(torch.cat([held.rest, answer], 1)).greedy.all()),
+        "total": 1,
+        "kv_read_fraction": round(held.cache.attention.kv_read_fraction(case.what.length), 6),
+    }
 
 
 def _to_json(rows: Sequence[NeedleSummary]) -> dict[str, Any]:

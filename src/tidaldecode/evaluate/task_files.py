@@ -6,18 +6,20 @@ import difflib
 import hashlib
 import json
 import logging
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.errors import InputError, one_line
+from tidaldecode.evaluate import ruler, study
+from tidaldecode.evaluate.local_tasks import LocalTasks
+from tidaldecode.evaluate.study import OnProgress
 from tidaldecode.evaluate.task_settings import TaskSettings
 
 if TYPE_CHECKING:
@@ -31,21 +33,36 @@ class LoadedTask:
     """A task with its documents.
 
     Attributes:
+        length: of RULER's, tokens of a prompt and its answer; `None` of others.
         digest: tells its rules and documents from others of the same name.
         documents: how many, within the limit.
     """
 
+    name: str
+    length: int | None
     task: Task
     digest: str
     documents: int
 
+    @property
+    def label(self) -> str:
+        """The name, and the length where there is one."""
+        return self.name if self.length is None else f"{self.name}, {self.length:,} tokens"
+
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks by name, and the groups that lm-eval aggregates over."""
+    """Tasks, and the groups that lm-eval aggregates over.
+
+    Attributes:
+        tasks: by their labels.
+        groups: by length, which is `None` but for RULER, and name.
+        left_out: names of a group's tasks that can't be made of what was given, and why.
+    """
 
     tasks: dict[str, LoadedTask]
-    groups: dict[str, Group]
+    groups: dict[int | None, dict[str, Group]]
+    left_out: dict[str, str]
 
 
 @contextmanager
@@ -60,11 +77,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def find_tasks(settings: TaskSettings, known: Mapping[str, Any] | None = None) -> tuple[TaskManager, tuple[str, ...]]:
+def find_tasks(settings: TaskSettings) -> tuple[TaskManager, tuple[str, ...]]:
     """Looks the names up; no task is loaded.
-
-    Args:
-        known: metadata beside the settings', which come first: see `tokenizer_metadata`.
 
     Returns:
         lm-eval's task manager, and the names, patterns replaced by what they match.
@@ -74,7 +88,7 @@ def find_tasks(settings: TaskSettings, known: Mapping[str, Any] | None = None) -
     """
     from lm_eval.tasks import TaskManager
 
-    folder, metadata = settings.include_path, {**(known or {}), **(settings.metadata or {})}
+    folder, metadata = settings.include_path, dict(settings.metadata or {})
     if folder is not None:  # lm-eval reads thousands of files of its own otherwise
         manager = TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
         if set(settings.names) <= set(manager.all_subtasks):
@@ -90,7 +104,7 @@ def find_tasks(settings: TaskSettings, known: Mapping[str, Any] | None = None) -
 
 
 def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3)
+    nearest = [f"ruler_{name}"] if f"ruler_{name}" in known else difflib.get_close_matches(name, known, n=3)
     mend = f"did you mean {' or '.join(nearest)}?" if nearest else "`lm-eval ls tasks` lists them"
     where = "" if folder is None else f" and to {folder}"
     own = "; task files of your own need --include-path DIR" if folder is None else ""
@@ -99,33 +113,43 @@ def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
 
 @quiet()
 def load_tasks(
-    manager: TaskManager, names: Sequence[str], settings: TaskSettings, config: PreTrainedConfig
+    manager: TaskManager,
+    names: Sequence[str],
+    settings: TaskSettings,
+    config: PreTrainedConfig,
+    tokenizer: Tokenizer,
+    on_progress: OnProgress = study.quiet,
 ) -> LoadedTasks:
-    """Loads tasks with their documents, which lm-eval may have to download.
+    """Loads tasks with their documents: see `LocalTasks` for which are of this machine; lm-eval may download others.
 
     Args:
         manager, names: see `find_tasks`.
-        config: the model's.
+        config, tokenizer: the model's.
 
     Raises:
         InputError: a task can't be loaded, has no documents, or asks for what is not supported: images or sound,
             running code that the model wrote, beam search, more new tokens than the model has positions.
     """
-    tasks: dict[str, Task] = {}
-    groups: dict[str, Group] = {}
+    local = LocalTasks(manager, settings, config, tokenizer)
+    tasks: dict[str, LoadedTask] = {}
+    groups: dict[int | None, dict[str, Group]] = {}
     for name in names:
-        set_seed(settings.seed % 2**32)
-        try:
-            loaded = manager.load([name])
-        except Exception as error:  # whatever data sets, task files and their code raise
-            hint = ", as one without documents" if isinstance(error, IndexError) else ""
-            raise InputError(f"task {name!r} can't be loaded{hint}: {one_line(error)}") from error
-        tasks |= loaded["tasks"]
-        groups |= loaded["groups"]
-    return LoadedTasks({name: _checked(name, task, settings, config) for name, task in tasks.items()}, groups)
+        for length in local.lengths(name):
+            local.make(name, length, on_progress)
+            set_seed(settings.seed % 2**32)
+            try:
+                loaded = manager.load([name])
+            except Exception as error:  # whatever data sets, task files and their code raise
+                hint = ", as one without documents" if isinstance(error, IndexError) else ""
+                raise InputError(f"task {name!r} can't be loaded{hint}: {one_line(error)}") from error
+            for leaf, task in loaded["tasks"].items():
+                found = _checked(leaf, length if leaf in ruler.TASKS else None, task, settings, config)
+                tasks[found.label] = found
+            groups.setdefault(length, {}).update(loaded["groups"])
+    return LoadedTasks(tasks, groups, local.left_out)
 
 
-def _checked(name: str, task: Task, settings: TaskSettings, config: PreTrainedConfig) -> LoadedTask:
+def _checked(name: str, length: int | None, task: Task, settings: TaskSettings, config: PreTrainedConfig) -> LoadedTask:
     try:
         first = next(iter(task.doc_iterator(limit=1)), None)
     except Exception as error:  # as one without a test or validation split does
@@ -136,7 +160,7 @@ def _checked(name: str, task: Task, settings: TaskSettings, config: PreTrainedCo
     own = task.get_config("num_fewshot")
     if own is None or (own != 0 and settings.num_fewshot is not None):  # as lm-eval does: a task that says 0 keeps it
         task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
-    return LoadedTask(task, *_digest(task, settings.limit))
+    return LoadedTask(name, length, task, *_digest(task, settings.limit))
 
 
 def _check_demands(name: str, task: Task, config: PreTrainedConfig) -> None:
@@ -170,14 +194,3 @@ def _digest(task: Task, limit: int | None) -> tuple[str, int]:
 
 def _plain(value: object) -> str:
     return str(getattr(value, "__qualname__", type(value).__name__))
-
-
-@contextmanager
-def tokenizer_metadata(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Metadata that tells tasks which make their own documents (RULER) where the tokenizer is: a copy in a folder.
-
-    lm-eval loads it with code that comes with it trusted; in the copy there is none.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        yield {"tokenizer": folder}

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.errors import InputError, one_line
 from tidaldecode.evaluate.study import Case, OnProgress, Study
-from tidaldecode.evaluate.task_files import LoadedTasks, find_tasks, load_tasks, quiet, tokenizer_metadata
+from tidaldecode.evaluate.task_files import LoadedTasks, find_tasks, load_tasks, quiet
 from tidaldecode.evaluate.task_settings import TaskMethods, TaskSettings
 from tidaldecode.methods.method import METHOD_KEY, Method
 from tidaldecode.models import ChosenModel
 from tidaldecode.results.rows import Fields
-from tidaldecode.results.tasks import TaskRow
+from tidaldecode.results.tasks import TaskRow, ruler_means
 
 if TYPE_CHECKING:
     from tidaldecode.evaluate.lm_eval_model import MethodLM
@@ -43,20 +43,31 @@ def tasks(tokenizer: Tokenizer, loaded: LoadedTasks, settings: TaskSettings, met
     """
     common = {name: getattr(settings, name) for name in ("limit", "num_fewshot", "chat_template", "seed")}
     common["lm_eval"] = version("lm_eval")
-    about = {"tasks": settings.names, "metadata": settings.metadata or {}, **common}
+    about = {"tasks": settings.names, "metadata": settings.metadata or {}, **common, **_sources(settings, loaded)}
     return Study(
         row=TaskRow,
-        key=("task", *METHOD_KEY),
+        key=("task", "length", *METHOD_KEY),
         identity={"kind": "lm-eval", **common},
         cases=[
-            Case({"task": name}, name, found.task, found.documents, {"task_digest": found.digest})
-            for name, found in loaded.tasks.items()
+            Case(
+                {"task": found.name, "length": found.length},
+                label,
+                found.task,
+                found.documents,
+                {"task_digest": found.digest},
+            )
+            for label, found in loaded.tasks.items()
         ],
         ways=methods,
         start=partial(_start, tokenizer),
         measure=partial(_measure, settings),
         summary=lambda cells: cells,
-        to_json=lambda rows: {**about, "results": _results(rows, methods, loaded), "rows": list(rows)},
+        to_json=lambda rows: {
+            **about,
+            "results": _results(rows, methods, loaded),
+            "ruler_means": [mean.model_dump() for mean in ruler_means(rows)],
+            "rows": list(rows),
+        },
     )
 
 
@@ -66,9 +77,16 @@ def tasks_of(settings: TaskSettings, methods: TaskMethods, chosen: ChosenModel, 
     tokenizer = chosen.files.tokenizer()
     settings.check(tokenizer)
     on_progress(0, 0, "loading the tasks")
-    with tokenizer_metadata(tokenizer) as known:
-        loaded = load_tasks(*find_tasks(settings, known), settings, chosen.config)
+    loaded = load_tasks(*find_tasks(settings), settings, chosen.config, tokenizer, on_progress)
     return tasks(tokenizer, loaded, settings, given)
+
+
+def _sources(settings: TaskSettings, loaded: LoadedTasks) -> dict[str, Any]:
+    """What RULER's tasks were made of, where there are some."""
+    if not any(found.length for found in loaded.tasks.values()):
+        return {}
+    haystack, lengths = settings.ruler.haystack.title, settings.ruler.lengths
+    return {"haystack": haystack, "lengths": lengths, "left_out": loaded.left_out}
 
 
 @quiet()
@@ -95,19 +113,19 @@ def _measure(
     from lm_eval.evaluator import evaluate
 
     began = time.perf_counter()
-    lm.method, lm.truncated = method, 0
+    lm.start(method)
     lm.on_request = lambda done, total: on_part(done / total)
     set_seed(settings.seed % 2**32)
     case.what.set_fewshot_seed(settings.seed)
     try:
         found = evaluate(
             lm=lm,
-            task_dict={"tasks": {case.label: case.what}, "groups": {}},
+            task_dict={"tasks": {case.key["task"]: case.what}, "groups": {}},
             limit=settings.limit,
             log_samples=False,
             apply_chat_template=settings.chat_template,
             fewshot_as_multiturn=settings.chat_template,
-        )["results"][case.label]
+        )["results"][case.key["task"]]
     except torch.OutOfMemoryError:  # no fault of the task's
         raise
     except Exception as error:  # whatever its prompts, filters and metrics raise
@@ -116,6 +134,7 @@ def _measure(
         "alias": found["alias"],
         "samples": found["sample_len"],
         "truncated": lm.truncated,
+        "kv_read_fraction": lm.kv_read_fraction,
         "metrics": {metric: _finite(value) for metric, value in found.items() if metric not in _COMMON},
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -129,11 +148,12 @@ def _results(rows: Sequence[Fields], methods: Sequence[Method], loaded: LoadedTa
     results = {}
     for method in methods:
         own = [row for row in rows if {name: row[name] for name in METHOD_KEY} == method.key()]
-        metrics = {row["task"]: _as_lm_eval_says(row) for row in own}
-        found = aggregate_groups(EvalAcc(metrics=metrics, groups=loaded.groups)).collect()[0]
-        results[method.label] = {
-            name: {metric: _finite(value) for metric, value in scores.items()} for name, scores in found.items()
-        }
+        all_lengths: dict[str, dict[str, Any]] = {}
+        for length, groups in loaded.groups.items():
+            metrics = {row["task"]: _as_lm_eval_says(row) for row in own if row["length"] == length}
+            for name, scores in aggregate_groups(EvalAcc(metrics=metrics, groups=groups)).collect()[0].items():
+                all_lengths.setdefault(name, {}).update((metric, _finite(value)) for metric, value in scores.items())
+        results[method.label] = all_lengths
     return next(iter(results.values())) if len(results) == 1 else results
 
 

@@ -33,6 +33,11 @@ def percent(share: float | None, digits: int = 3) -> str:
     return "–" if share is None else f"{share * 100:.{digits}g}\N{NO-BREAK SPACE}%"
 
 
+def share_label(share: float | None) -> str:
+    """`25.7%`, as tables of a terminal have it; nothing for what is not known."""
+    return "" if share is None else f"{share:.1%}"
+
+
 def signed(value: float, error: float | None = None) -> str:
     """`+0.032 ± 0.004`: with a sign, a true minus, and the standard error where there is one."""
     return f"{value:+.3f}".replace("-", "−") + ("" if error is None else f" ± {error:.3f}")

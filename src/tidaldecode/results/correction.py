@@ -21,6 +21,7 @@ from tidaldecode.results.rows import (
     Row,
     Time,
     mean_and_error,
+    mean_read,
 )
 
 Mode = Literal["full", "plain", "correction", "lossless"]
@@ -63,6 +64,8 @@ class CorrectionRow(Row):
         differing: windows in which a lossless text is not full attention's, token for token.
         gap_stderr: standard error of the mean of `gap` over the windows; `None` of a single window.
         plan: its name; `None` for `full`.
+        kv_read_fraction: share of K and V read per new token, passes with full attention included; `None` in files of
+            earlier versions.
     """
 
     mode: Mode
@@ -76,6 +79,7 @@ class CorrectionRow(Row):
     windows: Positive
     gap_stderr: Number | None = None
     plan: Name | None = None
+    kv_read_fraction: Number | None = None
 
 
 def rows_of(cells: Sequence[Fields]) -> list[CorrectionRow]:
@@ -113,4 +117,5 @@ def _row_of(pairs: Sequence[tuple[Fields, Fields]]) -> CorrectionRow:
         windows=len(pairs),
         plan=None if first["mode"] == "full" else first.get("plan"),
         gap_stderr=error,
+        kv_read_fraction=mean_read([mine for mine, _ in pairs]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tidaldecode.results.rows import Count, Fields, MethodRow, Positive, Share, by_method
+from tidaldecode.results.rows import Count, Fields, MethodRow, Positive, Share, by_method, mean_read
 
 
 class NeedleRow(MethodRow):
@@ -31,10 +31,11 @@ class NeedleCell(NamedTuple):
     depth: float
     correct: int
     total: int
+    kv_read_fraction: float | None = None
 
 
 class NeedleSummary(MethodRow):
-    """Needles found by a method.
+    """Needles found by a method; what it reads is the mean over them.
 
     Attributes:
         cells: one for each length and depth, sorted.
@@ -69,13 +70,17 @@ def needle_summary(rows: Iterable[Fields]) -> list[NeedleSummary]:
     Args:
         rows: several of one length and depth are added up.
     """
-    return [NeedleSummary.model_construct(**method, cells=_added_up(group)) for method, group in by_method(rows)]
+    return [
+        NeedleSummary.model_construct(**method, cells=_added_up(group), kv_read_fraction=mean_read(group))
+        for method, group in by_method(rows)
+    ]
 
 
 def _added_up(rows: Iterable[Fields]) -> tuple[NeedleCell, ...]:
-    found: dict[tuple[int, float], list[int]] = {}
+    found: dict[tuple[int, float], list[Fields]] = {}
     for row in rows:
-        counts = found.setdefault((row["length"], row["depth"]), [0, 0])
-        counts[0] += row["correct"]
-        counts[1] += row["total"]
-    return tuple(NeedleCell(length, depth, *counts) for (length, depth), counts in sorted(found.items()))
+        found.setdefault((row["length"], row["depth"]), []).append(row)
+    return tuple(
+        NeedleCell(*place, sum(row["correct"] for row in own), sum(row["total"] for row in own), mean_read(own))
+        for place, own in sorted(found.items())
+    )

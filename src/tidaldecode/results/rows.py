@@ -114,6 +114,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
+def mean_read(rows: Iterable[Fields]) -> float | None:
+    """The mean of the rows' `kv_read_fraction`; `None` where one does not say it."""
+    shares = [row.get("kv_read_fraction") for row in rows]
+    known = [share for share in shares if share is not None]
+    return round(statistics.fmean(known), 6) if known and len(known) == len(shares) else None
+
+
 class SharedRows(NamedTuple):
     """Rows on which methods can be compared: a stopped run, or one with other windows, leaves some methods fewer.
 

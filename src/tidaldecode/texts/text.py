@@ -109,6 +109,20 @@ class TextSource:
         return iter([paul_graham_essays()]) if self.text is None else text_parts(self.text)
 
 
+@dataclass(frozen=True)
+class Haystack(TextSource):
+    """Where the text comes from that hides needles."""
+
+    text: Annotated[
+        Path | None,
+        Option(
+            "A text, or a folder of .txt files, read whole, in the order of names. Default: Paul Graham's essays.",
+            name="--haystack",
+            metavar="DIR|F",
+        ),
+    ] = None
+
+
 def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:
     import torch
 
