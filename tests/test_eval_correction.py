@@ -40,6 +40,12 @@ def test_rows_and_resumption(study, tmp_path):
             assert row["gap"] == pytest.approx(0, abs=1e-5)
         else:
             assert abs(row["gap"]) > 1e-3
+        read = row["kv_read_fraction"]
+        if length is None:
+            assert read == 1 if mode == "full" or budget == 1.0 else 0 < read < 1
+        else:  # passes with full attention are counted
+            extra = read - rows["plain", None, budget]["kv_read_fraction"]
+            assert extra > 0.1 if mode == "correction" else extra > -1e-6
         if mode == "lossless":
             assert row["differing"] == 0
             assert 1 <= row["accepted_per_round"] <= length + 1

@@ -201,6 +201,10 @@ def test_eval_needle(run, command, tmp_path):
     assert (cell["method"], cell["plan"], cell["budget"], cell["length"], cell["depth"], cell["total"]) == (
         "tidal", "paper", 16, 160, 1, 1
     )  # fmt: skip
+    assert {row["kv_read_fraction"] for row in answer["cells"] if row["method"] == "full"} == {1}
+    at_120, at_160 = (cell["kv_read_fraction"] for cell in answer["cells"][-4::2])
+    assert 0 < at_160 < at_120 < 1 and answer["rows"][1]["kv_read_fraction"] == pytest.approx((at_120 + at_160) / 2)
+    assert "KV read" in err
     output = tmp_path / "results"
     more = ["--method", "tidal,streaming", "--budget", "16,0.5", "--lengths", "120", "--output", str(output)]
     status, out, err = run(*command, *more, "--json")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tidaldecode.results.correction import CorrectionRow
 
 _WINDOWS = Windows(decode=256, windows=4)
-_COLUMNS = ("", "budget", "T", "above full, nats", "ms per token", "speed-up", "tokens per round", "KV read")
+_COLUMNS = ("", "budget", "T", "above\nfull,\nnats", "ms per\ntoken", "speed-up", "tokens\nper\nround", "KV read")
 
 Lengths = Annotated[
     tuple[int, ...], Option("Tokens between two passes with full attention.", metavar="T,...", parse=integers)

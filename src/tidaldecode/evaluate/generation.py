@@ -197,7 +197,10 @@ def share_read(cache: TidalCache, passes: Passes, context: int, new_tokens: int)
     Args:
         context: tokens in the cache before the first new one.
     """
-    return _share(_attention(cache, passes), _read_at(passes, context, new_tokens, cache.rounds)) / new_tokens
+    rounds = cache.rounds if passes.lossless is not None else None
+    before_rounds = 0 if rounds is None else new_tokens - sum(rounds.tokens)  # the first token, by full attention
+    read_at = _read_at(passes, context + before_rounds, new_tokens, rounds)
+    return (before_rounds + _share(_attention(cache, passes), read_at)) / new_tokens
 
 
 def _attention(cache: TidalCache, passes: Passes) -> Attention:

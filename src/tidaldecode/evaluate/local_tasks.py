@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -105,7 +106,8 @@ class LocalTasks:
             if leaf in ruler.TASKS:
                 ruler.import_generators()  # what the rules name would fetch data else, when it is imported
             try:
-                self._rules[leaf] = load_yaml(entry.yaml_path)
+                with warnings.catch_warnings(action="ignore"):  # of packages that the metrics take
+                    self._rules[leaf] = load_yaml(entry.yaml_path)
             except ImportError as error:
                 raise InputError(
                     f"task {leaf!r} needs more packages ({one_line(error)}): pip install 'tidaldecode[eval]'"

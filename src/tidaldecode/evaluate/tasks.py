@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -118,14 +120,15 @@ def _measure(
     set_seed(settings.seed % 2**32)
     case.what.set_fewshot_seed(settings.seed)
     try:
-        found = evaluate(
-            lm=lm,
-            task_dict={"tasks": {case.key["task"]: case.what}, "groups": {}},
-            limit=settings.limit,
-            log_samples=False,
-            apply_chat_template=settings.chat_template,
-            fewshot_as_multiturn=settings.chat_template,
-        )["results"][case.key["task"]]
+        with patch("lm_eval.api.task.tqdm", partial(tqdm, disable=True)):  # `on_part` has a bar
+            found = evaluate(
+                lm=lm,
+                task_dict={"tasks": {case.key["task"]: case.what}, "groups": {}},
+                limit=settings.limit,
+                log_samples=False,
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.chat_template,
+            )["results"][case.key["task"]]
     except torch.OutOfMemoryError:  # no fault of the task's
         raise
     except Exception as error:  # whatever its prompts, filters and metrics raise

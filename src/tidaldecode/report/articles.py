@@ -71,15 +71,17 @@ def _found(correct: int, total: int) -> str:
 def tasks(result: Result, name: str, shares: SharesRead) -> Article:
     """The scores of lm-eval's tasks; the first metric of each is drawn."""
     found = lm_eval_summary(result.rows)
-    first = {score.task: score.metric for score in reversed(found)}
+    first = {(score.task, score.length): score.metric for score in reversed(found)}
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for score in found:
         row = {"task": score.task, "metric": score.metric.removesuffix(",none"), "samples": f"{score.samples:,}"}
         run = ", ".join(filter(None, (score.variant.label, budget_label(score.budget))))
         error = "" if score.stderr is None else f" ± {score.stderr:.2g}"
-        rows.setdefault((score.task, score.metric), row)[run] = f"{score.value:,.4g}{error}"
+        read = "" if score.kv_read_fraction is None else f"\nreads {percent(score.kv_read_fraction)}"
+        rows.setdefault((score.task, score.metric), row)[run] = f"{score.value:,.4g}{error}{read}"
     table = Table("Scores ± one standard error over the task's documents", list(rows.values()))
-    figures = drawn(name, {scores.task_scores: [score for score in found if score.metric == first[score.task]]})
+    shown = [score for score in found if score.metric == first[score.task, score.length]]
+    figures = drawn(name, {scores.task_scores: shown})
     return article(result, f"lm-eval tasks, {result.model}", figures, (table,), "model")
 
 
