@@ -83,8 +83,7 @@ def _compare(layout, block_size, batch, selection, views, dtype):
         output = paged.attend(layer, query, kv, 0.2)
         plain = KV(k.double(), v.double(), whole, lengths)
         if ROLES[layer] == "sparse":  # over the sets that were chosen: ties may go either way
-            rows, sets = paged._sets_of(layer)
-            counts = paged.counts
+            rows, sets, counts = paged._sets_of(layer)
             expected = reference.sparse_attention(query.double(), plain, sets, counts, rows, 0.2)
         else:
             expected = reference.full_attention(query.double(), plain, 0.2)
