@@ -174,14 +174,14 @@ def _attention_of(config: VllmConfig) -> RankAttention:
     keep_codes(config, attention)
     if attention.group.rank_in_group > 0:
         return attention
-    roles = {role: plan.roles.count(role) for role in ("full", "select", "sparse")}
-    if plan.key_bits is not None:
-        roles[f"quantized select, {plan.key_bits} bits,"] = plan.roles.count("quantized_select")
+    roles = {role: plan.roles.count(role) for role in ("full", "select", "quantized_select", "sparse")}
+    if plan.key_bits is None:
+        del roles["quantized_select"]
     _log.info(
         "tidaldecode: plan %s with a budget of %s tokens (%s): decoding reads %.1f%% of the KV cache at %d tokens",
         plan.name or "without a name",
         plan.budget_for(context),
-        ", ".join(f"{count} {role} layers" for role, count in roles.items()),
+        ", ".join(f"{count} {role.replace('_', ' ')} layers" for role, count in roles.items()),
         100 * attention.kv_read_fraction(context),
         context,
     )
