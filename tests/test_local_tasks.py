@@ -237,7 +237,7 @@ def test_ruler_runs(run, only, model_folder, tmp_path):
     ("options", "words_of"),
     [
         (["--haystack", "nowhere.txt"], ["text file nowhere.txt does not exist"]),
-        (["--lengths", "1400"], ["--lengths 1400", "beyond the model's 1300 positions"]),
+        (["--lengths", "1024,1400"], ["--lengths 1400", "beyond the model's 1300 positions"]),
         (["--lengths", "0"], ["--lengths 0 must be positive"]),
         (["--haystack", "SHORT"], ["the haystack has 3 tokens, 1021 too few for prompts of 1024", "--lengths"]),
         (["--lengths", "300", "--tasks", "ruler_vt"], ["--lengths 300 is too short for ruler_vt"]),

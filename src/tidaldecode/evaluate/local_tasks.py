@@ -53,6 +53,7 @@ class LocalTasks:
             return (None,)
         if "max_seq_lengths" in (self._settings.metadata or {}):
             raise InputError("--metadata max_seq_lengths: RULER's lengths are those of --lengths, such as 4096,8192")
+        self._ruler.check_lengths()
         return self._settings.ruler.lengths
 
     def make(self, name: str, length: int | None, on_progress: OnProgress) -> None:

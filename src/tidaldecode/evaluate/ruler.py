@@ -78,6 +78,19 @@ class Ruler:
         why = "its questions are published ones, and no network is asked: give {}, as downloaded"
         return {name: why.format(mend) for name, (path, mend) in needed.items() if path is None}
 
+    def check_lengths(self) -> None:
+        """Refuses lengths beyond the model's positions.
+
+        Raises:
+            InputError: one is.
+        """
+        longest = max(self.options.lengths)
+        if longest > self.positions:
+            raise InputError(
+                f"--lengths {longest}: prompts and answers of {longest} tokens are beyond the model's {self.positions} "
+                "positions"
+            )
+
     def task(self, name: str, length: int, rules: Mapping[str, Any]) -> dict[str, Any]:
         """A task's rules, as lm-eval has them, with documents of one length, and that length's metric alone.
 
@@ -97,24 +110,16 @@ class Ruler:
         }
 
     def _documents(self, name: str, length: int) -> Any:
-        """A data set of lm-eval's fields: input, outputs, gen_prefix, ...
-
-        A length that leaves no room for what the generators do not count is made shorter by that.
-        """
-        if length > self.positions:
-            raise InputError(
-                f"--lengths {length}: prompts and answers of {length} tokens are beyond the model's {self.positions} "
-                "positions"
-            )
+        """A data set of lm-eval's fields: input, outputs, gen_prefix, ..."""
         module_name, make, generate = _MADE_BY[name]
         import_generators()
-        module, tokens = import_module(f"{_PACKAGE}.{module_name}"), min(length, self.positions - _ROOM - self.around)
+        module, tokens = import_module(f"{_PACKAGE}.{module_name}"), self._fitting(length)
         self._check_length(name, module, tokens)
         own: dict[str, Any] = {"get_tokenizer": lambda *_: self._tokenize, generate: self._few(module, generate)}
         if module_name != "niah_utils":
             own["tqdm"] = _no_bar
         else:
-            own["get_haystack"] = partial(self._haystack, module.get_haystack, tokens)
+            own["get_haystack"] = partial(self._haystack, module.get_haystack)
         if module_name == "cwe_utils":
             own["RNG"] = random.Random(self.seed)
         if name in ("ruler_qa_squad", "ruler_qa_hotpot"):
@@ -130,6 +135,10 @@ class Ruler:
         except Exception as error:  # whatever else lm-eval's generators raise
             raise InputError(f"{name} of {length} tokens can't be made: {one_line(error)}") from error
 
+    def _fitting(self, length: int) -> int:
+        """Tokens for the generators, less what they do not count where that would not fit."""
+        return min(length, self.positions - _ROOM - self.around)
+
     @cached_property
     def _words(self) -> list[str]:
         return " ".join(self.options.haystack.parts()).split()
@@ -144,10 +153,11 @@ class Ruler:
     def _count(self, text: str) -> int:
         return len(self._tokenize(text)["input_ids"])
 
-    def _haystack(self, own: Callable[..., Any], tokens: int, type_haystack: str) -> Any:
+    def _haystack(self, own: Callable[..., Any], type_haystack: str) -> Any:
         """lm-eval's haystack, or the given text's words in place of the essays that it downloads."""
         if type_haystack != "essay":
             return own(type_haystack=type_haystack)
+        tokens = self._fitting(max(self.options.lengths))  # told before shorter ones are made
         if self._haystack_tokens < tokens:
             raise InputError(
                 f"the haystack has {self._haystack_tokens} tokens, {tokens - self._haystack_tokens} too few for "
