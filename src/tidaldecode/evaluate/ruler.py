@@ -46,7 +46,7 @@ TASKS = tuple(_MADE_BY)
 _DOCUMENTS = 500  # of a task and length, as lm-eval and RULER have it
 _ROOM = 128  # tokens of a prompt's last words, and of answers, that generators do not count
 _SOLVED = 500  # most tokens of the solved example before a question of ruler_vt
-_SPREAD = 100  # tokens by which a prompt may be longer than another one of as many words
+_SPREAD = 60  # tokens by which a prompt may be longer than another one of as many words
 
 
 @dataclass(frozen=True)
