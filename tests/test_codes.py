@@ -336,6 +336,22 @@ def test_sets_of_codes_depend_on_neither_rounds_nor_capacity_nor_what_lay_in_mem
 
 
 @pytest.mark.kernels
+def test_more_ties_than_a_program_holds(monkeypatch):
+    """The earliest of equal tokens are chosen."""
+    pytest.importorskip("triton")
+    from tidaldecode.ops import kernels
+
+    monkeypatch.setattr("tidaldecode.ops.kernels.code_scores._PROGRAMS", 1)
+    k = torch.ones(1, 1300, 1, 16, device=DEVICE)
+    lengths = torch.tensor([1300], dtype=torch.int32, device=DEVICE)
+    kv = KV(k, k, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), lengths, room_for_codes(k, 2))
+    indices = torch.full((1, 1, 700), -1, dtype=torch.int32, device=DEVICE)
+    choice = Choice.alike(lengths, 700, recent=5, sinks=3)
+    kernels.choose_by_codes(torch.randn(1, 4, 16, device=DEVICE), kv, 0.25, ["per_group"], choice, 1300, indices)
+    assert indices[0, 0].tolist() == [*range(695), *range(1295, 1300)]
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("dim", [20, 64])
 def test_kernels_turn_queries_as_the_reference(dim):
     pytest.importorskip("triton")
