@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from families import FAMILIES
 from tidaldecode import PAPER_RESELECT_LAYERS, InputError, ModelShape, Source, TidalPlan
+from tidaldecode.methods.method import Method
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import check_plan
 from tidaldecode.plans import shipped_plans
@@ -72,6 +73,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"page_size": 16}, "page_size: unknown key"),
         ({"drafting": "none"}, "drafting: Input should be 'plan' or 'verification'"),
         ({"budgets": {0: 300}}, "budgets: layer 0 is not a layer that chooses"),
+        ({"budgets": {-2: 300}}, "budgets: layer -2 is not a layer that chooses"),
         ({"budgets": {9: 300}}, "budgets: layer 9 is not a layer that chooses"),
         ({"budgets": {1: 0.5}}, "budgets: 0.5 of layer 1 must be tokens or a fraction, as token_budget is"),
         ({"budgets": {1: 0}}, "budgets: layer 1: 0 must be positive"),
@@ -131,8 +133,13 @@ def test_budgets_of_layers_go_along_with_another_budget():
     assert [plan.budget_for(10_000, layer) for layer in (None, 1, 3)] == [512, 2048, 200]
     plan = plan.with_budget(0.25)
     assert [plan.budget_for(1000, layer) for layer in (None, 1, 3)] == [250, 1000, 98]
-    with pytest.raises(InputError, match="budgets: layer 3: 1 is below sink_tokens"):
-        TidalPlan(**FIELDS, budgets={3: 2}).with_budget(20)
+    plan = TidalPlan(**FIELDS, budgets={3: 8}, sink_tokens=4, recent_tokens=0.25).with_budget(32)
+    assert plan.budget_for(10_000, 3) == 6  # with room for a chosen one beside sinks and recent tokens
+    fraction = TidalPlan(**FIELDS | {"token_budget": 0.25}, budgets={1: 0.03})
+    method = Method.named("tidal", None, fraction)
+    shape = ModelShape(num_layers=5, num_query_heads=4, num_kv_heads=2, head_dim=8)
+    for context in (150, 1001):
+        assert method.attention(shape, context).plan.budget_for(context, 1) == fraction.budget_for(context, 1)
 
 
 def test_another_way_to_draft():

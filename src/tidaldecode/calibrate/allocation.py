@@ -40,6 +40,12 @@ class Allocation:
     losses: Floats
     share: float
 
+    @property
+    def key(self) -> tuple[tuple[int, ...], bytes]:
+        """Tells allocations apart; one of the same states may read other sets, by other weights."""
+        reading = np.array(self.states) != FULL
+        return self.states, self.chosen[reading].tobytes()
+
 
 @dataclass(frozen=True)
 class Allocator:
@@ -99,7 +105,6 @@ class Allocator:
         state = np.array(states)
         columns, reading = np.flatnonzero(state >= 0), state != FULL
         losses, chosen = np.zeros(len(state)), np.zeros((len(state), self.lost.shape[3]), dtype=np.intp)
-        read = np.ones(len(state))
         if len(columns):
             of_columns = self.lost[state[columns], :, columns]  # [C, L, R]
             rows = self._rows[state[columns]][:, None, None]
@@ -107,14 +112,24 @@ class Allocator:
             place = costs.argmin(0)  # [L, R]
             chosen = columns[place]
             losses = np.take_along_axis(of_columns, place[None], 0)[0].sum(1)
-            read = self._rows[state[chosen]].sum(1) * len(state)
         if not np.isfinite(losses[reading]).all() or (reading.any() and not len(columns)):
             return None
         unread = (state >= 0) & ~np.isin(np.arange(len(state)), chosen[reading])
+        read = np.where(reading, self._read(state, chosen) if len(columns) else 0.0, 1.0)
         state[unread] = SPARSE
-        read += np.where(state >= 0, self.code_share, 0.0)
-        share = float(np.where(reading, read, 1.0).mean())
+        share = float((read + np.where(state >= 0, self.code_share, 0.0)).mean())
         return Allocation(tuple(map(int, state)), chosen, np.where(reading, losses, 0.0), share)
+
+    def _read(self, state: NDArray[np.intp], chosen: NDArray[np.intp]) -> Floats:
+        """The share of its K and V that each layer reads, [L]: a set once for all heads of a KV head that read it."""
+        places, readers = np.arange(len(state))[:, None], np.arange(chosen.shape[1])
+        sets = chosen * len(self.sets) + self.best[state[chosen], places, chosen, readers]  # [L, R]
+        groups = sets.reshape(len(state), self.shape.num_kv_heads, -1)
+        order = groups.argsort(2)
+        rows = np.take_along_axis((self._rows[state[chosen]] * len(state)).reshape(groups.shape), order, 2)
+        ordered = np.take_along_axis(groups, order, 2)
+        rows[:, :, 1:][ordered[:, :, 1:] == ordered[:, :, :-1]] = 0.0
+        return np.asarray(rows.sum((1, 2)))
 
     @property
     def _rows(self) -> Floats:
@@ -125,11 +140,6 @@ class Allocator:
     def predicted(self, allocation: Allocation) -> float:
         """The divergence that the weights let expect."""
         return float((allocation.losses * self.weights).sum())
-
-    @property
-    def least_share(self) -> float:
-        """The least that any plan reads: one layer chooses, the fewest tokens."""
-        return self.budgets[0] / self.context + self.code_share / len(self.layers)
 
     # ---- the best allocation
 
@@ -194,7 +204,7 @@ class Allocator:
             for new in range(FULL, len(self.budgets)):
                 if new != state:
                     other = self.allocation([*states[:layer], new, *states[layer + 1 :]], price)
-                    if other is not None and other.share <= most and other.states != states:
+                    if other is not None and other.share <= most and other.key != allocation.key:
                         yield other
 
     # ---- the plan

@@ -60,12 +60,12 @@ class AllocationSearch:
         if found is None:
             return None
         allocation, price = found
-        tried = {before.states for before, _ in self.measured}
-        if allocation.states not in tried:
+        tried = {before.key for before, _ in self.measured}
+        if allocation.key not in tried:
             return allocation
         best = self._best(most)
         near = allocation if best is None else best[0]
-        left = [other for other in self.allocator.changed(near, price, most) if other.states not in tried]
+        left = [other for other in self.allocator.changed(near, price, most) if other.key not in tried]
         return min(left, key=lambda other: (self.allocator.predicted(other), other.states), default=None)
 
     def _fit(self) -> None:

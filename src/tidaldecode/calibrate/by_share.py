@@ -13,9 +13,6 @@ from tidaldecode.errors import InputError
 from tidaldecode.ops.values import code_bytes
 from tidaldecode.plan import TidalPlan, recent_among
 
-SHARES = (0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4)
-"""Shares of K and V that are tried one after another until a plan loses little enough."""
-
 
 class SharesByCodes:
     """The part of a calibration that searches by shares of K and V.
@@ -35,7 +32,7 @@ class SharesByCodes:
             InputError: nothing reads as little.
         """
         run, gap = self.run, self.settings.max_gap
-        shares = SHARES if self.settings.max_read is None else (self.settings.max_read,)
+        shares = self.settings.shares
         search = AllocationSearch(self.allocator(), self.measure, self.settings.tries)
         self._search = search
         run.choose_shares(*self.first(shares))
@@ -58,8 +55,7 @@ class SharesByCodes:
             if (found := allocator.best_within(share)) is not None:
                 return share, self.plan(found[0])
         raise InputError(
-            f"no plan reads as little as {shares[-1]:.1%} of K and V: with codes in one layer and "
-            f"{allocator.budgets[0]} tokens in all it is {allocator.least_share:.1%}. Give a larger share, a smaller "
+            f"no plan that reads as little as {shares[-1]:.1%} of K and V was found: give a larger share, a smaller "
             "budget or fewer bits"
         )
 

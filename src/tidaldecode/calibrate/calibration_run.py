@@ -211,7 +211,8 @@ class CalibrationRun:
         ]
 
         def on_progress(done: int, total: int, what: str) -> None:
-            self.on_progress(self.total + done, self.total + total, f"held-out {what}")
+            self.on_progress(self.total + done, self.total + total + bool(self.answers), f"held-out {what}")
+            self.done = self.total + total
 
         methods = [Method.named("tidal", None, plan) for plan in plans]
         study = perplexity(heldout, self.settings.heldout(heldout), methods)
@@ -223,9 +224,10 @@ class CalibrationRun:
 
     def check_answers(self, heldout: Text) -> None:
         """Measures what full attention makes of the answers that the chosen plan gives about the held-out text."""
-        self.on_progress(self.total, self.total, "held-out questions")
+        self.on_progress(self.done, self.done + 1, "held-out questions")
         key = next(key for key, point in self.points.best.items() if point is self.points.chosen)
         point, settings = self.points.best[key], self.settings
         own = self.own_answers(heldout, settings.heldout(heldout).starts)
         found = surprise(self.model, own, Method.named("tidal", None, point.plan), settings.decode, SAMPLING)
+        self.on_progress(self.done + 1, self.done + 1, "held-out questions")
         self.points.best[key] = replace(point, heldout_surprise=found.mean, heldout_surprise_error=found.stderr)

@@ -18,7 +18,8 @@ class Loss:
 
     Attributes:
         divergence: Kullback-Leibler divergence `sum of p · ln(p / q)` of the next-token distribution `q` from full
-            attention's `p`, over all steps: those of the text and of the probes.
+            attention's `p`, over all steps: those of the text, of the probes, and of full attention's own
+            answers.
         text_divergence: the same over the steps of the text alone: what `gap` would be if full attention were right,
             without the chance of which tokens the text happens to go on with.
         gap: `ln p(token) - ln q(token)` of the text's own next tokens, over the steps of the text.

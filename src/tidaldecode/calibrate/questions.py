@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from tidaldecode.calibrate.settings import CalibrationSettings
+from tidaldecode.errors import InputError
 from tidaldecode.texts.questions import Question, ask
 from tidaldecode.texts.text import Text
 
@@ -34,6 +36,22 @@ def prompts(
     for place in range(number):
         start = starts[place % len(starts)]
         document = tokenizer.decode(text.tokens[start : start + context], skip_special_tokens=True)
-        question = Question(str(place), document, QUESTIONS[place % len(QUESTIONS)])
+        question = Question(str(place), document, QUESTIONS[(place + place // len(starts)) % len(QUESTIONS)])
         (asked,) = ask(tokenizer, [question], context, plain)
         yield asked.token_ids
+
+
+def check_questions(tokenizer: Tokenizer, text: Text, heldout: Text, settings: CalibrationSettings) -> None:
+    """Makes the prompts of both texts, before a model is loaded.
+
+    Raises:
+        InputError: they can't be made.
+    """
+    context = settings.context - settings.decode
+    try:
+        for asked, starts in ((text, settings.starts(text)), (heldout, settings.heldout(heldout).starts)):
+            if settings.answers > (most := len(QUESTIONS) * len(starts)):
+                raise InputError(f"--answers {settings.answers}: of {len(starts)} windows {most} are asked at most")
+            list(prompts(tokenizer, asked, starts, context, settings.answers))
+    except InputError as error:
+        raise InputError(f"{error}; or ask none, --answers 0") from None

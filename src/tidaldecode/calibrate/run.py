@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tidaldecode.calibrate.calibration import calibrate
 from tidaldecode.calibrate.coherence import coherence
+from tidaldecode.calibrate.questions import check_questions
 from tidaldecode.calibrate.settings import CalibrationSettings, CoherenceSettings, check_apart
 from tidaldecode.calibrate.written import CalibrationReport, CoherenceReport
 from tidaldecode.evaluate.study import OnProgress, load, measured_on, quiet
@@ -48,6 +49,7 @@ def report_calibration(
     else:
         heldout, heldout_title = Text.tokenize(tokenizer, heldout_source.parts()), heldout_source.title
     check_apart(text, settings.starts(text), heldout, settings.heldout(heldout))
+    check_questions(tokenizer, text, heldout, settings)
     if results is not None:
         make_results_folder("--results", results)
     loaded, began = load(chosen, settings.seed, on_progress), time.perf_counter()

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tidaldecode.errors import InputError
-from tidaldecode.models import check_architecture, sliding_windows
+from tidaldecode.models import check_architecture, model_shape, sliding_windows
 from tidaldecode.options import Option, Seed, budget, integers, names_of
-from tidaldecode.plan import KEY_BITS, Selection, recent_among, tokens_of
+from tidaldecode.plan import KEY_BITS, ModelShape, Selection, recent_among, tokens_of
 from tidaldecode.rules import RULES
 from tidaldecode.texts.text import Text
 from tidaldecode.texts.windows import Windows
@@ -28,6 +28,9 @@ Never none of either: teacher-forced text hardly misses them, and a model that w
 
 _SELECT_LAYERS, _FULL_LAYERS = 5, 2
 _BUDGETS, _GAP_BUDGETS = (256,), (64, 128, 256, 512, 1024)
+SHARES = (0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4)
+"""Shares of K and V that are tried one after another until a plan with codes loses little enough."""
+
 _BITS, _SHARES = 2, (7, 6, 5, 4, 3)  # of the context: from a 128th to an eighth
 _COHERENCE_WINDOWS = Windows(context=4096, decode=64, windows=4)
 _RUN = 128  # tokens in a row by which two texts are told to overlap: more than a licence's header shares
@@ -177,10 +180,10 @@ class CalibrationSettings:
     def token_budgets(self) -> tuple[int, ...]:
         """The budgets that are given, or the default's."""
         if self.budgets:
-            return self.budgets
+            return tuple(dict.fromkeys(self.budgets))
         if self.code_bits:
             least = next(budget for budget in itertools.count(1) if budget > SINK_TOKENS[0] + _most_recent(budget))
-            return tuple(max(least, self.context >> shift) for shift in _SHARES)
+            return tuple(sorted({max(least, self.context >> shift) for shift in _SHARES}))
         return _BUDGETS if self.max_gap is None else _GAP_BUDGETS
 
     @property
@@ -193,8 +196,10 @@ class CalibrationSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings, with those that were left to defaults, as results hold them."""
-        full, select = (_FULL_LAYERS, None) if self.most_layers == (0, 1) else self.most_layers
-        return {**asdict(self), "select_layers": select, "full_layers": full, "budgets": self.token_budgets}
+        by_number = self.max_gap is None and not self.code_bits
+        full, select = self.most_layers if by_number else (None, None)
+        found = {"select_layers": select, "full_layers": full, "key_bits": self.code_bits or None}
+        return {**asdict(self), **found, "budgets": self.token_budgets}
 
     @property
     def first_step(self) -> int:
@@ -221,12 +226,33 @@ class CalibrationSettings:
         check_architecture(config)
         Windows(self.context, self.decode, 1).check(config)
         layers = sum(window is None for window in sliding_windows(config))
+        if self.code_bits:
+            self._check_codes(model_shape(config), layers)
         full, select = self.most_layers
         if full + select >= layers:
             raise InputError(
                 f"{full} full and {select} select layers leave no sparse one among the {layers} layers of the model "
                 "that attend to the whole context: ask for fewer"
             )
+
+    def _check_codes(self, shape: ModelShape, layers: int) -> None:
+        if shape.head_dim * self.code_bits % 8:
+            raise InputError(
+                f"codes of {self.code_bits} bits of {shape.head_dim} channels fill no whole bytes: give others"
+            )
+        tokens, most = min(self.token_budgets), self.shares[-1]
+        codes = (shape.head_dim * self.code_bits / 8 + 2) / (4 * shape.head_dim)
+        least = tokens / self.context + codes / layers
+        if least > most:
+            raise InputError(
+                f"no plan reads as little as {most:.1%} of K and V: with codes in one layer and {tokens} tokens in all "
+                f"it is {least:.1%}. Give a larger share, a smaller budget or fewer bits"
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The largest shares of K and V that plans with codes are looked for at, one after another."""
+        return SHARES if self.max_read is None else (self.max_read,)
 
     def starts(self, text: Text) -> tuple[int, ...]:
         """Places of the windows in the text that the plan is chosen on: apart, and random by the seed.

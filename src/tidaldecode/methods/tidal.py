@@ -256,10 +256,13 @@ class DecodeAttention(Attention):
 
 def _digest(plan: TidalPlan) -> str:
     """Of everything that decides what a plan reads, but its budget."""
-    left_out = {"name", "origin", "calibration", "model", "token_budget"}
+    left_out = {"name", "origin", "calibration", "model"}
+    if plan.budgets is None:  # else they count by what they are of it
+        left_out |= {"token_budget", "budgets"}
     if plan.drafting == "plan":  # results that are older than the choice keep their digests
         left_out.add("drafting")
-    left_out |= {name for name in ("key_bits", "budgets") if getattr(plan, name) is None}
+    if plan.key_bits is None:
+        left_out.add("key_bits")
     rules = plan.model_dump_json(exclude=left_out)
     return hashlib.sha256(rules.encode()).hexdigest()[:12]
 

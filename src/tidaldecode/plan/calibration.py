@@ -13,7 +13,8 @@ class Calibration(BaseModel):
         context, windows, decode: tokens of a window, how many windows, and decode steps of each that chose the plan.
         heldout_windows, heldout_decode: likewise, of the check.
         loss: what the search made small: the Kullback-Leibler divergence of the plan's next-token distribution from
-            full attention's, in nats, averaged over the steps of the text and of the probes.
+            full attention's, in nats, averaged over the steps of the text, of the probes, and of full attention's own
+            answers.
         text_divergence: the same over the steps of the text alone.
         calibration_gap, heldout_gap: nats per token above full attention, teacher-forced; `heldout_gap` is `None` where
             the calibration was stopped before the check.

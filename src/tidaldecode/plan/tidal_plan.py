@@ -125,7 +125,7 @@ class TidalPlan(BaseModel):
             raise ValueError(f"recent_tokens: {recent} must be at least 1: the new token is always read")
         self._check_budget("token_budget", self.token_budget)
         for layer, budget in (self.budgets or {}).items():
-            if layer >= len(self.roles) or self.roles[layer] not in CHOOSING:
+            if not 0 <= layer < len(self.roles) or self.roles[layer] not in CHOOSING:
                 raise ValueError(f"budgets: layer {layer} is not a layer that chooses")
             if type(budget) is not type(self.token_budget):
                 raise ValueError(f"budgets: {budget} of layer {layer} must be tokens or a fraction, as token_budget is")
@@ -143,7 +143,7 @@ class TidalPlan(BaseModel):
             raise ValueError(f"{name}: {budget} is below sink_tokens + recent_tokens + 1 = {least}")
 
     def _check_sources(self, layer: int, sources: tuple[Source, ...]) -> None:
-        if layer >= len(self.roles) or self.roles[layer] not in READING:
+        if not 0 <= layer < len(self.roles) or self.roles[layer] not in READING:
             raise ValueError(f"sources: layer {layer} is not a layer that reads chosen tokens")
         if self.model is not None and len(sources) != self.model.num_query_heads:
             raise ValueError(
@@ -174,8 +174,12 @@ class TidalPlan(BaseModel):
         fraction = self.budget_of(layer)
         if isinstance(fraction, int):
             return fraction
-        budget = max(math.ceil(fraction * context), self.sink_tokens + 2)
-        while budget < self.sink_tokens + self.recent_for(budget) + 1:  # the recent tokens are a share of it, below 1
+        return self._enough(math.ceil(fraction * context))
+
+    def _enough(self, budget: int) -> int:
+        """A budget, or the least that has room beside its sinks and recent tokens."""
+        budget = max(budget, self.sink_tokens + 2)
+        while budget < self.sink_tokens + self.recent_for(budget) + 1:  # the recent tokens may be a share of it
             budget += 1
         return budget
 
@@ -223,16 +227,21 @@ class TidalPlan(BaseModel):
     # ---- making plans
 
     def with_budget(self, token_budget: int | float) -> Self:
-        """The same plan with another budget (tokens, or a fraction of the context); all others go along with it.
+        """The same plan with another budget (tokens, or a fraction of the context).
+
+        Those of single layers go along with it, as far as they leave room beside the sinks and recent tokens, and are
+        no more than the context.
 
         Raises:
-            InputError: a budget leaves no room beside the sinks and recent tokens.
+            InputError: the budget leaves no such room.
         """
         fields = {**self.model_dump(), "token_budget": token_budget}
         if self.budgets is not None and token_budget != self.token_budget:
             factor = token_budget / self.token_budget
             fields["budgets"] = {
-                layer: round(budget * factor) if isinstance(token_budget, int) else min(budget * factor, 1.0)
+                layer: self._enough(math.ceil(round(budget * factor, 6)))
+                if isinstance(token_budget, int)
+                else min(budget * factor, 1.0)
                 for layer, budget in self.budgets.items()
             }
         return self.validated(**fields)

@@ -164,8 +164,9 @@ def calibration(result: Result, name: str, shares: SharesRead) -> Article:
     share, error = fields.get("kv_read_fraction"), fields.get("heldout_error")
     gaps = {"searched": (fields["calibration_gap"], None), "held out": (fields["heldout_gap"], error)}
     rows = [{"text": on, "gap": signed(*gap), "share": share} for on, gap in gaps.items() if gap[0] is not None]
-    measures = "full_layers select_layers token_budget kv_read_fraction loss text_divergence calibration_gap"
-    best = Table.of("The best plans", plans, f"{measures} heldout_gap heldout_error")
+    layers = "full_layers select_layers quantized_select_layers token_budget"
+    measures = "kv_read_fraction loss text_divergence calibration_gap heldout_gap heldout_error"
+    best = Table.of("The best plans", plans, f"{layers} {measures}")
     title = "Gap of the calibrated plan ± one standard error over windows"
     tables = (Table.of(title, rows, "text gap share"), best)
     figures = drawn(name, {losses.frontier: plans})

@@ -40,6 +40,7 @@ class _Recall(Row):
 class _FrontierRow(Row):
     full_layers: Count
     select_layers: Count
+    quantized_select_layers: Count = 0
     token_budget: Positive
     kv_read_fraction: Number
     loss: Number

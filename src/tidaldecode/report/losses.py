@@ -100,7 +100,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
     """Loss over cost.
 
     The best plans found: nats per token over the share of K and V that a step reads. Numbers at the points are full and
-    select layers; bars are one standard error over windows.
+    choosing layers; bars are one standard error over windows.
 
     Args:
         rows: `kv_read_fraction`, `text_divergence`, `calibration_gap`, `heldout_gap`, `heldout_error`, `full_layers`,
@@ -113,12 +113,13 @@ def frontier(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
         errors = [row["heldout_error"] for row in known] if key == "heldout_gap" else None
         shares = [100 * row["kv_read_fraction"] for row in known]
         lines += [Line(label, style, shares, [row[key] for row in known], errors)] if known else []
-    labels = "K and V read in a step, % of full attention’s (full + select layers)", "nats per token"
+    labels = "K and V read in a step, % of full attention’s (full + choosing layers)", "nats per token"
     figure, (axis,) = line_panels(width, 2.7, [("", lines)], *labels)
     if width > 5 and len(rows) <= 12:
         budgets = len({row["token_budget"] for row in rows}) > 1
         for row in rows:
-            text = f"{row['full_layers']}+{row['select_layers']}" + (f", {row['token_budget']}" if budgets else "")
+            choosing = row["select_layers"] + row.get("quantized_select_layers", 0)
+            text = f"{row['full_layers']}+{choosing}" + (f", {row['token_budget']}" if budgets else "")
             place = 100 * row["kv_read_fraction"], row["text_divergence"]
             axis.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=8, color=INK)
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
