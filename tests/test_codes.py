@@ -296,6 +296,7 @@ def test_kernels_choose_the_references_tokens(dtype, bits, dim, heads, kv_heads,
     pytest.importorskip("triton")
     from tidaldecode.ops import kernels
 
+    monkeypatch.setattr("tidaldecode.ops.kernels.code_scores._LEAST_TILES", 1)  # several stretches of few tokens
     query, keys, kv, _ = make(bits, dim, heads, kv_heads, block_size, dtype)
     write(keys, kv)
     sets = sum({"unified": 1, "per_group": kv_heads, "per_head": heads}[rule] for rule in rules)
@@ -364,6 +365,49 @@ def test_kernels_turn_queries_as_the_reference(dim):
     torch.testing.assert_close(steps, wanted_steps, rtol=1e-5, atol=1e-20)
     assert (numbers.int() - wanted.int()).abs().max() <= 1 and (numbers != wanted).float().mean() < 0.01
     assert not numbers[0, 0].any()
+
+
+class Grid:
+    """In place of a kernel: keeps the grid of a launch."""
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.kernels
+def test_grids_end_where_a_gpu_s_do(monkeypatch):
+    """At 65,535 in all axes but the first: 32 prompts of 32,768 tokens, head dim 256."""
+    pytest.importorskip("triton")
+    writing = pytest.importorskip("tidaldecode.ops.kernels.write_codes")  # a function has the name, too
+
+    k = torch.empty(1, 32_768, 2, 256, dtype=torch.float16, device=DEVICE)
+    lengths = torch.full((32,), 32_768, dtype=torch.int32, device=DEVICE)
+    kv = KV(k, k, torch.zeros(32, 1, dtype=torch.int32, device=DEVICE), lengths, room_for_codes(k, 1))
+    monkeypatch.setattr(writing, "_write_kernel", launched := Grid())
+    writing.write_codes(kv, lengths, 32 * 32_768)
+    first, *others = launched.grid
+    assert all(size <= 65_535 for size in others) and first >= 2 * 32 * 32_768 // 16
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("kv_heads", "tokens", "slots"), [(1, 32_000, 125), (2, 32_000, 125), (8, 102_400, 264)])
+def test_few_heads_do_not_leave_a_program_for_each_tile(kv_heads, tokens, slots, monkeypatch):
+    pytest.importorskip("triton")
+    from tidaldecode.ops.kernels import code_scores, select
+
+    monkeypatch.setattr("tidaldecode.ops.kernels.scratch.multiprocessors", lambda device: 132)
+    k = torch.empty(1, tokens, kv_heads, 128, dtype=torch.float16, device=DEVICE)
+    lengths = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
+    kv = KV(k, k, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), lengths, room_for_codes(k, 1))
+    query, choice = torch.empty(1, kv_heads * 4, 128, dtype=torch.float16, device=DEVICE), Choice.alike(lengths, 24)
+    indices = torch.empty(1, kv_heads, 24, dtype=torch.int32, device=DEVICE)
+    pair = code_scores.pair_of(kv.codes, 4)
+    assert code_scores.tile_of(pair) == 64
+    scores = select.Choosing(query, kv, choice, tokens, 64, [indices], pair).scores
+    monkeypatch.setattr(code_scores, "_score_kernel", launched := Grid())
+    code_scores.score(query.char(), query[..., 0].float(), kv, kv.codes, 1.0, scores, 0)
+    assert launched.grid == (kv_heads, slots)
 
 
 def test_a_head_s_codes_lie_together():

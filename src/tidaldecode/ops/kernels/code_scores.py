@@ -20,6 +20,7 @@ from tidaldecode.ops.values import KV, KeyCodes
 
 _TILE, _WARPS, _STAGES, _PROGRAMS = 64, 1, 3, 16  # tokens that a program scores at a time; programs on a multiprocessor
 _ROUNDS = 2
+_LEAST_TILES = 4  # of a program: one warp merges what all programs of a sequence and head leave, one after another
 _COLUMNS, _DEPTH = 8, 32  # of the smallest product of 8-bit integers; rows take 16
 _STEPS = tl.constexpr(CODE_STEPS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -143,6 +144,7 @@ def _score_kernel(
     COUNTS: tl.constexpr,
     MERGE_S: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    LEAST: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -159,7 +161,7 @@ def _score_kernel(
     SHARE: tl.constexpr = (COUNTS + HEADS - 1) // HEADS  # counters that each head's program clears
     head, slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
     busy, b, split, num_splits, first_slot, length, first_chunk = stretch_of(
-        lengths, slot, batch, split_target, turn, window, BATCH, TILE, CHUNK
+        lengths, slot, batch, split_target, turn, window, BATCH, TILE, CHUNK, LEAST
     )
     b64 = tl.cast(b, tl.int64)
     table = block_table + b64 * table_b
@@ -318,7 +320,7 @@ def score(turned: Tensor, steps: Tensor, kv: KV, codes: KeyCodes, scale: float, 
     group = num_heads // kv_heads
     programs = scratch.multiprocessors(turned.device) * _PROGRAMS * (1 if batch == 1 else _ROUNDS)
     longest = triton.cdiv(block_size * kv.block_table.shape[1], scores.tile)
-    split_target = max(1, min(programs // kv_heads, batch * longest))
+    split_target = max(1, min(programs // kv_heads, triton.cdiv(batch * longest, _LEAST_TILES)))
     slots = split_target + batch - 1
     block_g = scores.values.shape[4] // scores.pair
     overlap = scratch.overlaps(turned.device)
@@ -362,6 +364,7 @@ def score(turned: Tensor, steps: Tensor, kv: KV, codes: KeyCodes, scale: float, 
         COUNTS=scores.counts.shape[1],
         MERGE_S=max(16, min(triton.next_power_of_2(split_target), 1024 // block_g)),
         ASSEMBLY=turned.is_cuda,
+        LEAST=_LEAST_TILES,
         STAGES=_STAGES,
         OVERLAP=overlap,
         launch_pdl=overlap,

@@ -21,7 +21,16 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def stretch_of(
-    lengths, slot, batch, split_target, turn, window, BATCH: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr
+    lengths,
+    slot,
+    batch,
+    split_target,
+    turn,
+    window,
+    BATCH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LEAST: tl.constexpr,  # tiles of a stretch
 ):
     """What a slot works on.
 
@@ -31,7 +40,7 @@ def stretch_of(
     if BATCH == 1:  # no sums over the batch to wait for
         mine_length = tl.load(lengths)
         tiles = (mine_length + BLOCK_T - 1) // BLOCK_T
-        stretch = tl.maximum((tiles + split_target - 1) // split_target, 1)  # tiles a program
+        stretch = tl.maximum((tiles + split_target - 1) // split_target, LEAST)  # tiles a program
         num_splits = tl.maximum((tiles + stretch - 1) // stretch, 1)
         busy, b, first = slot < num_splits, 0, 0
     else:
@@ -44,7 +53,7 @@ def stretch_of(
             mine = mine & (chunks_before // window == turn)
             length = tl.where(mine, length, 0)
         tiles = (length + BLOCK_T - 1) // BLOCK_T
-        stretch = tl.maximum((tl.sum(tiles) + split_target - 1) // split_target, 1)
+        stretch = tl.maximum((tl.sum(tiles) + split_target - 1) // split_target, LEAST)
         splits = tl.where(mine, tl.maximum((tiles + stretch - 1) // stretch, 1), 0)
         behind = tl.cumsum(splits, 0)
         b = tl.sum((behind <= slot).to(tl.int32))
@@ -163,7 +172,7 @@ def attend_kernel(
             chosen = tl.load(head_to_set + chosen).to(tl.int64)
         lengths += chosen * lengths_s
     busy, b, split, num_splits, first_slot, length, first_chunk = stretch_of(
-        lengths, slot, batch, split_target, turn, window, BATCH, BLOCK_T, CHUNK
+        lengths, slot, batch, split_target, turn, window, BATCH, BLOCK_T, CHUNK, 1
     )
     b64 = tl.cast(b, tl.int64)
     table = block_table + b64 * table_b

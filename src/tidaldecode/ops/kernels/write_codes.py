@@ -66,6 +66,7 @@ def _write_kernel(
     factors_row,
     factors_head,
     table_b,
+    HEADS: tl.constexpr,
     BITS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -82,8 +83,8 @@ def _write_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     FIELDS: tl.constexpr = 8 // BITS
     HALF: tl.constexpr = 2 ** (BITS - 1)
-    head = tl.program_id(0).to(tl.int64)
-    busy, b, length, start = _share_of(lengths, new_lengths, tl.program_id(1), batch, BATCH, CENTRE, BLOCK_N)
+    head, slot = (tl.program_id(0) % HEADS).to(tl.int64), tl.program_id(0) // HEADS
+    busy, b, length, start = _share_of(lengths, new_lengths, slot, batch, BATCH, CENTRE, BLOCK_N)
     if not busy:
         return
     dims = tl.arange(0, BLOCK_D)
@@ -159,7 +160,7 @@ def write_codes(
     slots = min(tokens, (tokens + batch * (block_n + CENTRE_TOKENS - 2)) // block_n)
     overlap = scratch.overlaps(kv.k.device)
     strides = (0,) * 4 if key is None or value is None else (*key.stride()[:2], *value.stride()[:2])
-    _write_kernel[heads, slots](
+    _write_kernel[heads * slots,](  # one axis: others end at 65,535, which long prompts exceed
         kv.k if key is None else key,
         kv.v if value is None else value,
         kv.k,
@@ -180,6 +181,7 @@ def write_codes(
         *codes.packed.stride()[:3],
         *codes.factors.stride(),
         kv.block_table.stride(0),
+        HEADS=heads,
         BITS=codes.bits,
         DIM=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
