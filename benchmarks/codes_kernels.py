@@ -31,9 +31,9 @@ from tidaldecode.bench.choosing import choosing_workloads, coded
 from tidaldecode.bench.layers import layer_workloads
 from tidaldecode.bench.timing import rotated_buffers, time_gpu
 from tidaldecode.bench.workload import Workload
-from tidaldecode.ops import KV, Choice, codes, kernels, reference
+from tidaldecode.ops import KV, Choice, codes, kernels, reference, rounds
 from tidaldecode.ops.codes import room_for_codes
-from tidaldecode.ops.kernels import chunks, code_scores, launch, select
+from tidaldecode.ops.kernels import code_scores, launch, select
 from tidaldecode.results.environment import environment
 from tidaldecode.whole_file import whole_file
 
@@ -182,13 +182,13 @@ def parts_of_a_choice(caches, bits):
     """The launches before the choice: queries turned, codes scored."""
     layers = [coded(caches, layer, bits) for layer in range(len(caches))]
     shape, query = caches.shape, caches.queries
-    pair = code_scores.pair_of(layers[0].codes, shape.heads // shape.kv_heads)
+    pair = rounds.pair_of(layers[0].codes.packed.shape[3], shape.heads // shape.kv_heads)
     choice = Choice.alike(caches.lengths, BUDGET)
     indices = caches.lengths.new_zeros(shape.batch, shape.kv_heads, BUDGET)
     turned = [code_scores.turned_query(each, layers[0].codes) for each in query]
 
     def score(layer):
-        tile = code_scores.tile_of(pair)
+        tile = rounds.tile_of(pair)
         room = select.Choosing(query[layer], layers[layer], choice, shape.context, tile, [indices], pair).scores
         code_scores.score(*turned[layer], layers[layer], layers[layer].codes, caches.scale, room, 0)
 
@@ -216,12 +216,13 @@ def swept_choices(name, most):
     caches = caches_of(SHAPES[name], most)
     for row, workload in choices_to_sweep(name, caches):
         for tokens, warps, programs, stages in SCORING:
-            with given(code_scores, _TILE=tokens, _WARPS=warps, _PROGRAMS=programs, _STAGES=stages):
+            scoring = given(code_scores, _WARPS=warps, _PROGRAMS=programs, _STAGES=stages)
+            with scoring, given(rounds, _TILE=tokens, _ROWS=16 * warps):
                 yield row | {"variant": f"tile {tokens}, {warps} warps, {programs} programs, {stages} stages"}, workload
         for settings in CHOOSING:
             with given(select, **settings):
                 yield row | {"variant": str(settings)}, workload
-        with given(chunks, _LARGEST=1024):
+        with given(rounds, _LARGEST=1024):
             yield row | {"variant": "chunks of 1,024"}, workload
     workload = next(one for one in layer_workloads(caches, (BUDGET,)) if one.name == "select per_group")
     for few in (1, 2):  # exact select layers: importances kept, or made of the scores twice

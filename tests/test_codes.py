@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tidaldecode import InputError, Source, TidalCache, TidalPlan, apply, remove
+from tidaldecode.errors import MemoryShortError
 from tidaldecode.evaluate.scoring import step_logits
-from tidaldecode.hf.layers import TidalLayer
+from tidaldecode.hf.layers import TidalLayer, check_codes
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.method import Method
 from tidaldecode.ops import KV, Choice, KeyCodes, codes, reference
@@ -329,7 +330,7 @@ def test_sets_of_codes_depend_on_neither_rounds_nor_capacity_nor_what_lay_in_mem
     write(keys, kv)
     tables = []
     for room, capacity in ((1, 530), (2**29, 9000)):
-        monkeypatch.setattr("tidaldecode.ops.kernels.chunks._ROOM", room)
+        monkeypatch.setattr("tidaldecode.ops.rounds.ROOM", room)
         table = torch.full((3, 2, 60), -7, dtype=torch.int32, device=DEVICE)
         kernels.choose_by_codes(query, kv, 0.2, ["per_group"], Choice.alike(kv.lengths, 60, 5, 3), capacity, table)
         tables.append(table)
@@ -447,7 +448,7 @@ def test_codes_of_another_prompt_in_the_same_cache(tiny):
 def test_halves_do_not_overflow():
     """The sum of many keys is beyond float16, their mean is not."""
     layer = TidalLayer(Sequences(100), 1, True)
-    layer.use_codes(1)
+    layer.use_codes(1, None)
     rows = torch.full((1, 2, 90, 16), 30000.0, dtype=torch.float16)
     layer.sequences.begin(1, 90, torch.device("cpu"), None)
     layer.update(rows, rows)
@@ -532,3 +533,59 @@ def test_steps_without_a_prompt_before_them(tiny):
 def test_memory_is_asked_for_the_codes_of_all_layers(tiny):
     cache = TidalCache(tiny("llama").config, plan_of(tiny("llama").config, 2), 64)
     assert cache.layers[0].code_bits == 0 and cache.layers[0].bits_of_all == [0, *[2] * 6]
+
+
+def test_codes_that_do_not_fit_are_refused_before_any_is_made(monkeypatch):
+    """1 sequence, 4 heads, head dim 64: codes of 2 bits and a factor are 18 bytes, in each of 3 layers."""
+    free = 2**20
+    monkeypatch.setattr("tidaldecode.hf.layers._free_bytes", lambda device: free)
+
+    class Keys:
+        """The little that is asked of keys on a GPU."""
+
+        device, shape = torch.device("cuda", 0), torch.Size((1, 4, 100_000, 64))
+
+    layers = [TidalLayer(Sequences(100_000), 4, n == 0) for n in range(4)]
+    for layer in layers:
+        layer.is_initialized, layer.keys = True, Keys
+    wanted = list(zip(layers, (0, 2, 2, 2), strict=True))
+    line = r"the codes of 1 x 100,000 keys need 0\.020 GiB, and 0\.001 GiB .*: 0\.019 GiB are missing; take a plan"
+    with pytest.raises(MemoryShortError, match=line) as caught:
+        check_codes(wanted)
+    assert "\n" not in str(caught.value)
+    free = 3 * 4 * 100_000 * 18
+    check_codes(wanted)
+    free -= 1
+    with pytest.raises(MemoryShortError):
+        check_codes(wanted)
+
+
+@pytest.mark.parametrize("bits", [None, 1])
+def test_a_cache_whose_codes_find_no_memory_goes_on_as_before(tiny, bits, monkeypatch):
+    """From full attention, or from codes of other bits, whose third layer finds none."""
+    model = apply(tiny("llama"), "full")
+    before = "full" if bits is None else plan_of(model.config, bits)
+    cache, other = (TidalCache(model.config, before, 64) for _ in range(2))
+    for each in (cache, other):
+        model(PROMPTS, attention_mask=MASK, past_key_values=each)
+    made = []
+
+    def short(*given):
+        made.append(given)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError
+        return room_for_codes(*given)
+
+    attention, moves = cache.attention, cache.sequences.moves
+    with monkeypatch.context() as patch:
+        patch.setattr("tidaldecode.hf.layers.room_for_codes", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.use_plan(plan_of(model.config, 2))
+    assert cache.attention is attention and cache.sequences.moves == moves
+    assert [layer.code_bits for layer in cache.layers] == [0, *[bits or 0] * 6] == cache.layers[0].bits_of_all
+    logits = [model(PROMPTS[:, :1], past_key_values=each).logits for each in (cache, other)]
+    assert torch.equal(*logits)
+    for each in (cache, other):  # again, now that there is some
+        each.use_plan(plan_of(model.config, 2))
+    logits = [model(PROMPTS[:, :1], past_key_values=each).logits for each in (cache, other)]
+    assert torch.equal(*logits) and all(layer.codes.bits == 2 for layer in cache.layers[1:])

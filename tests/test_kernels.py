@@ -409,7 +409,7 @@ def test_sets_depend_on_neither_rounds_nor_capacity_nor_what_lay_in_memory(rule,
     choice = Choice.alike(case.lengths, 60, 5, 3)
     tables = []
     for room, capacity in ((2**29, 1100), (1, 1100), (2**29, 40_000)):
-        monkeypatch.setattr("tidaldecode.ops.kernels.chunks._ROOM", room)
+        monkeypatch.setattr("tidaldecode.ops.rounds.ROOM", room)
         table = torch.full((3, 6 if rule == "per_head" else 1, 60), -7, dtype=torch.int32, device=DEVICE)
         kernels.full_attention_with_selection(*arguments(case), [rule], choice, capacity, table)
         tables.append(table.sort(-1).values)

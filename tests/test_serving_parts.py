@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from tidaldecode import InputError, ModelShape, TidalPlan, ops
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.ops import KV
+from tidaldecode.ops import KV, rounds
 from tidaldecode.ops.codes import room_for_codes
 from tidaldecode.serving.batch import split
 from tidaldecode.serving.gpu import check_kernels, memory_left
@@ -346,6 +346,57 @@ def test_kv_heads_on_several_ranks_can_not_choose_per_group():
     RankAttention(_plan("per_head"), SHAPE, _Ranks(8).group(0), LIMITS)
     with pytest.raises(InputError, match="per KV head"):
         RankAttention(_plan("per_group"), SHAPE, _Ranks(8).group(0), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("role", "selection", "token_bytes"),
+    [  # scores of 4 heads of 8 KV heads, what counts them, and 14 bytes for each set
+        ("quantized_select", "per_group", 8 * (4 * 2 + 1) + 8 * 14),
+        ("quantized_select", "per_head", 8 * (4 * 2 + 1) + 32 * 14),
+        ("quantized_select", "unified", 8 * (4 * 2 + 1) + 14),
+        ("select", "per_group", 8 * (4 * 4 + 1) + 8 * 14),
+        ("select", "per_head", 8 * (4 * 4 + 1) + 32 * 14),
+    ],
+)
+@pytest.mark.parametrize("requests", [1, 4, 256])
+def test_a_step_asks_for_what_lies_between_scores_and_sets(role, selection, token_bytes, requests):
+    """Of Llama 3.1 8B at 131,072 tokens."""
+    plan = TidalPlan.validated(
+        roles=("full", role, *["sparse"] * 30),
+        selection=selection,
+        token_budget=4096,
+        key_bits=2 if role == "quantized_select" else None,
+    )
+    shape = ModelShape(num_layers=32, num_query_heads=32, num_kv_heads=8, head_dim=128)
+    attention = RankAttention(plan, shape, _alone(), Limits(131_072, requests, requests))
+    of_one = 131_072 * token_bytes
+    assert attention.step_bytes == min(2**29 + of_one, requests * of_one)
+    more = RankAttention(plan, shape, _alone(), Limits(131_072, requests, 1000))
+    rows = min(more.most_rows, 1000)
+    table = rows * shape.num_sets(selection) * 4096 * 4 if rows > requests else 0
+    assert more.step_bytes == table + min(2**29 + of_one, rows * of_one)
+    numbers = 1, -(-requests // 2), requests
+    taken = [rounds.rounds_for(batch, 131_072, shape.num_sets(selection), token_bytes) for batch in numbers]
+    taken = [each.chunks * each.tokens * token_bytes for each in taken]
+    assert 0.9 * attention.step_bytes < max(taken) <= attention.step_bytes
+
+
+@pytest.mark.parametrize("role", ["select", "quantized_select"])
+def test_ranks_that_add_up_ask_for_importances_and_their_sum(role):
+    plan = TidalPlan.validated(
+        roles=("full", role, *["sparse"] * 30),
+        selection="unified",
+        token_budget=4096,
+        key_bits=2 if role == "quantized_select" else None,
+    )
+    shape = ModelShape(num_layers=32, num_query_heads=32, num_kv_heads=8, head_dim=128)
+    for requests in (4, 2000):
+        attention = RankAttention(plan, shape, _Ranks(2).group(0), Limits(131_072, requests, requests))
+        rows = min(requests, 512)
+        importance = min(rows * 131_072 * 4, 2**29)
+        of_one = [131_072 * each for each in (14, 4 * (9 if role == "quantized_select" else 17))]
+        lists, scores = (min(rows * each, 2**29 + each) for each in of_one)
+        assert attention.step_bytes == importance + max(scores, importance + lists)
 
 
 def test_room_stays_where_it_is():

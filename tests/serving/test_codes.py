@@ -18,6 +18,21 @@ PROMPTS = [torch.randint(2, 258, (n,), generator=torch.Generator().manual_seed(n
 SHARED = [PROMPTS[3][:360] + prompt for prompt in (PROMPTS[0], PROMPTS[1])]
 
 
+def test_blocks_in_one_piece_alone_are_taken():
+    """Blocks may lie apart, as those of several layers in one page."""
+    cache = CodesCache(1, 2, torch.ones(32))
+    page = torch.zeros(6, 3, 2 * 16 * 10, dtype=torch.uint8)
+    cache.bind_kv_cache(page[:, 1].view(6, 2, 16, 10))
+    codes = cache.codes()
+    codes.packed.fill_(1), codes.factors.fill_(1 + 2**-10)  # of no zero byte
+    assert page[:, 1].all() and not page[:, ::2].any()
+    for kv_cache in (page[:, 1].view(6, 16, 2, 10).transpose(1, 2), torch.zeros(2, 6, 16, 10).transpose(0, 1)):
+        with pytest.raises(InputError, match="the codes of layer 1 with strides .* must lie in one piece") as caught:
+            cache.bind_kv_cache(kv_cache)
+        assert "\n" not in str(caught.value)
+    assert cache.kv_cache.shape == (6, 2, 16, 10)
+
+
 def _runner(engine):
     return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 

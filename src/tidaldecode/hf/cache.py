@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tidaldecode.errors import InputError
-from tidaldecode.hf.layers import LEFT_IN_THE_MIDDLE, TidalLayer, WindowLayer
+from tidaldecode.hf.layers import LEFT_IN_THE_MIDDLE, TidalLayer, WindowLayer, check_codes
 from tidaldecode.hf.rounds import Rounds
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.hf.session import Correction, Kind, Session
@@ -75,13 +75,17 @@ class TidalCache(Cache):
         self.session = Session(self.sequences, self.layers, attention)
 
     def _keep_codes(self, attention: Attention) -> None:
-        """Lets the layers keep what an attention chooses by."""
+        """Lets the layers keep what an attention chooses by: all of them, or as they were where memory is short."""
         bits = [attention.code_bits(index) for index in range(len(self.layers))]
         steady = torch.tensor(steady_channels(self.config), dtype=torch.float32)
-        for layer, its_bits in zip(self.layers, bits, strict=True):
-            if isinstance(layer, TidalLayer):
-                layer.bits_of_all, layer.steady = bits, steady
-                layer.use_codes(its_bits)
+        kept = [(layer, its) for layer, its in zip(self.layers, bits, strict=True) if isinstance(layer, TidalLayer)]
+        check_codes(kept)
+        for layer, _ in kept:
+            layer.steady = steady
+        codes = [layer.codes_of(its) for layer, its in kept]
+        for (layer, its), of_layer in zip(kept, codes, strict=True):
+            layer.bits_of_all = bits
+            layer.use_codes(its, of_layer)
 
     def _attention_of(self, plan: PlanLike) -> DecodeAttention:
         plan = find_plan(plan, self.config)
@@ -92,7 +96,8 @@ class TidalCache(Cache):
         """Lets the steps that follow go by another plan: after `crop`, one prompt serves several.
 
         Raises:
-            InputError: there is no such plan, or it does not fit the model.
+            InputError: there is no such plan, it does not fit the model, or memory is too short for its codes of keys;
+                the cache goes on as before.
         """
         self.attention = self._attention_of(plan)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
@@ -59,20 +62,31 @@ class TidalLayer(CacheLayerMixin):
     def _room_for_codes(self, keys: Tensor) -> KeyCodes:
         return room_for_codes(keys.transpose(1, 2), self.code_bits, self.steady)
 
-    def use_codes(self, bits: int) -> None:
-        """Keeps codes of so many bits from now on, of the tokens that are there, too; of 0 bits, none."""
+    def codes_of(self, bits: int) -> KeyCodes | None:
+        """Codes of so many bits of the tokens that are there; `None` of 0 bits, or where there is no cache yet."""
         if bits == self.code_bits:
-            return
-        self.codes, self.code_bits = None, bits
-        if self.is_initialized:
-            self._place(self.keys, self.values)
-            self.code_all()
+            return self.codes
+        if not bits or not self.is_initialized:
+            return None
+        codes = room_for_codes(self.keys.transpose(1, 2), bits, self.steady)
+        self._write(codes)
+        return codes
+
+    def use_codes(self, bits: int, codes: KeyCodes | None) -> None:
+        """Keeps these codes, from `codes_of`, and those of the tokens that follow; of 0 bits, none."""
+        if bits != self.code_bits:
+            self.codes, self.code_bits = codes, bits
+            self.sequences.moves += 1
 
     def code_all(self) -> None:
         """Codes the tokens that are there; those that are written later are coded as they are."""
-        if self.codes is not None and self.padded_length > 0:
+        if self.codes is not None:
+            self._write(self.codes)
+
+    def _write(self, codes: KeyCodes) -> None:
+        if self.padded_length > 0:
             lengths = self.sequences.lengths
-            ops.write_codes(self.kv(), lengths, len(lengths) * self.padded_length)
+            ops.write_codes(replace(self.kv(), codes=codes), lengths, len(lengths) * self.padded_length)
 
     def check_memory(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         """Looks whether the K and V of all layers fit the GPU, where these are a layer's.
@@ -90,8 +104,7 @@ class TidalLayer(CacheLayerMixin):
         per_token = batch * heads * (dim + value_states.shape[-1]) * key_states.element_size() * self.num_layers
         per_token += batch * heads * sum(code_bytes(bits, dim) for bits in self.bits_of_all)
         needed = per_token * capacity
-        free = torch.cuda.mem_get_info(key_states.device)[0]
-        free += torch.cuda.memory_reserved(key_states.device) - torch.cuda.memory_allocated(key_states.device)
+        free = _free_bytes(key_states.device)
         if self.is_initialized:  # each layer gives back its own, but not before it has the new ones
             free += (self.keys.nbytes + self.values.nbytes) * (self.num_layers - 1)
         if needed > free:
@@ -203,6 +216,32 @@ def _room_like(states: Tensor, capacity: int) -> Tensor:
     batch, heads, _, dim = states.shape
     with torch.inference_mode(False):  # a cache filled in inference mode must stay writable outside of it
         return states.new_empty(batch, heads, capacity, dim)
+
+
+def check_codes(wanted: Sequence[tuple[TidalLayer, int]]) -> None:
+    """Looks whether each layer's codes of so many bits fit the GPU beside what the layers hold.
+
+    Raises:
+        MemoryShortError: they do not.
+    """
+    new = [(layer.keys, bits) for layer, bits in wanted if layer.is_initialized and bits != layer.code_bits]
+    if not new or new[0][0].device.type != "cuda":
+        return
+    batch, _, capacity, _ = new[0][0].shape
+    needed = sum(keys.shape[:-1].numel() * code_bytes(bits, keys.shape[-1]) for keys, bits in new)
+    free = _free_bytes(new[0][0].device)
+    if needed > free:
+        raise MemoryShortError(
+            f"the codes of {batch} x {capacity:,} keys need {needed / 2**30:.3f} GiB, and {free / 2**30:.3f} GiB "
+            f"of the GPU are free: {(needed - free) / 2**30:.3f} GiB are missing; take a plan of fewer key_bits or "
+            "without quantized_select layers, or a shorter cache"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What PyTorch can still allocate."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _kind(rows: Tensor) -> str:

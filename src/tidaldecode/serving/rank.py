@@ -12,7 +12,7 @@ from tidaldecode import ops
 from tidaldecode.errors import InputError
 from tidaldecode.methods.step_sets import StepSets
 from tidaldecode.methods.tidal import DecodeAttention
-from tidaldecode.ops import KV
+from tidaldecode.ops import KV, rounds
 from tidaldecode.plan import ModelShape, Selection, TidalPlan
 from tidaldecode.serving.read_counts import ReadCounts
 
@@ -96,12 +96,34 @@ class RankAttention(DecodeAttention):
         of_one = self.num_sets * self.width(self.writes, limits.context) * 4
         self.most_rows = max(limits.requests, _SET_BYTES // max(of_one, 1))
         self.kept_bytes = limits.requests * of_one
-        scores = len(self.heads) * limits.context * 4
-        scores = min(_SCORE_BYTES + scores, limits.requests * scores)  # a turn ends with the sequence that goes beyond
-        self.step_bytes = max(scores, min(self.most_rows, limits.tokens) * of_one)
         self.captures_own = self.wants_own = False
         self._mine = {layer: self._rows_of_rank(layer) for layer in self.writes}
+        rows = min(self.most_rows, limits.tokens)
+        sets = rows * of_one if rows > limits.requests else 0  # `begin` makes room for them in the step
+        self.step_bytes = sets + max((self._choice_bytes(layer, min(rows, _ROWS)) for layer in self.writes), default=0)
         self._exchanges = self._read_elsewhere()
+
+    def _choice_bytes(self, layer: int, rows: int) -> int:
+        """Most memory of what lies between a select layer's scores and its sets, for so many sequences at a time."""
+        context, group, codes = self.limits.context, min(self.shape.group_size, len(self.heads)), self.code_bits(layer)
+        kv_heads = len(self.heads) // group
+        if codes:
+            pair = rounds.pair_of(self.shape.head_dim * codes // 8, group)
+            scores = rounds.score_bytes(kv_heads, group, rounds.tile_of(pair), pair)
+        else:
+            scores = rounds.score_bytes(kv_heads, group, rounds.LEAST_TILE, size=4)  # of the widest queries
+        sets = [part.stop - part.start for part in self._mine[layer]]
+        if not self._adds_up(layer):
+            return rounds.round_bytes(rows, context, scores + rounds.list_bytes(sum(sets)))
+        of_set = context * 4
+        importance = min(rows * sum(sets) * of_set, max(sum(sets) * of_set, _SCORE_BYTES))
+        after = max(
+            rounds.round_bytes(rows, context, rounds.list_bytes(number))
+            # one that is shared among others is copied, and added up into one more
+            + (importance // sum(sets) * min(len(sets), 2) if self._shared(rule) else 0)
+            for rule, number in zip(self.writes[layer], sets, strict=True)
+        )
+        return importance + max(rounds.round_bytes(rows, context, scores), after)
 
     def _rows_of_rank(self, layer: int) -> list[slice]:
         """For each rule of a select layer, the rows of the table that this rank writes."""

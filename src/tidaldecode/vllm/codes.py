@@ -46,7 +46,17 @@ class CodesCache(torch.nn.Module, AttentionLayerBase):
         self.kv_cache = torch.tensor([])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Takes the memory; what goes with it lies beside it before a CUDA graph is captured."""
+        """Takes the memory; what goes with it lies beside it before a CUDA graph is captured.
+
+        Raises:
+            InputError: the bytes of a block do not follow each other.
+        """
+        if not kv_cache[0].is_contiguous():
+            raise InputError(
+                f"vLLM laid out the codes of layer {self.layer} with strides {kv_cache.stride()}, and a block must "
+                "lie in one piece: start without what changes the layout of its cache, such as a KV connector, or with "
+                "a plan without quantized_select layers"
+            )
         self.kv_cache, self.steady = kv_cache, self.steady.to(kv_cache.device)
         self.rotation = rotation(len(self.steady), kv_cache.device)
 

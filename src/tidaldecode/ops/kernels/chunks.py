@@ -8,50 +8,8 @@ they grow. Rounds that no sequence is left for end at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
-
-_SMALLEST, _LARGEST = 512, 2048  # tokens of a chunk; multiples of what attention reads at a time
-_FEW = 256  # chunks that are too few to keep a GPU busy
-
-_ROOM = 2**29
-"""Bytes that a round may take, but for its last sequence."""
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """How sequences are dealt to rounds.
-
-    A sequence belongs to the round `first // window`, where `first` counts the chunks of all sequences before it.
-
-    Attributes:
-        tokens: tokens of a chunk.
-        number: rounds that the longest possible sequences need.
-        window: chunks between the first ones of two rounds.
-        chunks: most chunks of a round.
-    """
-
-    tokens: int
-    number: int
-    window: int
-    chunks: int
-
-
-def rounds_for(batch: int, capacity: int, sets: int, token_bytes: int) -> Rounds:
-    """The rounds of a batch.
-
-    Args:
-        batch: sequences.
-        capacity: the longest that a sequence can become, in tokens.
-        sets: index sets of a sequence, each of which has work for every chunk.
-        token_bytes: memory that a round takes for each token.
-    """
-    tokens = max(_SMALLEST, min(_LARGEST, triton.next_power_of_2(batch * capacity * sets // _FEW)))
-    longest = triton.cdiv(capacity, tokens)
-    window = max(1, min(batch * longest, _ROOM // (tokens * token_bytes)))
-    return Rounds(tokens, triton.cdiv((batch - 1) * longest + 1, window), window, window + longest - 1)
 
 
 @triton.jit

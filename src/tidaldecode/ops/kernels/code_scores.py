@@ -18,10 +18,9 @@ from tidaldecode.ops.kernels.scores import CODE_STEPS, Scores
 from tidaldecode.ops.kernels.split_kv import stretch_of
 from tidaldecode.ops.values import KV, KeyCodes
 
-_TILE, _WARPS, _STAGES, _PROGRAMS = 64, 1, 3, 16  # tokens that a program scores at a time; programs on a multiprocessor
+_WARPS, _STAGES, _PROGRAMS = 1, 3, 16  # programs on a multiprocessor
 _ROUNDS = 2
 _LEAST_TILES = 4  # of a program: one warp merges what all programs of a sequence and head leave, one after another
-_COLUMNS, _DEPTH = 8, 32  # of the smallest product of 8-bit integers; rows take 16
 _STEPS = tl.constexpr(CODE_STEPS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _INTEGERS = tl.constexpr(0x4B400000)  # bits of 1.5 · 2^23: an integer added to them is added to the number
@@ -288,17 +287,6 @@ def _merged(
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(piece - new_top[None, :]), 0)
         top = new_top
     return top + tl.log2(total)
-
-
-def pair_of(codes: KeyCodes, group: int) -> int:
-    """Tokens of a row of the product, for groups of so many query heads."""
-    width = triton.next_power_of_2(codes.packed.shape[3])
-    return max(_DEPTH // width, min(_COLUMNS // min(_COLUMNS, triton.next_power_of_2(group)), 256 // width), 1)
-
-
-def tile_of(pair: int) -> int:
-    """Tokens that a program scores at a time."""
-    return max(_TILE, 16 * _WARPS * pair)
 
 
 def score(turned: Tensor, steps: Tensor, kv: KV, codes: KeyCodes, scale: float, scores: Scores, turn: int) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tidaldecode.ops.kernels.code_scores import pair_of, score, tile_of, turned_query
+from tidaldecode.ops.kernels.code_scores import score, turned_query
 from tidaldecode.ops.kernels.importance import write_importance
 from tidaldecode.ops.kernels.scores import Scores
 from tidaldecode.ops.kernels.select import Choosing, tables_by_rule
+from tidaldecode.ops.rounds import pair_of, tile_of
 from tidaldecode.ops.values import KV, Choice
 from tidaldecode.rules import RULES
 
@@ -28,7 +29,7 @@ def choose_by_codes(
     codes = kv.codes
     assert codes is not None
     tables = tables_by_rule(indices, selections, query.shape[1], kv.k.shape[2])
-    pair = pair_of(codes, query.shape[1] // kv.k.shape[2])
+    pair = pair_of(codes.packed.shape[3], query.shape[1] // kv.k.shape[2])
     choosing = Choosing(query, kv, choice, capacity, tile_of(pair), list(tables.values()), pair)
     turned = turned_query(query, codes)
     for turn in range(choosing.scores.rounds.number):
@@ -41,7 +42,7 @@ def importance_by_codes(query: Tensor, kv: KV, scale: float, selections: Sequenc
     codes = kv.codes
     assert codes is not None
     tables = tables_by_rule(importance, selections, query.shape[1], kv.k.shape[2])
-    pair = pair_of(codes, query.shape[1] // kv.k.shape[2])
+    pair = pair_of(codes.packed.shape[3], query.shape[1] // kv.k.shape[2])
     none = torch.zeros_like(kv.lengths)  # none is short
     scores = Scores.room(
         query,

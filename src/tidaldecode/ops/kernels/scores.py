@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tidaldecode.ops.kernels.chunks import Rounds, rounds_for
+from tidaldecode.ops.rounds import Rounds, columns_of, rounds_for, score_bytes
 from tidaldecode.ops.values import KV
 
 CODE_STEPS = 1024
 """Steps of a code in an octave (a factor of two of the probability)."""
 
-_COLUMNS = 8  # of the smallest product of 8-bit integers
 _STEPS = tl.constexpr(CODE_STEPS)
 
 
@@ -100,9 +99,9 @@ class Scores:
         group = heads // num_kv_heads
         rows, columns = group, tile
         if pair:
-            rows, columns = tile // pair, pair * max(triton.next_power_of_2(group), _COLUMNS // pair)
-        columns_bytes = (2 if coded else 4) * rows * columns // tile
-        rounds = rounds_for(batch, capacity, sets, num_kv_heads * columns_bytes + more_bytes)
+            rows, columns = tile // pair, columns_of(group, pair)
+        token_bytes = score_bytes(num_kv_heads, group, tile, pair, 2 if coded else 4) + more_bytes
+        rounds = rounds_for(batch, capacity, sets, token_bytes)
         tiles = rounds.chunks, num_kv_heads, rounds.tokens // tile
         return cls(
             query.new_empty(*tiles, rows, columns, dtype=torch.uint16 if coded else torch.float32),

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from tidaldecode.ops.kernels import scratch
 from tidaldecode.ops.kernels.bins import count_kernel, finish_kernel, write_above_kernel
-from tidaldecode.ops.kernels.chunks import Rounds, rounds_for
 from tidaldecode.ops.kernels.largest import ordered, threshold_of, write_forced, write_largest
 from tidaldecode.ops.kernels.scores import Scores
+from tidaldecode.ops.rounds import Rounds, list_bytes, rounds_for
 from tidaldecode.ops.values import KV, Choice, check_float32, check_rows
 from tidaldecode.rules import RULES
 
@@ -93,7 +93,7 @@ def select_tokens(importance: Tensor, lengths: Tensor, choice: Choice, indices: 
             num_warps=max(1, min(8, held // 1024)),
         )
         return
-    rounds = rounds_for(batch, capacity, sets, _bytes(sets))
+    rounds = rounds_for(batch, capacity, sets, list_bytes(sets))
     lists = _Lists.room(indices, rounds, _IMPORTANCE_BINS, kept=None)
     totals = torch.zeros(batch, sets * _IMPORTANCE_BINS, dtype=torch.int32, device=indices.device)
     for turn in range(rounds.number):
@@ -125,11 +125,6 @@ class _Lists:
             indices.new_empty(rounds.chunks, sets, bins),
             *candidates,
         )
-
-
-def _bytes(sets: int) -> int:
-    """What `_Lists` takes for each token, at most."""
-    return sets * (4 + 2 + 8)
 
 
 class Choosing:
@@ -169,7 +164,7 @@ class Choosing:
             tile=tile,
             sets=max(sets),
             counts=sum(sets) * _SCORE_BINS,
-            more_bytes=_bytes(max(sets)),
+            more_bytes=list_bytes(sum(sets)),
             coded=True,
             pair=pair,
         )
