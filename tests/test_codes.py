@@ -14,7 +14,7 @@ from tidaldecode.evaluate.scoring import step_logits
 from tidaldecode.hf.layers import TidalLayer, check_codes
 from tidaldecode.hf.sequences import Sequences
 from tidaldecode.methods.method import Method
-from tidaldecode.ops import KV, Choice, KeyCodes, codes, reference
+from tidaldecode.ops import KV, Choice, KeyCodes, codes, reference, rounds
 from tidaldecode.ops.codes import CENTRE_TOKENS, decode, encode, room_for_codes, rotation
 from tidaldecode.rules import RULES
 
@@ -403,8 +403,8 @@ def test_few_heads_do_not_leave_a_program_for_each_tile(kv_heads, tokens, slots,
     kv = KV(k, k, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), lengths, room_for_codes(k, 1))
     query, choice = torch.empty(1, kv_heads * 4, 128, dtype=torch.float16, device=DEVICE), Choice.alike(lengths, 24)
     indices = torch.empty(1, kv_heads, 24, dtype=torch.int32, device=DEVICE)
-    pair = code_scores.pair_of(kv.codes, 4)
-    assert code_scores.tile_of(pair) == 64
+    pair = rounds.pair_of(kv.codes.packed.shape[3], 4)
+    assert rounds.tile_of(pair) == 64
     scores = select.Choosing(query, kv, choice, tokens, 64, [indices], pair).scores
     monkeypatch.setattr(code_scores, "_score_kernel", launched := Grid())
     code_scores.score(query.char(), query[..., 0].float(), kv, kv.codes, 1.0, scores, 0)
