@@ -408,6 +408,8 @@ def test_eval_lm_eval(run, command, tmp_path):
         (["--apply-chat-template"], ["tokenizer has no chat template"]),
         (["--tasks", "choise"], ["task 'choise' is unknown to lm-eval", "did you mean choice?"]),
         (["--tasks", "no,such"], ["task 'no' is unknown", "`lm-eval ls tasks`"]),
+        (["--lengths", "256"], ["--lengths", "RULER's tasks, and none is named"]),
+        (["--longbench", "tests"], ["--longbench tests is for LongBench's tasks, and none is named"]),
         (["--tasks", "greedy"], ["'greedy' asks for up to 512 new tokens", "512 positions"]),
         (["--tasks", "beams"], ["'beams' asks for beam search"]),
         (["--tasks", "gone"], ["task 'gone' can't be loaded", "gone.jsonl"]),

@@ -10,7 +10,7 @@ from tidaldecode.calibrate.attention_weights import ChosenSets
 from tidaldecode.calibrate.calibration_run import CalibrationRun
 from tidaldecode.calibrate.lost_mass import measure_lost_mass
 from tidaldecode.errors import InputError
-from tidaldecode.ops.values import code_bytes
+from tidaldecode.ops.values import code_share
 from tidaldecode.plan import TidalPlan, recent_among
 
 
@@ -62,13 +62,12 @@ class SharesByCodes:
     def allocator(self) -> Allocator:
         """What the layers lose by each other's choice of each budget, with the present sinks and recent tokens."""
         run, settings, lost = self.run, self.settings, {}
-        dim = run.shape.head_dim
         for budget in settings.token_budgets:
             run.step(f"attention of all layers, {budget} tokens")
             recent = recent_among(budget, run.recent_tokens)
             sets = ChosenSets(settings.selections, budget, run.sink_tokens, recent, settings.code_bits)
             lost[budget] = measure_lost_mass(run.stretches, sets)
-        share = code_bytes(settings.code_bits, dim) / (4 * dim)
+        share = code_share(settings.code_bits, run.shape.head_dim)
         of_shape = sets.of(run.shape)
         return Allocator.of(run.shape, run.layers, lost, of_shape, settings.per_query_head, settings.context, share)
 

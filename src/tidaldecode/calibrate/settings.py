@@ -236,13 +236,14 @@ class CalibrationSettings:
             )
 
     def _check_codes(self, shape: ModelShape, layers: int) -> None:
+        from tidaldecode.ops.values import code_share  # imports PyTorch
+
         if shape.head_dim * self.code_bits % 8:
             raise InputError(
                 f"codes of {self.code_bits} bits of {shape.head_dim} channels fill no whole bytes: give others"
             )
         tokens, most = min(self.token_budgets), self.shares[-1]
-        codes = (shape.head_dim * self.code_bits / 8 + 2) / (4 * shape.head_dim)
-        least = tokens / self.context + codes / layers
+        least = tokens / self.context + code_share(self.code_bits, shape.head_dim) / layers
         if least > most:
             raise InputError(
                 f"no plan reads as little as {most:.1%} of K and V: with codes in one layer and {tokens} tokens in all "

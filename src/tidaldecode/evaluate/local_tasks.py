@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tidaldecode.errors import InputError, one_line
 from tidaldecode.evaluate import longbench, ruler
 from tidaldecode.evaluate.study import OnProgress
-from tidaldecode.evaluate.task_settings import TaskSettings
+from tidaldecode.evaluate.task_settings import RulerOptions, TaskSettings
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -42,6 +42,24 @@ class LocalTasks:
         self._ruler = ruler.Ruler(settings.ruler, tokenizer, positions, settings.limit, settings.seed, around)
         self._rules: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
+
+    def check_used(self, names: Sequence[str]) -> None:
+        """Refuses options of tasks that are not named.
+
+        Raises:
+            InputError: there are some.
+        """
+        leaves, longbench_folder = [leaf for name in names for leaf in self._leaves(name)], self._settings.longbench
+        if self._settings.ruler != RulerOptions() and not any(leaf in ruler.TASKS for leaf in leaves):
+            raise InputError(
+                "--haystack, --lengths, --squad and --hotpot are for RULER's tasks, and none is named: add one to "
+                "--tasks, such as ruler, or leave them out"
+            )
+        if longbench_folder is not None and not any(leaf.startswith(longbench.PREFIX) for leaf in leaves):
+            raise InputError(
+                f"--longbench {longbench_folder} is for LongBench's tasks, and none is named: add one to --tasks, such "
+                "as longbench_qasper, or leave it out"
+            )
 
     def lengths(self, name: str) -> tuple[int | None, ...]:
         """The lengths that a task, group or tag is made of; `None` where there is nothing of RULER in it.

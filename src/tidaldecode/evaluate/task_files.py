@@ -131,6 +131,7 @@ def load_tasks(
             running code that the model wrote, beam search, more new tokens than the model has positions.
     """
     local = LocalTasks(manager, settings, config, tokenizer)
+    local.check_used(names)
     tasks: dict[str, LoadedTask] = {}
     groups: dict[int | None, dict[str, Group]] = {}
     for name in names:

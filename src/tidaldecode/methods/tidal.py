@@ -20,7 +20,7 @@ from tidaldecode.methods.reads import LayerReads
 from tidaldecode.methods.step_sets import StepSets, choice_like, write_budgets
 from tidaldecode.models import check_plan
 from tidaldecode.ops import KV, Choice
-from tidaldecode.ops.values import code_bytes
+from tidaldecode.ops.values import code_share
 from tidaldecode.plan import ModelShape, Selection, Source, TidalPlan
 
 if TYPE_CHECKING:
@@ -237,21 +237,15 @@ class DecodeAttention(Attention):
     def reads(self, layer: int) -> LayerReads:
         """What a layer with a role reads."""
         sources = self._sources.get(layer, ())
-        group, groups = (
-            self.shape.group_size,
-            -(-len(sources) // self.shape.group_size),
-        )  # a rank may have a part of one
+        group = self.shape.group_size
+        groups = -(-len(sources) // group)  # a rank may have a part of one
         sets: Counter[tuple[int | float, int]] = Counter()
         for start in range(0, len(sources), group):
             for source in set(sources[start : start + group]):
                 sets[self.plan.budget_of(source.layer), self.plan.budget_for(1, source.layer)] += 1
         budgets = tuple((*budget, number / groups) for budget, number in sorted(sets.items()))
-        return LayerReads(budgets, self._code_share(layer))
-
-    def _code_share(self, layer: int) -> float:
-        """Bytes of a token's codes and their factor over those of its K and V in 16 bits."""
-        dim = self.shape.head_dim
-        return code_bytes((self.plan.key_bits or 0) * self._chooses_by_codes(layer), dim) / (4 * dim)
+        bits = (self.plan.key_bits or 0) if self._chooses_by_codes(layer) else 0
+        return LayerReads(budgets, code_share(bits, self.shape.head_dim))
 
 
 def _digest(plan: TidalPlan) -> str:

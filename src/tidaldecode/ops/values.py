@@ -19,6 +19,11 @@ def code_bytes(bits: int, dim: int) -> int:
     return dim * bits // 8 + 2 if bits else 0
 
 
+def code_share(bits: int, dim: int) -> float:
+    """`code_bytes` over the bytes of a token's K and V of so many channels each, in 16 bits."""
+    return code_bytes(bits, dim) / (4 * dim)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyCodes:
     """Codes of the keys of one layer, in the blocks of its K and V.
