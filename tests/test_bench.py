@@ -31,6 +31,7 @@ from tidaldecode.bench.steps import step_workloads
 from tidaldecode.bench.timing import Timing, rotated_buffers, time_gpu, time_steps
 from tidaldecode.methods.tidal import DecodeAttention
 from tidaldecode.models import check_architecture, check_dtype, model_shape
+from tidaldecode.ops.codes import room_for_codes
 from tidaldecode.plan import tokens_of
 from tidaldecode.plans.find import find_plan
 from tidaldecode.results.timings import DecodeRow
@@ -699,6 +700,26 @@ def test_k_and_v_of_a_text(tiny):
                 torch.testing.assert_close(mine.keys[:, :, :context], theirs.keys[:, :, :context])
                 torch.testing.assert_close(mine.values[:, :, :context], theirs.values[:, :, :context])
             for _ in range(10):
+                token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+
+
+def test_codes_are_those_of_the_texts_keys(tiny):
+    """Also of rows that steps wrote over, and of a longer context after a shorter one."""
+    model = apply(tiny(), "full")
+    roles = ("quantized_select",) * model.config.num_hidden_layers
+    plan = TidalPlan(roles=roles, selection="unified", token_budget=8, key_bits=2)
+    windows = torch.randint(2, 200, (2, 31))
+    cache, filling = TidalCache(model.config, plan, 40), TextKV(model, windows, batch=3, steps=5)
+    with torch.no_grad():
+        for context in (12, 30, 20):
+            token = filling.fill(cache, context)
+            for layer in cache.layers:
+                fresh = room_for_codes(layer.keys.transpose(1, 2), 2, layer.steady)
+                lengths = cache.sequences.lengths
+                ops.write_codes(replace(layer.kv(), codes=fresh), lengths, 3 * context)
+                assert torch.equal(layer.codes.packed[:, :context], fresh.packed[:, :context])
+                assert torch.equal(layer.codes.factors[:, :context], fresh.factors[:, :context])
+            for _ in range(5):
                 token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
 
 

@@ -78,7 +78,7 @@ class TextKV:
         self._kept = [(rows, rows.clone()) for rows in rows_of_all]
         cache.rewind(context, torch.full_like(cache.sequences.lengths, context))
         for layer in layers:
-            layer.coded = False
+            layer.code_all()
         next_ones = self.windows[:, context : context + 1].to(self.model.device)
         return next_ones[torch.arange(self.batch, device=next_ones.device) % len(next_ones)]
 

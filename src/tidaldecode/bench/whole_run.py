@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from tidaldecode.bench.hardware import GIB, check_memory
+from tidaldecode.bench.roofline import kv_bytes
 from tidaldecode.bench.settings import WholeRunSettings
 from tidaldecode.errors import InputError, MemoryShortError
 from tidaldecode.evaluate.generation_settings import Sampling
@@ -154,7 +155,7 @@ def _run(model: PreTrainedModel, prompts: Tensor, new_tokens: int, way: Way) -> 
     spare = 0 if way.lossless is None else DraftLength(way.lossless, new_tokens).longest
     capacity = context + new_tokens + spare
     shape = model_shape(model.config)
-    needed = 2 * batch * capacity * shape.num_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
+    needed = kv_bytes(shape.num_layers * capacity, batch, shape.num_kv_heads, shape.head_dim, model.dtype)
     check_memory(needed, model.device, f"the KV cache of {batch} x {capacity:,} tokens", "lower --batches")
     cache = TidalCache(model.config, "full", capacity)
     cache.attention = attention = way.method.attention(shape, context)

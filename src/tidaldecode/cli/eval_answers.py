@@ -9,7 +9,6 @@ from tidaldecode.cli.study import StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.answer_settings import AnswerSettings
 from tidaldecode.evaluate.method_options import MethodOptions
-from tidaldecode.report.answers import answer_table, surprise_over_share
 from tidaldecode.report.labels import counted
 from tidaldecode.texts.questions import QuestionSource
 
@@ -29,6 +28,8 @@ def answers(source: QuestionSource, settings: AnswerSettings, methods: MethodOpt
         return answers_of(questions, source.title, settings, methods, chosen, on_progress)
 
     report = options.run("answers.jsonl", make, settings.sampling.seed, methods.plans, settings.context)
+    from tidaldecode.report.answers import answer_table, surprise_over_share  # what the report imports takes a while
+
     title = f"{report.about['model']}, {counted(len(questions), 'question')} ({source.title})"
     figures = options.draw(report, title, answers=surprise_over_share)
     rows = answer_table(report.rows, brief=True)

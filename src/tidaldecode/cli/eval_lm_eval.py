@@ -32,9 +32,8 @@ def lm_eval(settings: TaskSettings, methods: TaskMethods, options: StudyOptions)
 
     report = options.run("lm-eval.jsonl", make, settings.seed, methods.plans, figures=False)
     print_tasks(options.console, report)
-    for task, why in report.study.to_json(report.rows).get("left_out", {}).items():
+    for task, why in options.show(report).get("left_out", {}).items():
         options.console.print(Words(f"{task} is left out: {why}"))
-    options.show(report)
 
 
 def print_tasks(console: Console, report: Report) -> None:
@@ -50,11 +49,11 @@ def print_tasks(console: Console, report: Report) -> None:
         print_table(
             console, f"{model}, mean of {tasks} tasks of RULER: {length:,} tokens", _COLUMNS, rows, no_wrap=True
         )
-    for row in report.rows:
-        if row.get("truncated") and row["method"] == report.rows[0]["method"]:  # by every method the same
-            what = "1 request" if row["truncated"] == 1 else f"{row['truncated']:,} requests"
-            where = f"{row['task']}: {what} did not fit the model's positions and lost the prompt's start"
-            console.print(Words(where))
+    cut = {(row["task"], row.get("length")): row["truncated"] for row in report.rows if row.get("truncated")}
+    for (task, length), requests in cut.items():  # by every method the same
+        what = "1 request" if requests == 1 else f"{requests:,} requests"
+        where = task if length is None else f"{task}, {length:,} tokens"
+        console.print(Words(f"{where}: {what} did not fit the model's positions and lost the prompt's start"))
 
 
 def _cells(score: TaskScore | RulerMean) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from tidaldecode.cli.study import StudyOptions
 from tidaldecode.cli.tables import print_table
 from tidaldecode.evaluate.method_options import MethodOptions
 from tidaldecode.options import Seed
-from tidaldecode.report.labels import budget_label
+from tidaldecode.report.labels import budget_label, share_label
 from tidaldecode.report.losses import loss_over_budget, perplexity_over_position
 from tidaldecode.texts.text import TextSource
 from tidaldecode.texts.windows import Windows
@@ -43,5 +43,4 @@ def ppl(text: TextSource, windows: Windows, methods: MethodOptions, options: Stu
 def _cells(row: PplSummary) -> tuple[str, ...]:
     gap = "" if row.budget is None else f"{row.gap:+.4f}"
     error = "" if row.budget is None or row.gap_stderr is None else f"{row.gap_stderr:.4f}"
-    share = "" if row.kv_read_fraction is None else f"{row.kv_read_fraction:.1%}"
-    return row.variant.label, budget_label(row.budget), f"{row.nll:.4f}", gap, error, share
+    return row.variant.label, budget_label(row.budget), f"{row.nll:.4f}", gap, error, share_label(row.kv_read_fraction)

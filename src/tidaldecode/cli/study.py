@@ -79,12 +79,13 @@ class StudyOptions:
         files = {self.output / f"{name}.png": drawing for name, drawing in drawings.items()}
         return [str(file) for file, drawing in files.items() if save_png(drawing, report.rows, file, title)]
 
-    def show(self, report: Report, **figures: Any) -> None:
-        """What stands below a study's tables, and its JSON object."""
+    def show(self, report: Report, **figures: Any) -> dict[str, Any]:
+        """What stands below a study's tables, and its JSON object, which is returned."""
         print_sets(self.console, report.sets_per_kv_head)
         with redirect_stdout(sys.stderr):
-            content = report.to_json()
-        print_json(self.json_output, {**content, **figures})
+            content = {**report.to_json(), **figures}
+        print_json(self.json_output, content)
+        return content
 
 
 STUDY = StudyOptions()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tidaldecode.evaluate.answer_settings import AnswerSettings
 from tidaldecode.evaluate.free_running import full_log_prob, seed_of, write_answer
+from tidaldecode.evaluate.generation import share_read
+from tidaldecode.evaluate.generation_settings import Passes
 from tidaldecode.evaluate.method_options import MethodOptions
 from tidaldecode.evaluate.overlap import loops, repetition, rouge_l, token_f1
 from tidaldecode.evaluate.prompt import HeldPrompt
@@ -122,7 +123,8 @@ def _measure(
     began, asked = time.perf_counter(), case.what
     seed = seed_of(settings.sampling.seed, asked.question.name, writer.draw)
     ids = write_answer(held, writer.method, settings.max_new_tokens, settings.sampling, seed)
-    share = share_read(held, len(ids))
+    # the first step takes the prompt's last token
+    share = round(share_read(held.cache, Passes(), held.window.shape[1] - 1, len(ids)), 6)
     nll = -full_log_prob(held, ids)
     text = tokenizer.decode(ids, skip_special_tokens=True)
     own = text if full is None else full["text"]
@@ -145,12 +147,6 @@ def _measure(
         "kv_read_fraction": share,
         "seconds": round(time.perf_counter() - began, 3),
     }
-
-
-def share_read(held: HeldPrompt, steps: int) -> float:
-    """Share of K and V that decode steps behind the held prompt read, the first of which takes its last token."""
-    context, attention = held.window.shape[1], held.cache.attention
-    return round(statistics.fmean(attention.kv_read_fraction(context + step) for step in range(steps)), 6)
 
 
 def _ends(held: HeldPrompt) -> list[int]:

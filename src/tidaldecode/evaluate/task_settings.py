@@ -14,6 +14,7 @@ from tidaldecode.errors import InputError
 from tidaldecode.evaluate.method_options import MethodOptions, Names
 from tidaldecode.methods.method import METHODS
 from tidaldecode.options import Option, integers, names, names_of
+from tidaldecode.texts.prompt import Prompt
 from tidaldecode.texts.text import Haystack
 
 if TYPE_CHECKING:
@@ -97,11 +98,7 @@ class TaskSettings:
 
     def tokens_around(self, tokenizer: Tokenizer) -> int:
         """Tokens that the chat template, if it is wanted, puts around a prompt."""
-        if not self.chat_template or tokenizer.chat_template is None:
-            return 0
-        turns = [{"role": "user", "content": ""}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(Prompt("").token_ids(tokenizer)) if self.chat_template else 0
 
 
 @dataclass(frozen=True)

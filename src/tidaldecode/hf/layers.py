@@ -55,12 +55,12 @@ class TidalLayer(CacheLayerMixin):
     def _place(self, keys: Tensor, values: Tensor, codes: KeyCodes | None = None) -> None:
         """Takes K, V and the codes of the tokens that are there; without them, room for codes."""
         if codes is None and self.code_bits:
-            codes = self._room_for_codes(keys)
+            codes = self._room_for_codes(keys, self.code_bits)
         self.keys, self.values, self.codes = keys, values, codes
         self.sequences.moves += 1
 
-    def _room_for_codes(self, keys: Tensor) -> KeyCodes:
-        return room_for_codes(keys.transpose(1, 2), self.code_bits, self.steady)
+    def _room_for_codes(self, keys: Tensor, bits: int) -> KeyCodes:
+        return room_for_codes(keys.transpose(1, 2), bits, self.steady)
 
     def codes_of(self, bits: int) -> KeyCodes | None:
         """Codes of so many bits of the tokens that are there; `None` of 0 bits, or where there is no cache yet."""
@@ -68,7 +68,7 @@ class TidalLayer(CacheLayerMixin):
             return self.codes
         if not bits or not self.is_initialized:
             return None
-        codes = room_for_codes(self.keys.transpose(1, 2), bits, self.steady)
+        codes = self._room_for_codes(self.keys, bits)
         self._write(codes)
         return codes
 
@@ -145,7 +145,7 @@ class TidalLayer(CacheLayerMixin):
             new[:, :, there].copy_(rows[:, :, there])
         codes = None
         if self.codes is not None:
-            codes = self._room_for_codes(keys)
+            codes = self._room_for_codes(keys, self.code_bits)
             codes.packed[:, there].copy_(self.codes.packed[:, there])
             codes.factors[:, there].copy_(self.codes.factors[:, there])
         self._place(keys, values, codes)
@@ -156,7 +156,7 @@ class TidalLayer(CacheLayerMixin):
         with torch.inference_mode(False):
             keys, values, codes = self.keys.index_select(0, rows), self.values.index_select(0, rows), None
             if self.codes is not None:
-                codes = self._room_for_codes(keys)  # which lie as kernels read them
+                codes = self._room_for_codes(keys, self.code_bits)  # which lie as kernels read them
                 codes.packed.copy_(self.codes.packed.index_select(0, rows))
                 codes.factors.copy_(self.codes.factors.index_select(0, rows))
             self._place(keys, values, codes)

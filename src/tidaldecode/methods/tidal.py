@@ -110,6 +110,7 @@ class DecodeAttention(Attention):
         self.num_sets = sum(self._sets.values())
         self._sets_of_budget = self._by_budget() if len(self.budgets) > 1 else ()
         self._sources = {layer: of_all[self.heads.start : self.heads.stop] for layer, of_all in sources.items()}
+        self._read_layers = {layer: {source.layer for source in of_mine} for layer, of_mine in self._sources.items()}
         self.head_to_set = {layer: self._map(of_mine) for layer, of_mine in self._sources.items()}
         self._in_order = {layer: part for layer, rows in self.head_to_set.items() if (part := _as_slice(rows.tolist()))}
         self.indices: Tensor | None = None
@@ -221,7 +222,7 @@ class DecodeAttention(Attention):
     def _sets_of(self, layer: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """The table, the map into it and the counts; a part of them without a map where the heads read it in order."""
         assert self.indices is not None and self.counts is not None
-        width = self.width({source.layer for source in self._sources[layer]}, self._capacity)
+        width = self.width(self._read_layers[layer], self._capacity)
         if layer not in self._in_order:
             return self.head_to_set[layer], self.indices[:, :, :width], self.counts
         rows = self._in_order[layer]

@@ -84,8 +84,8 @@ def surprise_over_share(rows: Sequence[AnswerSummary], width: float) -> Figure |
     methods = [next(row.method["method"] for row in own if row.label == label) for label in variants]
     lines = []
     for label, style in zip(variants, line_styles(methods), strict=True):
-        places = sorted((row.means["kv_read_fraction"], row.means["surprise"]) for row in own if row.label == label)
-        known = [(share, surprise) for share, surprise in places if share and surprise]
+        places = ((row.means["kv_read_fraction"], row.means["surprise"]) for row in own if row.label == label)
+        known = sorted((share, surprise) for share, surprise in places if share and surprise)
         xs, ys, errors = zip(*((100 * share.value, *surprise) for share, surprise in known), strict=True)
         lines.append(Line(label, style, xs, ys, errors))
     labels = "K and V that a step reads, %", "surprise, nats per token"

@@ -64,6 +64,7 @@ class AnswerCell(MethodRow):
     f1: Share
     reference_rouge_l: Share | None
     reference_f1: Share | None
+    kv_read_fraction: Number
     seconds: Number | None = None
 
 

@@ -45,7 +45,7 @@ class ReadCounts:
         Returns:
             A line for the engine's log, from time to time.
         """
-        lengths = lengths[lengths > 0].astype(np.float64)
+        lengths = lengths[lengths > 0]
         read = sum(number * reads.tokens(lengths).sum() for reads, number in self._reads.items())
         step = np.array([len(lengths), read, lengths.sum() * self._layers])
         self.totals += step
